@@ -1,0 +1,110 @@
+"""Train one network from scratch: a teacher, or the baseline row of a table.
+
+    python train_base.py --net_name resnet110 --data_name cifar100 --note base-c100-r110
+
+Writes into save_root/note, before its first step, the initial weights (`initial_r110.pth.tar`, what
+`train_kd.py --s_init` starts from) and, while it trains, `checkpoint.pth.tar` and `model_best.pth.tar`.
+"""
+
+import re
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import dataset
+import network
+import utils
+
+
+def parse(argv: list[str]):
+    parser = utils.Parser(prog="train_base.py", description=__doc__)
+    parser.add_argument("--net_name", required=True, metavar="NAME", help="see network.py")
+    utils.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def short_name(net_name: str) -> str:
+    """KD-Zoo's short form in file names: r20 for resnet20, other families in full."""
+    return re.sub(r"^resnet(?=\d)", "r", net_name)
+
+
+def train_step(net, optimizer, img, target, machine):
+    """One step of plain training. Returns the logits and the cross-entropy, still on the device."""
+    with machine.autocast():
+        out = net(img)
+    out = out.float()
+    loss = F.cross_entropy(out, target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return out.detach(), loss.detach()
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse(argv)
+    utils.named(network.NETWORKS, args.net_name, "network")
+    recipe = utils.resolve(args, args.net_name, {})
+    machine = utils.machine(args.cuda, args.amp)
+    note = args.note or f"base-{recipe.data_name}-{args.net_name}"
+    run = utils.Run(recipe, note, ["train_base.py", *argv])
+    data = utils.load_data(recipe)
+    utils.seed_everything(recipe.seed)
+    net = network.build(args.net_name, data.train.num_class)
+    meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
+
+    run.start(machine, dict(meta=meta))
+    run.log(f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters")
+    run.log(
+        f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
+        f"{data.train.size} pixels, {data.train.num_class} classes"
+    )
+    if not run.saved:
+        initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
+        start = {"net": net.state_dict(), "meta": meta, "epoch": 0, "prec@1": 0.0, "prec@5": 0.0}
+        utils.save_checkpoint(start, initial)
+    net.to(machine.device, memory_format=torch.channels_last)
+    data = data.to(machine.device)
+    optimizer = utils.sgd(net.parameters(), recipe)
+    if run.saved:
+        net.load_state_dict(run.saved["net"])
+        optimizer.load_state_dict(run.saved["optimizer"])
+        utils.set_rng_state(run.saved["rng"])
+
+    for epoch in range(len(run.history) + 1, recipe.epochs + 1):
+        began = time.perf_counter()
+        lr = utils.step_decay(recipe.lr, epoch, recipe.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        net.train()
+        meter = utils.Meter(["ce", "train_top1"], machine.device)
+        batches = dataset.train_batches(
+            data.train, recipe.batch_size, recipe.seed, epoch, padding=recipe.padding
+        )
+        for step, (img, target, _) in enumerate(batches, 1):
+            out, loss = train_step(net, optimizer, img, target, machine)
+            meter.add([loss, utils.top1(out, target)], len(target))
+            if step % recipe.print_freq == 0:
+                now = meter.read()
+                utils.check_finite(now, f"epoch {epoch}, step {step}")
+                speed = meter.count / (time.perf_counter() - began)
+                run.log(
+                    f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
+                    f"top1 {now['train_top1']:.2f}  {speed:.0f} img/s"
+                )
+        now = meter.read()
+        utils.check_finite(now, f"epoch {epoch}")
+        speed = meter.count / (time.perf_counter() - began)
+        row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
+        state = dict(
+            weights=dict(net=net.state_dict(), meta=meta), optimizer=optimizer.state_dict()
+        )
+        run.epoch(row, speed, state)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,703 @@
+"""What both training scripts need and nobody else owns: flags, recipes, device, meters, evaluation,
+checkpoints and the run directory."""
+
+import argparse
+import csv
+import difflib
+import functools
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --- a user's mistake: one line, exit code 2 -----------------------------------------------------
+
+
+class UserError(ValueError):
+    """What is wrong and what to do, in one line for the person at the keyboard."""
+
+
+def command(main):
+    """Make `main(argv=None)` a command: a UserError becomes one line and exit code 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise SystemExit(2)
+
+    return run
+
+
+def named(table: dict, name: str, what: str):
+    """`table[name]`, or a UserError with the names that come near, or all of them."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"
+    raise UserError(f"no {what} {name!r}: {hint}")
+
+
+# --- protocols: how the published tables were trained --------------------------------------------
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+ZOO_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CRD_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+REVIEWKD_CIFAR = tuple(
+    tuple(round(v / 255, 6) for v in row) for row in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+)
+LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # the networks that CRD trains at a lower rate
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A training recipe. `milestones`: the epochs after which the learning rate falls to a tenth."""
+
+    lr: float
+    lr_light: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    milestones: tuple[int, ...]
+    padding: str
+    constants: dict
+
+
+PROTOCOLS = {
+    # Knowledge-Distillation-Zoo's scripts
+    "kdzoo": Protocol(
+        lr=0.1,
+        lr_light=0.1,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=1e-4,
+        batch_size=128,
+        epochs=200,
+        milestones=(100, 150),
+        padding="reflect",
+        constants=dict(cifar10=CIFAR10, cifar100=ZOO_CIFAR100),
+    ),
+    # the CRD benchmark (RepDistiller), which MDistiller's CIFAR-100 configurations follow
+    "crd": Protocol(
+        lr=0.05,
+        lr_light=0.01,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=5e-4,
+        batch_size=64,
+        epochs=240,
+        milestones=(150, 180, 210),
+        padding="zero",
+        constants=dict(cifar10=CIFAR10, cifar100=CRD_CIFAR100),
+    ),
+    # ReviewKD's CIFAR-100 scripts, which lower the rate one epoch later
+    "reviewkd": Protocol(
+        lr=0.1,
+        lr_light=0.02,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        batch_size=128,
+        epochs=240,
+        milestones=(151, 181, 211),
+        padding="zero",
+        constants=dict(cifar10=REVIEWKD_CIFAR, cifar100=REVIEWKD_CIFAR),
+    ),
+}
+
+
+def scaled(epochs: int, total: int, protocol: Protocol) -> int:
+    """`epochs` of the protocol's number, in a run of `total`: at least one."""
+    return max(1, round(epochs * total / protocol.epochs))
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UserErrors."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_args(self, argv=None, owner=lambda flag: None):
+        """Strict: an unknown flag is an error that says which flag comes near, or whose it is
+        (`owner(flag)`: a sentence, or None)."""
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            flag = rest[0].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = owner(flag) or (f"did you mean {near[0]}?" if near else "see --help")
+            raise UserError(f"unknown flag {flag}: {hint}")
+        return args
+
+
+def number(kind, low=None, high=None, open_low=False):
+    """An argparse type: an int or a finite float in [low, high], or (low, high] with `open_low`."""
+    what = {int: "a whole number", float: "a number"}[kind]
+    bounds = [] if low is None else [f"{'above' if open_low else 'of at least'} {low}"]
+    bounds += [] if high is None else [f"at most {high}"]
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            fine = np.isfinite(value)
+            fine = fine and (low is None or value > low or (value == low and not open_low))
+            fine = fine and (high is None or value <= high)
+        except (ValueError, OverflowError):
+            fine = False
+        if not fine:
+            raise argparse.ArgumentTypeError(
+                f"{what} {' and '.join(bounds)} is wanted, not {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def comma(kind):
+    """An argparse type: a tuple of `kind`s, written with commas."""
+
+    def parse(text: str):
+        return tuple(kind(part) for part in text.split(","))
+
+    return parse
+
+
+def add_common_flags(parser: Parser) -> None:
+    """The flags of both scripts: KD-Zoo's names and meaning, and ours. A default of None stands for
+    what the protocol, the dataset or the machine says."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_name", metavar="NAME", help="cifar10, cifar100, digits or imagefolder")
+    add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+    add("--num_class", type=number(int, 2), metavar="N", help="checked against the dataset")
+    add("--img_size", type=number(int, 4), metavar="N", help="resize to NxN pixels")
+    add("--flip", type=number(int, 0, 1), metavar="0|1", help="mirror training images or not")
+    add(
+        "--mean_std",
+        type=mean_std,
+        metavar="WHAT",
+        help="cifar10, cifar100, measured, or six numbers M,M,M,S,S,S (default: the protocol's "
+        "constants for CIFAR, else measured on the training images)",
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
+    add("--epochs", type=number(int, 1), metavar="N", help="all else scales with it")
+    add("--batch_size", type=number(int, 2), metavar="N")
+    add("--lr", type=number(float, 0, open_low=True), metavar="X")
+    add("--momentum", type=number(float, 0, 1), metavar="X")
+    add("--weight_decay", type=number(float, 0), metavar="X")
+    add("--nesterov", type=number(int, 0, 1), metavar="0|1")
+    add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=2, metavar="N", help="(default 2)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--cuda", type=number(int, 0, 1), metavar="0|1", help="0: CPU (default: what is there)")
+    add(
+        "--amp",
+        choices=("auto", "bf16", "off"),
+        default="auto",
+        help="bfloat16 autocast; auto: where the hardware has it",
+    )
+    add = parser.add_argument_group("run directory").add_argument
+    add("--save_root", default="./runs", metavar="DIR", help="(default ./runs)")
+    add("--note", metavar="NAME", help="name of the run's folder in save_root")
+    add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
+    add("--resume", action="store_true", help="go on with the run that is in the folder")
+
+
+def mean_std(text: str):
+    """An argparse type: 'measured', a dataset with known constants, or six numbers."""
+    if text in ("measured", "cifar10", "cifar100"):
+        return text
+    values = comma(number(float))(text)
+    if len(values) != 6 or min(values[3:]) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"cifar10, cifar100, measured or six numbers (the last three above 0), not {text!r}"
+        )
+    return values[:3], values[3:]
+
+
+def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Namespace:
+    """The flags with everything filled in: from `knows` (the metadata of a checkpoint), then from the
+    protocol. The flags themselves stay as they were given."""
+    recipe = argparse.Namespace(**vars(args))
+    protocol = PROTOCOLS[args.protocol]
+    for flag in ("data_name", "num_class", "img_size"):
+        given, known = getattr(args, flag), knows.get(flag)
+        if given is not None and known is not None and given != known:
+            raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
+        setattr(recipe, flag, known if given is None else given)
+    if recipe.data_name is None:
+        raise UserError("--data_name is needed: cifar10, cifar100, digits or imagefolder")
+    recipe.img_root = args.img_root or knows.get("img_root") or "./datasets"
+    light = net_name in LIGHT
+    fill = dict(
+        epochs=protocol.epochs,
+        batch_size=protocol.batch_size,
+        lr=protocol.lr_light if light else protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        nesterov=int(protocol.nesterov),
+    )
+    for flag, value in fill.items():
+        if getattr(recipe, flag) is None:
+            setattr(recipe, flag, value)
+    if recipe.nesterov and recipe.momentum == 0:
+        raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
+    if args.milestones is None:
+        recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
+    constants = recipe.mean_std or recipe.data_name
+    if constants == "measured":
+        constants = None
+    elif isinstance(constants, str):
+        constants = protocol.constants.get(constants)
+    recipe.mean_std, recipe.padding = constants, protocol.padding
+    return recipe
+
+
+def load_data(recipe: argparse.Namespace):
+    """The dataset of a resolved recipe. Raises UserError where --num_class contradicts it."""
+    import dataset
+
+    data = dataset.load(
+        recipe.data_name,
+        recipe.img_root,
+        recipe.mean_std,
+        recipe.img_size,
+        None if recipe.flip is None else bool(recipe.flip),
+    )
+    if recipe.num_class not in (None, data.train.num_class):
+        raise UserError(
+            f"{recipe.num_class} classes are wanted (--num_class or the checkpoint), "
+            f"{recipe.data_name} has {data.train.num_class}"
+        )
+    return data
+
+
+def describe_data(recipe: argparse.Namespace, data) -> dict:
+    """What a checkpoint remembers of the data."""
+    return dict(
+        data_name=data.name,
+        img_root=recipe.img_root,
+        img_size=recipe.img_size,
+        num_class=data.train.num_class,
+        classes=list(data.train.classes),
+        mean=list(data.train.mean),
+        std=list(data.train.std),
+    )
+
+
+# --- device, precision, randomness ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training runs, and whether under bfloat16 autocast."""
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self):
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        return f"{name}{threads}, {'bfloat16 autocast' if self.bf16 else 'float32'}"
+
+
+def machine(cuda: int | None = None, amp: str = "auto") -> Machine:
+    """The device and precision that the flags and the hardware give."""
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--cuda 1: torch sees no CUDA device; leave --cuda out to use the CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() and cuda != 0 else "cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch
+        native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    return Machine(device, amp == "bf16" or (amp == "auto" and native))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices) and numpy."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The states of torch's generators, as tensors."""
+    state = dict(cpu=torch.get_rng_state())
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Go on where `rng_state()` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) -> torch.optim.SGD:
+    """A fresh optimizer of the recipe over `parameters`, in one group."""
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=bool(recipe.nesterov) if nesterov is None else nesterov,
+    )
+
+
+def step_decay(lr: float, epoch: int, milestones: tuple[int, ...]) -> float:
+    """The learning rate of `epoch` (from 1): a tenth after each milestone."""
+    return lr * 0.1 ** sum(epoch > milestone for milestone in milestones)
+
+
+# --- meters and evaluation -----------------------------------------------------------------------
+
+
+class Meter:
+    """Means over the samples of an epoch, summed on the device and read only when asked for."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names, self.count = names, 0
+        self.sums = torch.zeros(len(names), device=device)
+
+    def add(self, values: list[Tensor], n: int) -> None:
+        """Add the means `values` over `n` samples."""
+        self.sums += n * torch.stack([value.detach().float() for value in values])
+        self.count += n
+
+    def read(self) -> dict[str, float]:
+        return dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
+
+
+def top1(out: Tensor, target: Tensor) -> Tensor:
+    """Share of samples, in percent, whose largest logit is the target's: a 0-dim tensor."""
+    return 100 * (out.argmax(1) == target).float().mean()
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, images, machine: Machine, batch_size: int = 500) -> dict[str, float]:
+    """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all of `images`."""
+    import dataset
+
+    net.eval()
+    meter = Meter(["test_loss", "test_top1", "test_top5"], machine.device)
+    for img, target, _ in dataset.test_batches(images, batch_size):
+        with machine.autocast():
+            out = net(img)
+        out = out.float()
+        five = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
+        meter.add(
+            [F.cross_entropy(out, target), top1(out, target), 100 * five.any(1).float().mean()],
+            len(target),
+        )
+    return meter.read()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write `state` so that `path` is always a whole file: written aside, flushed, renamed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    _write(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dict in a checkpoint, on the CPU, read without running any code that it may hold."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the checkpoint in it, like model_best.pth.tar")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything on a broken or unsafe file
+        reason = (str(error) or type(error).__name__).strip().split(". ")[0].splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint's dict")
+    return checkpoint
+
+
+def sha256(path: str | Path) -> str:
+    """Fingerprint of a file."""
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, data) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def to_cpu(x):
+    """`x` with every tensor in it on the CPU."""
+    if torch.is_tensor(x):
+        return x.detach().cpu()
+    if isinstance(x, dict):
+        return {key: to_cpu(value) for key, value in x.items()}
+    return type(x)(map(to_cpu, x)) if isinstance(x, (list, tuple)) else x
+
+
+# --- the run directory ---------------------------------------------------------------------------
+
+
+class Run:
+    """The folder save_root/note of one run and everything in it.
+
+    args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone), timing.csv,
+    curves.png, checkpoint.pth.tar (enough to go on bit for bit) and model_best.pth.tar.
+    Nothing is written before `start()`; a folder that holds another run is refused.
+    """
+
+    def __init__(self, recipe: argparse.Namespace, note: str, argv: list[str]):
+        self.dir = Path(recipe.save_root) / note
+        self.recipe, self.argv = recipe, argv
+        self.history, self.timing = [], []
+        self.best = dict(epoch=0, top1=-1.0)
+        self.saved = None
+        checkpoint = self.dir / "checkpoint.pth.tar"
+        for parent in [self.dir, *self.dir.parents]:
+            if parent.exists() and not parent.is_dir():
+                raise UserError(f"{parent} is a file: give another --save_root or --note")
+        if recipe.resume:
+            if not checkpoint.exists():
+                raise UserError(f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)")
+            self.saved = read_checkpoint(checkpoint)
+            self._same_flags(self.saved["flags"])
+            self.history, self.timing = self.saved["history"], self.saved["timing"]
+            self.best = self.saved["best"]
+        elif self.dir.exists() and any(self.dir.iterdir()):
+            raise UserError(
+                f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
+            )
+
+    def _flags(self) -> dict:
+        """The flags that decide the result, as plain values."""
+        free = ("print_freq", "resume", "save_root", "note", "img_root", "cuda")
+        flags = {key: value for key, value in vars(self.recipe).items() if key not in free}
+        return json.loads(json.dumps(flags, default=str))
+
+    def _same_flags(self, saved: dict) -> None:
+        now = self._flags()
+        for key in sorted(set(now) | set(saved)):
+            if now.get(key) != saved.get(key):
+                raise UserError(
+                    f"--resume: --{key} is {now.get(key)}, the run was started with {saved.get(key)}"
+                )
+
+    def start(self, machine: Machine, notes: dict) -> None:
+        """Make the folder and write args.json. `notes`: what else belongs there."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
+        if not self.saved:
+            record = dict(
+                command=" ".join(self.argv),
+                recipe={k: v for k, v in vars(self.recipe).items() if k != "resume"},
+                machine=str(machine),
+                versions=dict(
+                    python=platform.python_version(),
+                    torch=torch.__version__,
+                    numpy=np.__version__,
+                ),
+                commit=_commit(),
+                **notes,
+            )
+            text = json.dumps(record, indent=1, default=str) + "\n"
+            _write(self.dir / "args.json", text.encode())
+        self.began = time.perf_counter()
+
+    def log(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        print(text, flush=True)
+        self.log_file.write(text + "\n")
+
+    def epoch(self, row: dict, speed: float, state: dict, keep_best: bool = True) -> None:
+        """An epoch is done: log it, save everything.
+
+        `row`: its metrics, with test_top1; `speed`: training images a second; `state`: what a
+        checkpoint holds, `state['weights']` also being what model_best holds; `keep_best`: whether
+        the epoch may be the best one.
+        """
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
+        self.history.append({key: _short(value) for key, value in row.items()})
+        self.timing.append(
+            dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))
+        )
+        self.log(_line(row) + f"  {seconds:6.1f} s  {speed:6.0f} img/s")
+        weights = state.pop("weights")
+        score = row["test_top1"]
+        better = keep_best and score > self.best["top1"]
+        if better:
+            self.best = dict(epoch=len(self.history), top1=score)
+        scores = {"prec@1": score, "prec@5": row["test_top5"], "epoch": len(self.history)}
+        everything = dict(
+            weights,
+            **scores,
+            **state,
+            rng=rng_state(),
+            flags=self._flags(),
+            history=self.history,
+            timing=self.timing,
+            best=self.best,
+        )
+        try:
+            if better:
+                save_checkpoint(to_cpu(dict(weights, **scores)), self.dir / "model_best.pth.tar")
+            save_checkpoint(to_cpu(everything), self.dir / "checkpoint.pth.tar")
+            for name, rows in (("metrics", self.history), ("timing", self.timing)):
+                _write(self.dir / f"{name}.csv", _csv(rows).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
+                "make room and go on with --resume"
+            ) from error
+
+    def finish(self) -> dict:
+        """Say the result, draw the curves. Returns last and best accuracy, seconds and the folder."""
+        last = self.history[-1]["test_top1"]
+        best, seconds = self.best["top1"], sum(row["seconds"] for row in self.timing)
+        self.log(
+            f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
+            f"{seconds:.0f} s  {self.dir}"
+        )
+        draw_curves([self.dir], self.dir / "curves.png")
+        self.log_file.close()
+        return dict(last=last, best=best, seconds=seconds, dir=str(self.dir))
+
+
+def check_finite(values: dict[str, float], where: str) -> None:
+    """Stop a run whose loss is no number, naming the term."""
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{where}: {', '.join(bad)} is not finite: lower --lr or the method's weight; the last "
+            "checkpoint is whole"
+        )
+
+
+def _commit() -> str | None:
+    """The project's commit, with + where the files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            git + ["rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(git + ["status", "--porcelain", "-uno"], capture_output=True)
+        return head.stdout.strip() + ("+" if dirty.stdout else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _short(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _line(row: dict) -> str:
+    """An epoch's row, aligned."""
+    parts = []
+    for key, value in row.items():
+        if isinstance(value, float):
+            width, digits = (6, 2) if "top" in key else (8, 5)
+            value = f"{value:{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{width}.2e}"
+        parts.append(f"{key} {value:>3}" if isinstance(value, int) else f"{key} {value}")
+    return "  ".join(parts)
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[-1]), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The rows of a run's metrics.csv, numbers as floats, empty cells left out."""
+    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
+        return [
+            {key: _number(value) for key, value in row.items() if value != ""}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def draw_curves(
+    folders: list[str | Path], path: str | Path, labels: list[str] | None = None
+) -> bool:
+    """Loss and test accuracy of some runs, epoch by epoch, into one figure. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves drawn: pip install matplotlib")
+        return False
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    colors = matplotlib.colormaps["tab10"].colors
+    for i, folder in enumerate(folders):
+        rows = read_metrics(folder)
+        label = labels[i] if labels else Path(folder).name
+        epochs = range(1, len(rows) + 1)
+        style = dict(color=colors[i % 10], label=label, marker=".", markersize=4)
+        loss.plot(epochs, [row["ce"] for row in rows], **style)
+        accuracy.plot(epochs, [row["test_top1"] for row in rows], **style)
+    for axis, title in ((loss, "training cross-entropy"), (accuracy, "test top-1 (%)")):
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    loss.set_yscale("log")
+    accuracy.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return True
