@@ -290,7 +290,9 @@ def _decode(files: list[tuple[Path, int]], img_size: int | None, folder: Path) -
     from tqdm import tqdm
 
     pixels, first = None, None
-    for i, (path, _) in enumerate(tqdm(files, f"decoding {folder}", unit="img", leave=False)):
+    for i, (path, _) in enumerate(
+        tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False)
+    ):
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")

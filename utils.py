@@ -557,7 +557,7 @@ class Run:
     def epoch(self, row: dict, speed: float, state: dict, keep_best: bool = True) -> None:
         """An epoch is done: log it, save everything.
 
-        `row`: its metrics, with test_top1; `speed`: training images a second; `state`: what a
+        `row`: its metrics; `speed`: training images a second; `state`: what a
         checkpoint holds, `state['weights']` also being what model_best holds; `keep_best`: whether
         the epoch may be the best one.
         """
@@ -569,11 +569,12 @@ class Run:
         )
         self.log(_line(row) + f"  {seconds:6.1f} s  {speed:6.0f} img/s")
         weights = state.pop("weights")
-        score = row["test_top1"]
-        better = keep_best and score > self.best["top1"]
+        scores = {"epoch": len(self.history)}
+        if "test_top1" in row:
+            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
+        better = keep_best and row["test_top1"] > self.best["top1"]
         if better:
-            self.best = dict(epoch=len(self.history), top1=score)
-        scores = {"prec@1": score, "prec@5": row["test_top5"], "epoch": len(self.history)}
+            self.best = dict(epoch=len(self.history), top1=row["test_top1"])
         everything = dict(
             weights,
             **scores,
@@ -641,15 +642,15 @@ def _line(row: dict) -> str:
     parts = []
     for key, value in row.items():
         if isinstance(value, float):
-            width, digits = (6, 2) if "top" in key else (8, 5)
-            value = f"{value:{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{width}.2e}"
-        parts.append(f"{key} {value:>3}" if isinstance(value, int) else f"{key} {value}")
+            value = f"{value:6.2f}" if "top" in key else f"{value:<9.4g}"
+        parts.append(f"{key} {value:>3}")
     return "  ".join(parts)
 
 
 def _csv(rows: list[dict]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]), restval="", lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -689,12 +690,12 @@ def draw_curves(
     for i, folder in enumerate(folders):
         rows = read_metrics(folder)
         label = labels[i] if labels else Path(folder).name
-        epochs = range(1, len(rows) + 1)
         style = dict(color=colors[i % 10], label=label, marker=".", markersize=4)
-        loss.plot(epochs, [row["ce"] for row in rows], **style)
-        accuracy.plot(epochs, [row["test_top1"] for row in rows], **style)
+        for axis, key in ((loss, "ce"), (accuracy, "test_top1")):
+            points = [(i, row[key]) for i, row in enumerate(rows, 1) if key in row]
+            axis.plot(*zip(*points), **style)
     for axis, title in ((loss, "training cross-entropy"), (accuracy, "test top-1 (%)")):
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel="epoch, all phases")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     loss.set_yscale("log")

@@ -1,0 +1,48 @@
+"""AT: Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks
+via Attention Transfer (Zagoruyko, Komodakis, ICLR 2017, section 3.1, equation 2),
+https://arxiv.org/abs/1612.03928
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class AT(nn.Module):
+    """Mean squared distance between the normalised spatial attention maps of two feature maps.
+
+        A(fm) = sum_c |fm_c|^p                              (B, H, W)
+        a(fm) = A / (||A||_2 + 1e-6)                        norm over each sample's H * W
+        loss  = mean over B, H, W of (a(fm_s) - a(fm_t))^2
+
+    p: exponent, at least 1 (paper and KD-Zoo use 2).
+    Differs from the paper: squared distance and a mean over positions, as in KD-Zoo; the paper takes
+    the norm of the difference, not squared.
+    """
+
+    def __init__(self, p: float = 2.0):
+        super().__init__()
+        if p < 1:
+            raise ValueError(f"the exponent p must be at least 1, not {p}")
+        self.p = p
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """fm_s (B, C_s, H, W), fm_t (B, C_t, H, W). Returns a scalar.
+
+        Raises ValueError where batch or spatial size differ.
+        """
+        if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
+            raise ValueError(
+                f"AT wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+            )
+        with torch.autocast(fm_s.device.type, enabled=False):
+            return (self.attention(fm_s) - self.attention(fm_t.detach())).square().mean()
+
+    def attention(self, fm: Tensor) -> Tensor:
+        """The normalised attention map (B, H * W) of a feature map."""
+        fm = fm.to(torch.promote_types(fm.dtype, torch.float32))
+        power = fm.square() if self.p == 2 else fm.abs().pow(self.p)
+        attention = power.sum(1).flatten(1)
+        # the gradient of a square root at 0 is infinite; an all-zero map has none
+        square = attention.square().sum(1, keepdim=True)
+        norm = torch.where(square > 0, square, 1).sqrt() * (square > 0)
+        return attention / (norm + 1e-6)

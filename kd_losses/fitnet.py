@@ -1,0 +1,30 @@
+"""FitNet: FitNets: Hints for Thin Deep Nets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio,
+ICLR 2015, section 2.2, equation 3), https://arxiv.org/abs/1412.6550
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Hint(nn.Module):
+    """Mean squared difference of two feature maps of one shape.
+
+        loss = mean over B, C, H, W of (fm_s - fm_t)^2
+
+    Differs from the paper: as in KD-Zoo the maps are compared throughout the training, where the
+    paper first trains the student up to the hint, and a mean stands for half the sum. The paper's
+    regressor is the caller's: pass it the student's map.
+    """
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """fm_s, fm_t: (B, C, H, W), or any one shape. Returns a scalar.
+
+        Raises ValueError where the shapes differ.
+        """
+        if fm_s.shape != fm_t.shape:
+            raise ValueError(f"Hint wants equal shapes, not {(*fm_s.shape,)} and {(*fm_t.shape,)}")
+        with torch.autocast(fm_s.device.type, enabled=False):
+            fm_s, fm_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t.detach())
+            )
+            return (fm_s - fm_t).square().mean()

@@ -1,0 +1,42 @@
+"""FSP: A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
+Learning (Yim, Joo, Bae, Kim, CVPR 2017, equations 1 and 2),
+https://openaccess.thecvf.com/content_cvpr_2017/papers/Yim_A_Gift_From_CVPR_2017_paper.pdf
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FSP(nn.Module):
+    """Mean squared difference of the flow matrices between two layers (flow of solution procedure).
+
+        G(fm1, fm2)_ij = 1 / (H W) * sum_p fm1_i(p) fm2_j(p)      (B, C_1, C_2)
+        loss = mean over B, C_1, C_2 of (G_s - G_t)^2
+
+    Where the two maps of a network differ in size the larger is average-pooled to the smaller.
+    Differs from the paper: a mean over the matrix stands for the squared Frobenius norm, average
+    pooling for max pooling, and all pairs weigh the same, as in KD-Zoo.
+    """
+
+    def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
+        """fm_s1, fm_t1 (B, C_1, *, *) and fm_s2, fm_t2 (B, C_2, *, *): maps of an earlier and a later
+        layer; sizes may differ, channels not. Returns a scalar.
+
+        Raises ValueError where batch or channels of the networks differ.
+        """
+        shapes = [(x.shape[0], x.shape[1]) for x in (fm_s1, fm_s2, fm_t1, fm_t2)]
+        if shapes[:2] != shapes[2:]:
+            raise ValueError(f"FSP wants equal batch and channels, not {shapes[:2]}, {shapes[2:]}")
+        with torch.autocast(fm_s1.device.type, enabled=False):
+            flow_t = self.flow(fm_t1.detach(), fm_t2.detach())
+            return (self.flow(fm_s1, fm_s2) - flow_t).square().mean()
+
+    def flow(self, fm1: Tensor, fm2: Tensor) -> Tensor:
+        """The flow matrix (B, C_1, C_2) between two maps of a network."""
+        fm1, fm2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm1, fm2))
+        if fm1.shape[2:] != fm2.shape[2:]:
+            size = tuple(min(a, b) for a, b in zip(fm1.shape[2:], fm2.shape[2:]))
+            fm1, fm2 = (F.adaptive_avg_pool2d(x, size) for x in (fm1, fm2))
+        fm1, fm2 = fm1.flatten(2), fm2.flatten(2)
+        return fm1 @ fm2.transpose(1, 2) / fm1.shape[2]

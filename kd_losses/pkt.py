@@ -1,0 +1,43 @@
+"""PKT: Learning Deep Representations with Probabilistic Knowledge Transfer
+(Passalis, Tefas, ECCV 2018, section 3.2, equations 3 to 6), https://arxiv.org/abs/1803.10837
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class PKTCosSim(nn.Module):
+    """Divergence between the neighbourhoods that teacher and student see in a batch.
+
+        x = feat / (||feat||_2 + eps),   P = (x x^T + 1) / 2, each row divided by its sum
+        loss = mean over the B^2 pairs of P_t * log((P_t + eps) / (P_s + eps))
+
+    eps: 1e-6 as in KD-Zoo (the CRD benchmark uses 1e-7).
+    Differs from the paper: a sample's similarity with itself is kept, and a mean over pairs stands for
+    the sum, as in KD-Zoo.
+    """
+
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        """feat_s (B, D_s), feat_t (B, D_t): vectors; the widths may differ. Returns a scalar.
+
+        Raises ValueError where the batches differ.
+        """
+        if feat_s.shape[0] != feat_t.shape[0]:
+            raise ValueError(f"PKT wants one batch, not {feat_s.shape[0]} and {feat_t.shape[0]}")
+        with torch.autocast(feat_s.device.type, enabled=False):
+            p_s, p_t = self.similarity(feat_s), self.similarity(feat_t.detach())
+            return (p_t * ((p_t + self.eps) / (p_s + self.eps)).log()).mean()
+
+    def similarity(self, feat: Tensor) -> Tensor:
+        """The (B, B) matrix of conditional probabilities; its rows sum to 1."""
+        feat = feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1)
+        # the gradient of a square root at 0 is infinite; a zero row has none
+        square = feat.square().sum(1, keepdim=True)
+        norm = torch.where(square > 0, square, 1).sqrt() * (square > 0)
+        feat = feat / (norm + self.eps)
+        p = (feat @ feat.T + 1) / 2
+        return p / p.sum(1, keepdim=True)

@@ -1,0 +1,46 @@
+"""Sobolev: Sobolev Training for Neural Networks (Czarnecki, Osindero, Jaderberg, Swirszcz, Pascanu,
+NIPS 2017, section 2), https://arxiv.org/abs/1706.04859
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Sobolev(nn.Module):
+    """Mean squared difference of the normalised gradients of the target's logit in the image.
+
+        g = d out[target] / d img,   n = g / ||g||_2            norm over each sample's pixels
+        loss = mean over B, C, H, W of (n_s - n_t)^2
+
+    Differentiating the loss needs second derivatives of the student, none of the teacher.
+    Differs from the paper: only the target's logit, no random projections, gradients normalised, as in
+    KD-Zoo, whose author calls this loss alone unstable. With batch norm in training mode a sample's
+    gradient holds the other samples' share too.
+    """
+
+    def forward(self, out_s: Tensor, out_t: Tensor, img: Tensor, target: Tensor) -> Tensor:
+        """out_s, out_t: logits (B, K), both computed from img (B, C, H, W), a leaf that requires grad;
+        target: int64 (B,). Returns a scalar.
+
+        Raises ValueError where img does not require grad or the teacher's graph is missing.
+        """
+        if not (img.requires_grad and out_s.requires_grad and out_t.requires_grad):
+            raise ValueError(
+                "Sobolev differentiates in img: let it require grad before both forwards, and do not "
+                "run the teacher under no_grad"
+            )
+        with torch.autocast(out_s.device.type, enabled=False):
+            grad_s = self.gradient(out_s, img, target, create_graph=True)
+            grad_t = self.gradient(out_t, img, target, create_graph=False)
+            return (grad_s - grad_t).square().mean()
+
+    @staticmethod
+    def gradient(out: Tensor, img: Tensor, target: Tensor, create_graph: bool) -> Tensor:
+        """The normalised gradient (B, C * H * W) of the target's logit in the image."""
+        logit = out.gather(1, target[:, None]).sum()
+        # retain_graph: another loss may differentiate the same forward
+        (grad,) = torch.autograd.grad(logit, img, create_graph=create_graph, retain_graph=True)
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(1)
+        # the gradient of a square root at 0 is infinite; a zero row stays as it is
+        square = grad.square().sum(1, keepdim=True)
+        return grad / torch.where(square > 0, square, 1).sqrt()

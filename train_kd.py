@@ -1,0 +1,517 @@
+"""Distil a teacher into a student with one of the methods of kd_losses, or several at once.
+
+    python train_kd.py --kd_mode=at --t_model=runs/base-c10/model_best.pth.tar \\
+                       --s_init=runs/base-c10-s/initial_r20.pth.tar
+    python train_kd.py --kd_mode st+at --lambda_kd 0.9,1000 --t_model ... --s_name resnet20
+
+What the checkpoints know (network, dataset, classes) need not be said again. `--kd_mode MODE --help`
+lists the flags of a method.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dataset
+import network
+import utils
+from kd_losses import FLAG_HELP, METHODS, Method, Phase
+from utils import UserError
+
+# --- flags: --kd_mode and --protocol first, then the flags of the method ---------------------------
+
+
+def parse(argv: list[str]):
+    """(flags, {mode: row}): the rows with what protocol and flags change in them."""
+    first = utils.Parser(add_help=False)
+    first.add_argument("--kd_mode")
+    first.add_argument("--protocol", choices=utils.PROTOCOLS, default="kdzoo")
+    early, _ = first.parse_known_args(argv)
+    modes = early.kd_mode.split("+") if early.kd_mode else []
+    rows = {m: utils.named(METHODS, m, "--kd_mode").under(early.protocol) for m in modes}
+    if len(rows) < len(modes):
+        raise UserError(f"--kd_mode {early.kd_mode}: a method twice")
+    if len(rows) > 1:
+        for mode, row in rows.items():
+            if len(row.phases) > 1:
+                raise UserError(
+                    f"--kd_mode {early.kd_mode}: {mode} has phases of its own, use it alone"
+                )
+
+    parser = utils.Parser(prog="train_kd.py", description=__doc__)
+    add = parser.add_argument_group("distillation").add_argument
+    add(
+        "--kd_mode",
+        required=True,
+        metavar="MODE",
+        help="one of, or several joined by +: " + ", ".join(METHODS),
+    )
+    add("--t_model", "--net1_init", metavar="FILE", help="the teacher's checkpoint")
+    add(
+        "--s_init",
+        "--net2_init",
+        metavar="FILE",
+        help="the student's first weights (default: fresh)",
+    )
+    add(
+        "--t_name",
+        "--net1_name",
+        metavar="NAME",
+        help="teacher network, where FILE does not know it",
+    )
+    add("--s_name", "--net2_name", metavar="NAME", help="student network, the same")
+    weight = utils.number(float, 0)
+    add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
+    add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy")
+    add(
+        "--stages",
+        type=utils.comma(utils.number(int)),
+        metavar="I[,I]",
+        help="stages compared: 1 the shallowest, -1 the deepest",
+    )
+    add("--reduce", choices=("mean", "sum"), help="over the stages")
+    for mode, row in rows.items():
+        group = parser.add_argument_group(f"--kd_mode {mode}")
+        for flag, default in row.flags.items():
+            if f"--{flag}" in parser._option_string_actions:
+                continue  # two methods own it: it goes to both
+            choices = default if isinstance(default, tuple) else None
+            group.add_argument(
+                f"--{flag}",
+                type=None if choices else utils.number(type(default)),
+                choices=choices,
+                metavar=None if choices else "X",
+                help=f"{FLAG_HELP[flag]} (default {choices[0] if choices else default})",
+            )
+    utils.add_common_flags(parser)
+    args = parser.parse_args(argv, owner=lambda flag: _owner(flag, rows))
+    if args.lambda_kd and len(args.lambda_kd) != len(rows):
+        raise UserError(
+            f"--lambda_kd: {len(rows)} weight(s) wanted, one for each method of --kd_mode"
+        )
+    return args, {m: _override(row, args, i, len(rows)) for i, (m, row) in enumerate(rows.items())}
+
+
+def _owner(flag: str, rows: dict) -> str | None:
+    owners = [mode for mode, row in METHODS.items() if flag.lstrip("-") in row.flags]
+    if owners:
+        return f"it belongs to --kd_mode {' or '.join(owners)}, not {'+'.join(rows)}"
+
+
+def _override(row: Method, args, i: int, count: int) -> Method:
+    flags = {k: v[0] if isinstance(v, tuple) else v for k, v in row.flags.items()}
+    given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+    changes = dict(flags={**flags, **given})
+    if args.lambda_kd:
+        changes["lambda_kd"] = args.lambda_kd[i]
+    if args.lambda_ce is not None or count > 1:
+        # several methods: each row's own balance with the cross-entropy has no meaning any more
+        changes["lambda_ce"] = 1.0 if args.lambda_ce is None else args.lambda_ce
+    for key in ("stages", "reduce"):
+        if getattr(args, key) is not None:
+            changes[key] = getattr(args, key)
+    return replace(row, **changes)
+
+
+# --- the networks and what hangs between them ------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """A network's name, its weights (None: fresh ones), and what its checkpoint knows of the data."""
+
+    name: str
+    state: dict | None
+    meta: dict
+    path: str | None
+
+    def build(self, num_class: int, seed: int) -> nn.Module:
+        utils.seed_everything(seed)
+        net = network.build(self.name, num_class)
+        net.requires_grad_(False)
+        if self.state is not None:
+            network.load_weights(net, self.state, self.path, self.name)
+        return net
+
+
+def find_weights(name: str | None, path: str | None, flag: str, file_flag: str) -> Weights:
+    """The network that `--{flag} name` and the checkpoint at `path` agree on."""
+    if path is None:
+        if name is None:
+            raise UserError(f"--{flag} or --{file_flag} is needed")
+        utils.named(network.NETWORKS, name, "network")
+        return Weights(name, None, {}, None)
+    checkpoint = utils.read_checkpoint(path)
+    state, meta = network.read_weights(checkpoint), checkpoint.get("meta", {})
+    if not meta:
+        known = network.identify(state)
+        meta = dict(network=known[0], num_class=known[1]) if known else {}
+    known = meta.get("network")
+    if name is None and known is None:
+        raise UserError(f"{path} does not say which network it is: give --{flag}")
+    if known not in (None, name or known):
+        raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
+    utils.named(network.NETWORKS, name or known, "network")
+    return Weights(name or known, state, meta, path)
+
+
+class Part(nn.Module):
+    """One mode at work: its loss, its adapter and the stages it compares.
+
+    Calling it with a comparison and the features of both networks gives the unweighted loss.
+    """
+
+    def __init__(self, mode: str, row: Method, picked: list[int], s, t, train):
+        super().__init__()
+        self.mode, self.row, self.picked = mode, row, picked
+        s, t = self._pick(s), self._pick(t)
+        self.adapter = network.Adapter(row.needs, row.compare.wants, s, t)
+        s, t = self.adapter.eval()(s, t)
+        try:
+            self.loss = row.build(s, t, train, **row.flags)
+        except ValueError as error:
+            raise UserError(f"--kd_mode {mode}: {error}") from error
+
+    def _pick(self, x):
+        stages, preacts = ([maps[i] for i in self.picked if maps] for maps in (x.stages, x.preacts))
+        return replace(x, stages=stages, preacts=preacts)
+
+    def forward(self, compare, s, t, batch) -> Tensor:
+        s, t = self.adapter(self._pick(s), self._pick(t))
+        value = compare(self.loss, s, t, batch)
+        if isinstance(value, list):
+            value = sum(value) / (len(value) if self.row.reduce == "mean" else 1)
+        return value
+
+
+@dataclass
+class Batch:
+    """img (B, 3, H, W), target (B,) and index (B,), the samples' places in the training set."""
+
+    img: Tensor
+    target: Tensor
+    index: Tensor
+
+
+class Distillation:
+    """Both networks, hooked for what the modes compare, and the modes' parts between them.
+
+    student, teacher: network.Tapped; kd: nn.ModuleList of Parts; role: the teacher's.
+    """
+
+    def __init__(self, snet: nn.Module, tnet: nn.Module, rows: dict[str, Method], train):
+        role = [row.teacher for row in rows.values()]
+        self.role = next(r for r in ("trained", "grad", "frozen") if r in role)
+        self.image_grad = "grad" in role
+        self.lambda_ce = next(iter(rows.values())).lambda_ce
+        wants = {
+            kind
+            for row in rows.values()
+            for compare in (row.compare, *(phase.kd for phase in row.phases))
+            if callable(compare)
+            for kind in compare.wants
+        }
+        stages = {mode: network.align(snet, tnet, row.stages) for mode, row in rows.items()}
+        union = sorted({i for picked in stages.values() for i in picked})
+        self.student = network.Tapped(snet, sorted(wants), union)
+        self.teacher = network.Tapped(tnet, sorted(wants), union)
+        dry = torch.zeros(2, 3, train.size, train.size)
+        with torch.no_grad():
+            snet.eval(), tnet.eval()
+            s, t = self.student(dry), self.teacher(dry)
+            self.kd = nn.ModuleList(
+                Part(mode, row, [union.index(i) for i in stages[mode]], s, t, train)
+                for mode, row in rows.items()
+            )
+        self.names = ["kd"] if len(rows) == 1 else [f"kd_{mode}" for mode in rows]
+        self.phases = next((r.phases for r in rows.values() if r.teacher == self.role), None)
+
+    def added_macs(self, train) -> int:
+        """Multiply-adds an image that the parts' own layers cost."""
+        if not network.count_parameters(self.kd):
+            return 0
+        size = train.size
+        batch = Batch(torch.zeros(2, 3, size, size), train.labels[:2], torch.arange(2))
+        with torch.no_grad():
+            s, t = self.student(batch.img), self.teacher(batch.img)
+            call = lambda: [part(part.row.compare, s, t, batch) for part in self.kd.eval()]
+            return network.count_macs(self.kd, call) // 2
+
+    def learners(self, phase: Phase) -> list[nn.Parameter]:
+        """Let exactly what `phase` trains be in training mode and require gradients; its parameters."""
+        snet, tnet = self.student.net, self.teacher.net
+        for module in (snet, tnet, self.kd):
+            module.eval().requires_grad_(False)
+        for name in phase.learns:
+            head, _, inner = name.partition(".")
+            module = dict(student=snet, backbone=snet, teacher=tnet, kd=self.kd)[head]
+            if inner:
+                module = self.kd[0].loss.get_submodule(inner)
+            module.train().requires_grad_(True)
+            if name == "backbone":
+                classifier = snet.get_submodule(snet.taps["feat"].removesuffix(":in"))
+                classifier.eval().requires_grad_(False)
+        modules = (snet, tnet, self.kd)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def to(self, device) -> None:
+        for net in (self.student.net, self.teacher.net):
+            net.to(device, memory_format=torch.channels_last)
+        self.kd.to(device)
+
+
+# --- a step ----------------------------------------------------------------------------------------
+
+
+def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine):
+    """One step: loss = lambda_ce * CE + sum_i weights[i] * KD_i, for what the phase has of them.
+
+    CE is summed over the networks that learn. Returns {name: detached 0-dim tensor}, on the device.
+    """
+    student_runs = phase.ce or "student" in phase.learns or "backbone" in phase.learns
+    t_learns = "teacher" in phase.learns
+    t_graph = nullcontext() if t_learns or job.role == "grad" else torch.no_grad()
+    if job.image_grad:
+        batch.img.requires_grad_()
+    s = t = None
+    terms, loss = {}, 0.0
+    with machine.autocast():
+        if student_runs:
+            s = job.student(batch.img)
+        if phase.kd or t_learns:
+            with t_graph:
+                t = job.teacher(batch.img)
+        if phase.kd:
+            for name, weight, part in zip(job.names, weights, job.kd):
+                compare = phase.kd if callable(phase.kd) else part.row.compare
+                terms[name] = part(compare, s, t, batch)
+                loss = loss + weight * terms[name]
+    learning = [x for x, learns in ((s, student_runs), (t, t_learns)) if learns]
+    if learning:
+        with nullcontext() if phase.ce else torch.no_grad():
+            ce = [F.cross_entropy(x.out.float(), batch.target) for x in learning]
+        if phase.ce:
+            loss = loss + job.lambda_ce * sum(ce)
+        terms = {"ce": ce[0], **terms, "train_top1": utils.top1(s.out.detach(), batch.target)}
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
+    """The rate of `epoch` (from 1) of a phase of `epochs`."""
+    if phase.lr is None:
+        return utils.step_decay(recipe.lr, epoch, recipe.milestones)
+    done, end = (epoch - 1) / epochs, 0.0
+    for share, factor in phase.lr:
+        end += share
+        if done < end - 1e-9:
+            break
+    return recipe.lr * factor
+
+
+# --- the job ---------------------------------------------------------------------------------------
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, rows = parse(argv)
+    trained = any(row.teacher == "trained" for row in rows.values())
+    if args.t_model is None and not trained:
+        raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
+    found_t = None
+    if args.t_model or args.t_name:
+        found_t = find_weights(args.t_name, args.t_model, "t_name", "t_model")
+    found_s = find_weights(args.s_name, args.s_init, "s_name", "s_init")
+    found_t = found_t or Weights(found_s.name, None, {}, None)
+    recipe = utils.resolve(args, found_s.name, found_t.meta or found_s.meta)
+    machine = utils.machine(args.cuda, args.amp)
+    note = args.note or f"{args.kd_mode}-{recipe.data_name}-{found_t.name}-{found_s.name}"
+    run = utils.Run(recipe, note, ["train_kd.py", *argv])
+    data = utils.load_data(recipe)
+    num_class = data.train.num_class
+    for found, flag in ((found_t, "t_model"), (found_s, "s_init")):
+        known = found.meta.get("num_class", num_class)
+        if known != num_class:
+            raise UserError(f"--{flag} {found.path} has {known} classes, {data.name} {num_class}")
+
+    # the seed of a second learner is another one, or two equal networks would stay equal for ever
+    tnet = found_t.build(num_class, recipe.seed + 1)
+    snet = found_s.build(num_class, recipe.seed)
+    if trained and _equal(snet, tnet):
+        raise UserError(
+            "both networks start from the same weights and would stay equal: change one"
+        )
+    job = Distillation(snet, tnet, rows, data.train)
+    rows = {
+        mode: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
+        for mode, row in rows.items()
+    }
+    protocol = utils.PROTOCOLS[recipe.protocol]
+    phases = [
+        (
+            phase,
+            utils.scaled(phase.epochs, recipe.epochs, protocol) if phase.epochs else recipe.epochs,
+        )
+        for phase in job.phases
+    ]
+    meta = dict(network=found_s.name, **utils.describe_data(recipe, data))
+    methods = {
+        mode: dict(
+            lambda_kd=row.lambda_kd,
+            lambda_ce=job.lambda_ce,
+            **_staged(row, network.align(snet, tnet, row.stages)),
+            **row.flags,
+        )
+        for mode, row in rows.items()
+    }
+    teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
+    macs = job.added_macs(data.train)
+
+    run.start(
+        machine, dict(meta=meta, methods=methods, teacher=dict(teacher, network=found_t.name))
+    )
+    job.to(machine.device)
+    data = data.to(machine.device)
+    announce(run, machine, job, data, recipe, phases, methods, found_t, found_s, macs)
+    if not trained:
+        score = utils.evaluate(tnet, data.test, machine)
+        run.log(f"teacher test_top1 {score['test_top1']:.2f}")
+    utils.seed_everything(recipe.seed)
+
+    done = len(run.history)
+    for phase, epochs in phases:
+        if done >= epochs:  # of a resumed run
+            done -= epochs
+            continue
+        parameters = job.learners(phase)
+        optimizer = utils.sgd(parameters, recipe, phase.nesterov)
+        if run.saved:
+            restore(run.saved, job, optimizer if done else None)
+            run.saved = None
+        for epoch in range(done + 1, epochs + 1):
+            train_epoch(
+                run, machine, job, data, recipe, phase, epoch, epochs, optimizer, rows, meta
+            )
+        done = 0
+    return run.finish()
+
+
+def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, rows, meta):
+    """One epoch of a phase: train, evaluate, record, save."""
+    began = time.perf_counter()
+    protocol = utils.PROTOCOLS[recipe.protocol]
+    place = epoch * protocol.epochs / epochs  # in the protocol's number of epochs
+    lr = learning_rate(phase, epoch, epochs, recipe)
+    weights = [row.lambda_kd * row.ramp(place, protocol.epochs) for row in rows.values()]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    job.learners(phase)  # evaluation has put the networks into eval mode
+    where = f"{phase.name} epoch {epoch}"
+    meter = None
+    batches = dataset.train_batches(
+        data.train, recipe.batch_size, recipe.seed, len(run.history) + 1, padding=recipe.padding
+    )
+    for step, batch in enumerate(batches, 1):
+        terms = train_step(job, phase, optimizer, Batch(*batch), weights, machine)
+        meter = meter or utils.Meter(list(terms), machine.device)
+        meter.add(list(terms.values()), len(batch[1]))
+        if step % recipe.print_freq == 0:
+            now = meter.read()
+            utils.check_finite(now, f"{where}, step {step}")
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
+            speed = meter.count / (time.perf_counter() - began)
+            run.log(f"  {where} step {step:4d}  {shown}  {speed:.0f} img/s")
+    now = meter.read()
+    utils.check_finite(now, where)
+    speed = meter.count / (time.perf_counter() - began)
+
+    row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
+    snet, tnet = job.student.net, job.teacher.net
+    state = dict(snet=snet.state_dict(), meta=meta)
+    extra = {}
+    if "student" in phase.learns or "backbone" in phase.learns:
+        row |= utils.evaluate(snet, data.test, machine)
+    if "teacher" in phase.learns:
+        peer = utils.evaluate(tnet, data.test, machine)
+        row |= {f"peer_{name}": value for name, value in peer.items()}
+        # KD-Zoo's names for two networks that learn; tensors shared with snet are stored once
+        state |= dict(net1=tnet.state_dict(), net2=state["snet"])
+        for i, score in ((1, peer), (2, row)):
+            extra |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
+    run.epoch(
+        row,
+        speed,
+        dict(weights=state, kd=job.kd.state_dict(), optimizer=optimizer.state_dict(), **extra),
+        keep_best="student" in phase.learns,
+    )
+
+
+def restore(saved: dict, job: Distillation, optimizer) -> None:
+    """Put a checkpoint's state back. `optimizer`: None where the next phase begins with a fresh one."""
+    job.student.net.load_state_dict(saved["snet"])
+    if "net1" in saved:
+        job.teacher.net.load_state_dict(saved["net1"])
+    job.kd.load_state_dict(saved["kd"])
+    if optimizer is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    utils.set_rng_state(saved["rng"])
+
+
+def announce(run, machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> None:
+    """Log the resolved recipe."""
+    log = run.log
+    log(f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes")
+    log(
+        f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
+        f"student from {found_s.path or 'fresh weights'}"
+    )
+    log(
+        f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
+        f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
+        f"{recipe.weight_decay:g}, batch {recipe.batch_size}, {recipe.padding} padding"
+    )
+    planned = utils.PROTOCOLS[recipe.protocol].epochs
+    if recipe.epochs != planned:
+        log(f"scaled from {planned} epochs to {recipe.epochs}: milestones, phases, warm-ups")
+    log("phases: " + ", ".join(f"{phase.name} {epochs} epoch(s)" for phase, epochs in phases))
+    for mode, what in methods.items():
+        log(f"{mode}: " + ", ".join(f"{key} {value}" for key, value in what.items()))
+    for part in job.kd:
+        for note in part.adapter.notes:
+            log(f"{part.mode}: adapter, {note}")
+    added = network.count_parameters(job.kd)
+    if added:
+        log(f"the method adds {added:,} parameters and {macs:,} multiply-adds an image")
+    for found in (found_t, found_s):
+        for key in ("mean", "std"):
+            if found.path and found.meta.get(key, list(getattr(data.train, key))) != list(
+                getattr(data.train, key)
+            ):
+                log(
+                    f"warning: {found.path} was trained with {key} {found.meta[key]}, these images "
+                    f"are normalised with {list(getattr(data.train, key))}"
+                )
+
+
+def _staged(row: Method, stages: tuple[int, ...]) -> dict:
+    """What a row that compares stages says of them; nothing for the others."""
+    if not {"stages", "preacts"} & set(row.compare.wants):
+        return {}
+    return dict(stages=list(stages), reduce=row.reduce)
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+if __name__ == "__main__":
+    main()
