@@ -200,8 +200,8 @@ def add_common_flags(parser: Parser) -> None:
         "--mean_std",
         type=mean_std,
         metavar="WHAT",
-        help="cifar10, cifar100, measured, or six numbers M,M,M,S,S,S (default: the protocol's "
-        "constants for CIFAR, else measured on the training images)",
+        help="normalisation: cifar10, cifar100, measured, or six numbers M,M,M,S,S,S (default: the "
+        "checkpoint's, else the protocol's for CIFAR, else measured on the training images)",
     )
     add = parser.add_argument_group("training").add_argument
     add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
@@ -269,12 +269,13 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
         raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
     if args.milestones is None:
         recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
-    constants = recipe.mean_std or recipe.data_name
-    if constants == "measured":
-        constants = None
-    elif isinstance(constants, str):
-        constants = protocol.constants.get(constants)
-    recipe.mean_std, recipe.padding = constants, protocol.padding
+    constants = args.mean_std
+    if constants is None and "mean" in knows:
+        constants = tuple(knows["mean"]), tuple(knows["std"])
+    elif constants != "measured" and not isinstance(constants, tuple):
+        constants = protocol.constants.get(constants or recipe.data_name)
+    recipe.mean_std = None if constants == "measured" else constants
+    recipe.padding = protocol.padding
     return recipe
 
 

@@ -1,0 +1,359 @@
+"""What every row of the table of methods promises: numbers, degenerate inputs, state, independence."""
+
+import ast
+import copy
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import toys
+import train_kd
+import utils
+from kd_losses import FLAG_HELP, METHODS, Phase
+
+ROOT = Path(__file__).parent.parent
+MODES = list(METHODS)
+FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
+
+
+def each(features, f):
+    """`features` with f applied to every tensor in them."""
+    stem, feat = (x if x is None else f(x) for x in (features.stem, features.feat))
+    maps = dict(stages=[f(x) for x in features.stages], preacts=[f(x) for x in features.preacts])
+    return replace(features, out=f(features.out), stem=stem, feat=feat, **maps)
+
+
+def compares(row):
+    """The row's comparison and those that its phases bring."""
+    return [row.compare, *(p.kd for p in row.phases if callable(p.kd) and p.kd is not row.compare)]
+
+
+def features(job, batch, grad=True):
+    """Features of both networks, with the graph down to the image."""
+    batch.img.requires_grad_(grad)
+    return job.student(batch.img), job.teacher(batch.img)
+
+
+def value(part, compare, s, t, batch):
+    torch.manual_seed(1)  # of what a loss draws
+    return part(compare, s, t, batch)
+
+
+def double(job):
+    for module in (job.student.net, job.teacher.net, job.kd):
+        module.double()
+    return job
+
+
+# --- 1 and 2: precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float64_stays_float64(mode):
+    job, batch = double(toys.job(mode)), toys.batch()
+    s, t = features(job, batch)
+    for compare in compares(job.kd[0].row):
+        loss = value(job.kd[0], compare, s, t, batch)
+        assert loss.dtype == torch.float64 and loss.shape == () and loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_right_under_autocast(mode, dtype):
+    """Half-precision channels_last inputs under an active autocast, against float64."""
+    job, batch = toys.job(mode), toys.batch()
+    part = job.kd[0].eval()
+    exact = copy.deepcopy(part).double()
+    for net in (job.student.net, job.teacher.net):
+        net.double()
+
+    def half(x):
+        x = x.to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    s, t = features(job, batch)
+    s, t = each(s, half), each(t, half)
+    for compare in compares(part.row):
+        s64, t64 = (each(x, torch.Tensor.double) for x in (s, t))
+        expected = value(exact, compare, s64, t64, batch).item()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = value(part, compare, s, t, batch)
+        assert loss.dtype in (torch.float32, torch.float64)
+        assert loss.item() == pytest.approx(expected, rel=1e-2, abs=1e-9)
+        # and without autocast, the inputs alone being half
+        assert value(part, compare, s, t, batch).item() == pytest.approx(
+            expected, rel=1e-2, abs=1e-9
+        )
+
+
+# --- 3: degenerate inputs --------------------------------------------------------------------------
+
+
+def _double_first(x):
+    return torch.cat([x[:1], x[:1], x[2:]])
+
+
+DEGENERATE = {
+    "zeros": (lambda x: x * 0, lambda x: x * 0),
+    "student zero": (lambda x: x * 0, lambda x: x),
+    "teacher zero": (lambda x: x, lambda x: x * 0),
+    "duplicates": (_double_first, _double_first),
+    "all the same": (lambda x: x[:1].expand_as(x), lambda x: x[:1].expand_as(x)),
+    "huge": (lambda x: x * 1e4, lambda x: x * 1e4),
+    "tiny": (lambda x: x * 1e-12, lambda x: x * 1e-12),
+}
+
+
+def finite(job, loss):
+    params = [*job.student.net.parameters(), *job.kd.parameters()]
+    params = [p for p in params if p.requires_grad]
+    grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else []
+    return loss.isfinite() and all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("mode", MODES)
+def test_degenerate_features(mode, kind):
+    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    change_s, change_t = DEGENERATE[kind]
+    for compare in compares(job.kd[0].row):
+        s, t = features(job, batch)
+        loss = value(job.kd[0], compare, each(s, change_s), each(t, change_t), batch)
+        assert finite(job, loss)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_student_equal_to_teacher(mode):
+    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    job.teacher.net.load_state_dict(job.student.net.state_dict())
+    for compare in compares(job.kd[0].row):
+        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_targets_equal_and_two_classes(mode):
+    job = toys.job(mode, toys.Toy(num_class=2), toys.Toy(num_class=2), toys.images(num_class=2))
+    batch = toys.batch(num_class=2, dtype=torch.float32)
+    batch.target.zero_()
+    for compare in compares(job.kd[0].row):
+        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_200_apart(mode):
+    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    spread = torch.tensor([200.0, 0, 0, 0, 0])
+    for compare in compares(job.kd[0].row):
+        s, t = features(job, batch)
+        s, t = replace(s, out=s.out + spread), replace(t, out=t.out - spread)
+        assert finite(job, value(job.kd[0], compare, s, t, batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_maps_of_one_pixel(mode):
+    job = toys.job(mode, toys.Toy(last=1), toys.Toy(last=1))
+    batch = toys.batch(dtype=torch.float32)
+    for compare in compares(job.kd[0].row):
+        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_of_one(mode):
+    """Finite, or one clear ValueError."""
+    job, batch = toys.job(mode), toys.batch(n=1, dtype=torch.float32)
+    for compare in compares(job.kd[0].row):
+        try:
+            loss = value(job.kd[0].train(), compare, *features(job, batch), batch)
+        except ValueError as error:
+            assert "two" in str(error) and mode in NOT_ON_ONE
+        else:
+            assert finite(job, loss) and mode not in NOT_ON_ONE
+
+
+NOT_ON_ONE = ()  # methods that compare samples with each other and are not defined on one
+
+
+# --- 4: state --------------------------------------------------------------------------------------
+
+
+def world(mode):
+    job = toys.job(mode, toys.Toy((3, 4, 6, 8)), toys.Toy((4, 4, 8, 8)))
+    recipe = Namespace(lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=1)
+    return job, recipe
+
+
+def take(job, phase, optimizer, n):
+    """Step number n."""
+    torch.manual_seed(100 + n)
+    batch = toys.batch(n=8, dtype=torch.float32)
+    batch.index += n
+    train_kd.train_step(job, phase, optimizer, batch, [1.0] * len(job.kd), FLOAT32)
+
+
+def everything(job, optimizer):
+    nets = dict(s=job.student.net, t=job.teacher.net, kd=job.kd)
+    return {
+        **{name: net.state_dict() for name, net in nets.items()},
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_save_and_load_between_two_steps(mode, tmp_path):
+    for i, phase in enumerate(METHODS[mode].phases):
+        torch.manual_seed(0)
+        job, recipe = world(mode)
+        optimizer = utils.sgd(job.learners(phase), recipe)
+        take(job, phase, optimizer, 0)
+        utils.save_checkpoint(everything(job, optimizer), tmp_path / "x")
+        take(job, phase, optimizer, 1)
+
+        torch.manual_seed(999)
+        again, recipe = world(mode)
+        saved = utils.read_checkpoint(tmp_path / "x")
+        again.student.net.load_state_dict(saved["s"])
+        again.teacher.net.load_state_dict(saved["t"])
+        again.kd.load_state_dict(saved["kd"])
+        optimizer_again = utils.sgd(again.learners(phase), recipe)
+        optimizer_again.load_state_dict(saved["optimizer"])
+        take(again, phase, optimizer_again, 1)
+        one, two = everything(job, optimizer), everything(again, optimizer_again)
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_moves_in_eval_mode(mode):
+    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    before = copy.deepcopy(job.kd.state_dict())
+    for compare in compares(job.kd[0].row):
+        value(job.kd[0].eval(), compare, *features(job, batch), batch)
+    torch.testing.assert_close(job.kd.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_learns_has_a_gradient_and_the_rest_stays(mode):
+    for phase in METHODS[mode].phases:
+        job, recipe = world(mode)
+        learning = job.learners(phase)
+        optimizer = utils.sgd(learning, recipe)
+        modules = (job.student.net, job.teacher.net, job.kd)
+        everyone = [p for module in modules for p in module.parameters()]
+        before = [p.detach().clone() for p in everyone]
+        take(job, phase, optimizer, 0)
+        chosen = {id(p) for p in learning}
+        for p, old in zip(everyone, before):
+            if id(p) in chosen:
+                assert p.grad is not None and p.grad.isfinite().all()
+            else:
+                assert p.grad is None and torch.equal(p, old)
+        assert any(not torch.equal(p, old) for p, old in zip(everyone, before))
+
+
+# --- 5: no host synchronisation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_value_is_read_back(mode):
+    """Fake tensors have no values: an .item(), a mask or a branch on data raises."""
+    job = toys.job(mode)
+    part = job.kd[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for module in (job.student.net, job.teacher.net, part):
+            for name, x in [*module.named_parameters(), *module.named_buffers()]:
+                owner, _, leaf = name.rpartition(".")
+                table = module.get_submodule(owner)
+                x = fake.from_tensor(x)
+                (table._parameters if leaf in table._parameters else table._buffers)[leaf] = x
+        batch = toys.batch(dtype=torch.float32)
+        batch = replace(
+            batch, target=torch.empty(6, dtype=torch.int64), index=torch.empty(6).long()
+        )
+        for compare in compares(part.row):
+            loss = part(compare, *features(job, batch), batch)
+            if loss.requires_grad:
+                loss.backward()
+
+
+# --- the table and its files -----------------------------------------------------------------------
+
+
+def test_one_file_a_row():
+    files = {path.stem for path in (ROOT / "kd_losses").glob("*.py")} - {"__init__"}
+    assert files == set(METHODS)
+
+
+def test_rows_are_whole():
+    for mode, row in METHODS.items():
+        assert row.needs in ("", "size", "channels+size") and row.reduce in ("mean", "sum")
+        assert row.teacher in ("frozen", "grad", "trained") and all(row.compare.wants)
+        assert set(row.flags) <= set(FLAG_HELP), mode
+        assert set(row.protocols) <= set(utils.PROTOCOLS)
+        for protocol in utils.PROTOCOLS:
+            row.under(protocol)  # its changes are fields of the row
+        assert all(isinstance(phase, Phase) for phase in row.phases)
+        assert row.phases[-1].epochs is None, "the last phase is --epochs long"
+
+
+def test_loss_files_import_torch_alone():
+    for path in (ROOT / "kd_losses").glob("[!_]*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {a.name.split(".")[0] for a in node.names} <= {"torch", "math"}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module.split(".")[0] in ("torch", "math"), path
+
+
+ALONE = {  # how a reader would call the class of a copied file
+    "st": "SoftTarget(T=4)(out(), out())",
+    "at": "AT(p=2)(fm(), fm())",
+    "fitnet": "Hint()(fm(), fm())",
+    "pkt": "PKTCosSim()(feat(), feat())",
+    "vid": "VID(4, 4, 4, init_var=5.0)(fm(), fm())",
+    "fsp": "FSP()(fm(), fm(), fm(), fm())",
+    "sobolev": "Sobolev()(net(img), net(img), img, target)",
+    "crd": "CRD(6, 6, feat_dim=8, nce_n=4, n_data=9, labels=torch.arange(9) % 3)(feat(), feat(), torch.arange(5))",
+    "dml": "DML()(out(), out())",
+}
+
+SCRIPT = """
+import runpy, sys, torch
+for name in ("numpy", "torchvision", "sklearn", "matplotlib", "tqdm"):
+    sys.modules[name] = None
+g = lambda *shape: torch.randn(*shape, requires_grad=True)
+fm, feat, out = lambda: g(5, 4, 6, 6), lambda: g(5, 6), lambda: g(5, 3)
+img, target = g(5, 3, 6, 6), torch.arange(5) % 3
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(64, 3))
+for path, call in zip(sys.argv[1::2], sys.argv[2::2]):
+    names = {**globals(), **runpy.run_path(path)}
+    for active in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=active):
+            loss = eval(call, names)
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite(), path
+        loss.backward()
+    print("ran", path)
+"""
+
+
+def test_each_file_runs_alone(tmp_path):
+    """Copied into an empty folder, with torch and nothing else, also under autocast."""
+    assert set(ALONE) == set(METHODS)
+    arguments = []
+    for mode, call in ALONE.items():
+        folder = tmp_path / mode
+        folder.mkdir()
+        (folder / f"{mode}.py").write_text((ROOT / "kd_losses" / f"{mode}.py").read_text())
+        arguments += [str(folder / f"{mode}.py"), call]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ran") == len(METHODS)
