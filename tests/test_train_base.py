@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import network
+import train_base
+import utils
+
+SMALL = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+
+
+def run(tmp_path, *argv, note="r"):
+    return train_base.main([*SMALL, "--save_root", str(tmp_path), "--note", note, *argv])
+
+
+def test_a_run_and_its_folder(tmp_path, capsys):
+    result = run(tmp_path, "--epochs", "2", "--print_freq", "4")
+    out = capsys.readouterr().out
+    assert "epoch 1 step    4" in out and "chosen on the test set" in out
+    folder = Path(result["dir"])
+    assert {p.name for p in folder.iterdir()} == {
+        "args.json",
+        "log.txt",
+        "metrics.csv",
+        "timing.csv",
+        "curves.png",
+        "checkpoint.pth.tar",
+        "model_best.pth.tar",
+        "initial_r8.pth.tar",
+    }
+    assert out.strip() == (folder / "log.txt").read_text().strip()
+    args = json.loads((folder / "args.json").read_text())
+    assert args["recipe"]["lr"] == 0.1 and args["command"].startswith("train_base.py --net_name")
+    rows = utils.read_metrics(folder)
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["ce"] > rows[1]["ce"]
+
+    initial, last = (
+        utils.read_checkpoint(folder / f"{name}.pth.tar") for name in ("initial_r8", "checkpoint")
+    )
+    assert {"net", "epoch", "prec@1", "prec@5", "meta"} <= set(initial) & set(last)
+    torch.manual_seed(2)
+    fresh = network.build("resnet8", 10).state_dict()
+    torch.testing.assert_close(initial["net"], dict(fresh), rtol=0, atol=0)
+    # what the checkpoint holds is what was evaluated
+    net = network.build("resnet8", 10)
+    net.load_state_dict(last["net"])
+    machine = utils.machine(0, "auto")
+    net.to(memory_format=torch.channels_last)
+    images = utils.load_data(utils.resolve(train_base.parse(SMALL), "resnet8", {})).test
+    score = utils.evaluate(net, images, machine)["test_top1"]
+    assert score == pytest.approx(last["prec@1"]) == pytest.approx(result["last"])
+
+
+def test_resumed_is_the_same_run(tmp_path, monkeypatch):
+    """Stopped after an epoch and gone on with: byte for byte the same metrics and weights."""
+    whole = run(tmp_path, "--epochs", "3", note="whole")
+    saved = utils.Run.epoch
+
+    def stop(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.Run, "epoch", stop)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--epochs", "3", note="parts")
+    assert end.value.code == 130
+    monkeypatch.setattr(utils.Run, "epoch", saved)
+    parts = run(tmp_path, "--epochs", "3", "--resume", note="parts")
+    one, two = (Path(result["dir"]) for result in (whole, parts))
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+    nets = [utils.read_checkpoint(p / "checkpoint.pth.tar")["net"] for p in (one, two)]
+    torch.testing.assert_close(*nets, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--net_name", "resnet9"], "no network 'resnet9': did you mean"),
+        (["--data_name", "digit"], "no dataset 'digit': did you mean digits?"),
+        (
+            ["--num_class", "7"],
+            "7 classes are wanted (--num_class or the checkpoint), digits has 10",
+        ),
+        (["--epochs", "-1"], "at least 1"),
+        (["--lamda", "1"], "unknown flag --lamda"),
+        (["--net", "resnet8"], "unknown flag --net"),
+        (["--cuda", "2"], "at most 1"),
+        (["--resume"], "there is no run in"),
+        (["--save_root", __file__], "is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        train_base.main([*SMALL, "--save_root", str(tmp_path), *argv])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_never_written_over(tmp_path, capsys):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--epochs", "1")
+    assert "holds another run" in capsys.readouterr().err
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]

@@ -1,0 +1,410 @@
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import network
+import toys
+import train_base
+import train_kd
+import utils
+from kd_losses import METHODS, Phase
+
+ROOT = Path(__file__).parent.parent
+DATA = ["--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+FEW = ["--epochs", "1", "--batch_size", "256"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained teacher and a student's initial weights."""
+    folder = tmp_path_factory.mktemp("base")
+    for name, epochs in (("resnet14", "1"), ("resnet8", "1")):
+        argv = ["--net_name", name, "--epochs", epochs, "--save_root", str(folder), "--note", name]
+        train_base.main([*DATA, *argv])
+    return folder
+
+
+@pytest.fixture
+def distil(base, tmp_path):
+    def run(mode, *argv, note="r"):
+        files = ["--t_model", base / "resnet14" / "model_best.pth.tar"]
+        files += ["--s_init", base / "resnet8" / "initial_r8.pth.tar"]
+        where = ["--save_root", tmp_path, "--note", note, "--kd_mode", mode, "--cuda", "0"]
+        small = [x for m in mode.split("+") if m in METHODS for x in toys._small(m)]
+        return train_kd.main([str(x) for x in [*files, *where, *small, *argv]])
+
+    return run
+
+
+def weights(path, key="snet"):
+    checkpoint = utils.read_checkpoint(path)
+    return checkpoint[key] if key in checkpoint else checkpoint["net"]
+
+
+def same(one, two):
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+# --- every mode trains -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_one_epoch(mode, base, distil, monkeypatch):
+    """Finite, the student changed, the teacher not (unless it learns), a gradient everywhere."""
+    step, seen = train_kd.train_step, {}
+
+    def watched(job, phase, *args):
+        terms = step(job, phase, *args)
+        modules = (job.student.net, job.teacher.net, job.kd)
+        learning = [p for m in modules for p in m.parameters() if p.requires_grad]
+        assert learning and all(p.grad is not None and p.grad.isfinite().all() for p in learning)
+        for p in learning:
+            seen[id(p)] = seen.get(id(p), False) or bool((p.grad != 0).any())
+        return terms
+
+    monkeypatch.setattr(train_kd, "train_step", watched)
+    folder = Path(distil(mode, *FEW)["dir"])
+    assert seen and all(seen.values()), "a learnable parameter never had a gradient"
+
+    before = weights(base / "resnet8" / "initial_r8.pth.tar")
+    after = weights(folder / "checkpoint.pth.tar")
+    assert not same(before, after)
+    trained = METHODS[mode].teacher == "trained"
+    saved = utils.read_checkpoint(folder / "checkpoint.pth.tar")
+    assert ("net1" in saved) == trained
+    if trained:
+        assert not same(weights(base / "resnet14" / "model_best.pth.tar"), saved["net1"])
+        assert {"prec1@1", "prec2@5"} <= set(saved)
+
+    rows = utils.read_metrics(folder)
+    assert [row["phase"] for row in rows] == [phase.name for phase in METHODS[mode].phases]
+    assert all(0 < row["kd"] < 1e6 for row, p in zip(rows, METHODS[mode].phases) if p.kd)
+    assert ("peer_test_top1" in rows[-1]) == trained
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_the_frozen_teacher_is_bit_for_bit_the_same(mode):
+    job = toys.job(mode)
+    before = {k: v.clone() for k, v in job.teacher.net.state_dict().items()}
+    for phase in METHODS[mode].phases:
+        args = utils.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+        optimizer = utils.sgd(job.learners(phase), args)
+        for _ in range(2):
+            batch = toys.batch(dtype=torch.float32)
+            train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
+    assert same(before, job.teacher.net.state_dict()) == (METHODS[mode].teacher != "trained")
+
+
+def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
+    """The design's command as it stands: the checkpoints know network, dataset and size."""
+    command = [sys.executable, ROOT / "train_kd.py", "--kd_mode=at", "--cuda", "0", *FEW]
+    command += [f"--t_model={base / 'resnet14' / 'model_best.pth.tar'}"]
+    command += [f"--s_init={base / 'resnet8' / 'initial_r8.pth.tar'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "at-digits-resnet14-resnet8"
+    assert len(utils.read_metrics(folder)) == 1
+    args = json.loads((folder / "args.json").read_text())
+    assert args["methods"]["at"] == dict(
+        lambda_kd=1000.0, lambda_ce=1.0, stages=[-3, -2, -1], reduce="mean", p=2.0
+    )
+    assert args["teacher"]["sha256"] == utils.sha256(base / "resnet14" / "model_best.pth.tar")
+
+
+SLOWLY = [pytest.param(mode, marks=pytest.mark.slow) for mode in METHODS]
+
+
+@pytest.mark.parametrize("mode", ["at", "crd", *SLOWLY])
+def test_the_same_seed_gives_the_same_bytes(distil, mode):
+    one, two = (Path(distil(mode, *FEW, note=note)["dir"]) for note in "ab")
+    other = Path(distil(mode, *FEW, "--seed", "3", note="c")["dir"])
+    metrics = [(folder / "metrics.csv").read_bytes() for folder in (one, two, other)]
+    assert metrics[0] == metrics[1] != metrics[2]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("mode", ["crd", "fsp", "dml", "vid", *SLOWLY])
+def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):
+    """Stopped in any phase, or between two, and gone on with: the same bytes, the same weights."""
+    flags = ["--epochs", "3", "--batch_size", "512"]
+    whole = Path(distil(mode, *flags, note="whole")["dir"])
+    saved = utils.Run.epoch
+
+    def stop(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        if len(self.history) == rows:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.Run, "epoch", stop)
+    with pytest.raises(SystemExit):
+        distil(mode, *flags, note="parts")
+    monkeypatch.setattr(utils.Run, "epoch", saved)
+    parts = Path(distil(mode, *flags, "--resume", note="parts")["dir"])
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    one, two = (utils.read_checkpoint(p / "checkpoint.pth.tar") for p in (whole, parts))
+    for key in {"snet", "net1", "kd", "optimizer", "rng"} & set(one):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0, equal_nan=True)
+
+
+# --- networks that do not match --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_a_wider_teacher(mode):
+    """Adapters, built from the shapes that a dry pass shows, supply what a row needs."""
+    job = toys.job(mode, toys.Toy((3, 5, 7, 9), last=1), toys.Toy())
+    phase = job.phases[0]
+    recipe = utils.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+    optimizer = utils.sgd(job.learners(phase), recipe)
+    batch = toys.batch(dtype=torch.float32)
+    terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
+    assert all(value.isfinite() for value in terms.values())
+    notes = job.kd[0].adapter.notes
+    assert any("projection" in note for note in notes) == ("channels" in METHODS[mode].needs)
+
+
+def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
+    result = train_base.main(
+        [*DATA, "--net_name", "resnet8x4", "--epochs", "1", "--save_root", str(tmp_path)]
+    )
+    capsys.readouterr()
+    files = ["--t_model", f"{result['dir']}/model_best.pth.tar", "--s_name", "resnet8"]
+    done = train_kd.main(["--kd_mode", "fitnet", *files, *FEW, "--save_root", str(tmp_path)])
+    out = capsys.readouterr().out
+    # 64 x 256 weights and batch norm's 2 x 256, on a 3-pixel map
+    assert "the method adds 16,896 parameters and 147,456 multiply-adds" in out
+    assert "adapter, stages0 64x3x3 -> 256x3x3: learnable projection" in out
+    saved = utils.read_checkpoint(Path(done["dir"]) / "checkpoint.pth.tar")
+    assert any("adapter" in key for key in saved["kd"])
+    assert set(saved["snet"]) == set(network.build("resnet8", 10).state_dict())
+
+
+# --- phases, weights, composition ------------------------------------------------------------------
+
+
+def test_phases_scale_with_epochs(distil):
+    rows = utils.read_metrics(distil("fsp", "--epochs", "8", "--batch_size", "1297")["dir"])
+    assert [row["phase"] for row in rows] == ["init"] * 2 + ["train"] * 8
+    assert "kd" in rows[0] and "kd" not in rows[2]
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [0.01] * 2 + [0.1] * 4 + [0.01] * 2 + [0.001] * 2
+    )
+
+
+def test_the_first_phase_s_rates():
+    phase = METHODS["fsp"].phases[0]
+    recipe = utils.resolve(train_kd.parse(["--kd_mode", "fsp", *DATA])[0], "x", {})
+    rates = [train_kd.learning_rate(phase, epoch, 50, recipe) for epoch in range(1, 51)]
+    assert rates == pytest.approx([0.01] * 30 + [0.001] * 10 + [0.0001] * 10)
+
+
+def test_the_loss_is_the_weighted_sum():
+    """One step against the sum written out, for a composed mode."""
+    job = toys.job("st+at", argv=["--lambda_kd", "0.9,1000", "--lambda_ce", "0.3"])
+    recipe = utils.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    batch = toys.batch(dtype=torch.float32)
+    optimizer = utils.sgd(job.learners(Phase()), recipe)
+    terms = train_kd.train_step(
+        job, Phase(), optimizer, batch, [0.9, 1000.0], utils.machine(0, "off")
+    )
+    from kd_losses.at import AT
+    from kd_losses.st import SoftTarget
+
+    s, t = job.student(batch.img), job.teacher(batch.img)
+    ce = torch.nn.functional.cross_entropy(s.out, batch.target)
+    at = sum(AT()(a, b) for a, b in zip(s.stages, t.stages)) / 3
+    loss = 0.3 * ce + 0.9 * SoftTarget()(s.out, t.out) + 1000 * at
+    for p, grad in zip(
+        job.student.net.parameters(), torch.autograd.grad(loss, [*job.student.net.parameters()])
+    ):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
+    assert list(terms) == ["ce", "kd_st", "kd_at", "train_top1"]
+
+
+def test_composed_modes_train(distil):
+    rows = utils.read_metrics(distil("st+at+crd", *FEW, "--lambda_kd", "0.9,10,0.1")["dir"])
+    assert {"kd_st", "kd_at", "kd_crd"} <= set(rows[0])
+
+
+def test_protocol_changes_the_row():
+    _, rows = train_kd.parse(["--kd_mode", "st", "--protocol", "crd"])
+    assert (rows["st"].lambda_ce, rows["st"].lambda_kd) == (0.1, 0.9)
+    _, rows = train_kd.parse(["--kd_mode", "at", "--protocol", "crd"])
+    assert rows["at"].reduce == "sum"
+    _, rows = train_kd.parse(["--kd_mode", "crd", "--protocol", "crd"])
+    assert rows["crd"].flags["nce_t"] == 0.07 and rows["crd"].flags["nce_n"] == 16384
+    _, rows = train_kd.parse(["--kd_mode", "crd", "--protocol", "crd", "--nce_t", "0.2"])
+    assert rows["crd"].flags["nce_t"] == 0.2
+
+
+def test_stages_and_reduce():
+    batch = toys.batch(dtype=torch.float32)
+    one, two = (toys.job("at", argv=["--stages", s, "--reduce", "sum"]) for s in ("1,3", "2"))
+    whole = toys.job("at", argv=["--reduce", "sum"])
+    values = []
+    for job in (one, two, whole):
+        job.student.net.load_state_dict(whole.student.net.state_dict())
+        job.teacher.net.load_state_dict(whole.teacher.net.state_dict())
+        part = job.kd[0]
+        values.append(part(part.row.compare, job.student(batch.img), job.teacher(batch.img), batch))
+    torch.testing.assert_close(values[0] + values[1], values[2])
+
+
+def test_weight_by_number_of_classes():
+    weight = METHODS["crd"].lambda_kd
+    assert (weight(10), weight(100)) == (0.2, 0.8)
+
+
+def test_equal_learners_are_refused(base, tmp_path, capsys):
+    same_file = str(base / "resnet8" / "initial_r8.pth.tar")
+    with pytest.raises(SystemExit):
+        train_kd.main(["--kd_mode", "dml", "--t_model", same_file, "--s_init", same_file])
+    assert "stay equal" in capsys.readouterr().err
+
+
+def test_two_fresh_learners_differ(tmp_path):
+    argv = ["--kd_mode", "dml", "--net1_name", "resnet8", "--net2_name", "resnet8", *DATA, *FEW]
+    folder = Path(train_kd.main([*argv, "--save_root", str(tmp_path)])["dir"])
+    saved = utils.read_checkpoint(folder / "checkpoint.pth.tar")
+    assert not same(saved["net1"], saved["net2"])
+
+
+# --- the table, the help and the README ------------------------------------------------------------
+
+
+def test_no_mode_name_in_the_loop():
+    """train_kd.py knows no method: none of its strings, docstrings apart, is a mode's name."""
+    tree = ast.parse((ROOT / "train_kd.py").read_text())
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and isinstance(node.body[0], ast.Expr)
+    }
+    strings = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+    found = {n.value for n in strings if id(n) not in docs} & set(METHODS)
+    assert not found and len(strings) > 100
+
+
+def test_help_and_readme_list_the_rows(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    listed = text.split("joined by +: ")[1].split(" --")[0].split(", ")
+    assert listed == list(METHODS)
+    readme = (ROOT / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("| `") and "kd_losses/" in line]
+    assert [line.split("`")[1] for line in rows] == list(METHODS)
+    for line, (mode, row) in zip(rows, METHODS.items()):
+        assert f"kd_losses/{mode}.py" in line
+        for flag in row.flags:
+            assert f"`--{flag}`" in line
+
+
+def test_help_of_a_mode_shows_its_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_kd.main(["--kd_mode", "at", "--help"])
+    out = capsys.readouterr().out
+    assert "--p X" in out and "(default 2.0)" in out and "--nce_n" not in out
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+T, S = "--t_model={t}", "--s_init={s}"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--kd_mode", "at", T, S, "--lamda_kd", "1"],
+            "unknown flag --lamda_kd: did you mean --lambda_kd?",
+        ),
+        (["--kd_mode", "at", T, S, "--lambda", "1"], "unknown flag --lambda"),
+        (["--kd_mod", "at", T, S], "--kd_mode"),
+        ([T, S], "--kd_mode"),
+        (["--kd_mode", "fitnets", T, S], "no --kd_mode 'fitnets': did you mean fitnet?"),
+        (["--kd_mode", "qqq", T, S], "there are st, at"),
+        (["--kd_mode", "st", T, S, "--p", "2"], "--p: it belongs to --kd_mode at, not st"),
+        (["--kd_mode", "at", T, S, "--p", "0"], "--kd_mode at: the exponent p must be at least 1"),
+        (["--kd_mode", "at", T, S, "--p", "two"], "a number"),
+        (["--kd_mode", "crd", T, S, "--mode", "loose"], "exact"),
+        (["--kd_mode", "vid", T, S, "--init_var", "0"], "--kd_mode vid: init_var must be above"),
+        (["--kd_mode", "at+at", T, S], "a method twice"),
+        (["--kd_mode", "st+fsp", T, S], "fsp has phases of its own"),
+        (["--kd_mode", "st+at", T, S, "--lambda_kd", "1"], "2 weight(s) wanted"),
+        (["--kd_mode", "at", T, S, "--stages", "4"], "no stage 4"),
+        (["--kd_mode", "at", T, S, "--protocol", "mine"], "kdzoo"),
+        (["--kd_mode", "at", S], "--t_model is needed"),
+        (["--kd_mode", "at", T], "--s_name or --s_init is needed"),
+        (["--kd_mode", "at", T, "--s_name", "resnet9"], "no network 'resnet9'"),
+        (["--kd_mode", "at", "--t_model", "{tmp}/no.pth", S], "no such checkpoint"),
+        (["--kd_mode", "at", "--t_model", "{tmp}", S], "is a folder"),
+        (["--kd_mode", "at", "--t_model", "{other}", S], "does not say which network it is"),
+        (["--kd_mode", "at", T, S, "--t_name", "resnet20"], "--t_name resnet20 contradicts"),
+        (["--kd_mode", "at", T, S, "--s_name", "resnet20"], "--s_name resnet20 contradicts"),
+        (
+            ["--kd_mode", "at", "--t_model", "{other}", "--t_name", "resnet8", *DATA, S],
+            "is not a resnet8",
+        ),
+        (["--kd_mode", "at", T, S, "--num_class", "100"], "--num_class 100 contradicts"),
+        (["--kd_mode", "at", T, "--s_init", "{hundred}"], "{hundred} has 100 classes, digits 10"),
+        (["--kd_mode", "at", T, S, "--data_name", "cifar10"], "--data_name cifar10 contradicts"),
+        (
+            [
+                "--kd_mode",
+                "dml",
+                "--s_name",
+                "resnet8",
+                "--data_name",
+                "imagefolder",
+                "--img_root",
+                "{empty}",
+            ],
+            "dog: no images",
+        ),
+        (["--kd_mode", "at", T, S, "--note", "taken"], "holds another run"),
+        (["--kd_mode", "at", T, S, "--resume"], "there is no run"),
+        (["--kd_mode", "at", T, S, "--batch_size", "1"], "at least 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(base, tmp_path, capsys, argv, message):
+    names = dict(
+        t=base / "resnet14" / "model_best.pth.tar", s=base / "resnet8" / "initial_r8.pth.tar"
+    )
+    names |= dict(
+        tmp=tmp_path,
+        other=tmp_path / "other.pth",
+        hundred=tmp_path / "100.pth",
+        empty=tmp_path / "empty",
+    )
+    utils.save_checkpoint({"net": {"weight": torch.zeros(3)}}, names["other"])
+    utils.save_checkpoint({"net": network.build("resnet8", 100).state_dict()}, names["hundred"])
+    for split in ("train", "test"):
+        (names["empty"] / split / "dog").mkdir(parents=True)
+    runs = tmp_path / "runs"
+    (runs / "taken").mkdir(parents=True)
+    (runs / "taken" / "log.txt").write_text("mine")
+    filled = [str(x).format(**names) for x in argv]
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main(["--save_root", str(runs), "--cuda", "0", *filled])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message.format(**names) in err and err.count("\n") == 1, err
+    assert [str(p.relative_to(runs)) for p in runs.rglob("*")] == ["taken", "taken/log.txt"]
+    assert (runs / "taken" / "log.txt").read_text() == "mine"
+
+
+def test_a_diverging_run_stops_with_the_term(distil, capsys):
+    with pytest.raises(SystemExit) as stop:
+        distil("fitnet", *FEW, "--lr", "1e30", "--print_freq", "1")
+    assert stop.value.code == 2
+    assert "is not finite" in capsys.readouterr().err

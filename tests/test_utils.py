@@ -1,0 +1,273 @@
+import os
+import pickle
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import toys
+import utils
+from utils import UserError
+
+CPU = utils.Machine(torch.device("cpu"), bf16=False)
+
+
+# --- flags and recipes -----------------------------------------------------------------------------
+
+
+def flags(*argv):
+    parser = utils.Parser()
+    utils.add_common_flags(parser)
+    return parser.parse_args(list(argv))
+
+
+def test_protocols_fill_what_is_not_given():
+    recipe = utils.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "resnet20", {})
+    assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.nesterov) == (0.05, 240, 64, 0)
+    assert recipe.milestones == (150, 180, 210) and recipe.padding == "zero"
+    assert recipe.mean_std == utils.CRD_CIFAR100
+    light = utils.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "ShuffleV1", {})
+    assert light.lr == 0.01
+    own = utils.resolve(flags("--data_name", "cifar10", "--lr", "0.3", "--epochs", "20"), "x", {})
+    assert (own.lr, own.milestones, own.weight_decay) == (0.3, (10, 15), 1e-4)
+
+
+def test_the_checkpoint_s_word_on_the_data():
+    knows = dict(data_name="digits", num_class=10, img_root="a", mean=[0.1] * 3, std=[0.2] * 3)
+    recipe = utils.resolve(flags(), "x", knows)
+    assert (recipe.data_name, recipe.num_class, recipe.img_root) == ("digits", 10, "a")
+    assert recipe.mean_std == ((0.1,) * 3, (0.2,) * 3)
+    assert utils.resolve(flags("--mean_std", "measured"), "x", knows).mean_std is None
+    assert utils.resolve(flags("--mean_std", "cifar10"), "x", knows).mean_std == utils.CIFAR10
+    with pytest.raises(UserError, match="--data_name cifar10 contradicts"):
+        utils.resolve(flags("--data_name", "cifar10"), "x", knows)
+
+
+def test_flags_stay_as_they_were_given():
+    args = flags("--data_name", "digits")
+    before = dict(vars(args))
+    utils.resolve(args, "x", {})
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--epochs", "0"], "--epochs: a whole number of at least 1 is wanted, not '0'"),
+        (["--epochs", "1.5"], "'1.5'"),
+        (["--lr", "nan"], "--lr: a number above 0 is wanted, not 'nan'"),
+        (["--lr", "0"], "above 0"),
+        (["--batch_size", "1"], "at least 2"),
+        (["--momentum", "2"], "at most 1"),
+        (["--mean_std", "1,2,3"], "six numbers"),
+        (["--mean_std", "0,0,0,1,1,0"], "above 0"),
+        (["--protocol", "mine"], "kdzoo"),
+        (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs?"),
+        (["--zzz"], "unknown flag --zzz: see --help"),
+        (["stray"], "unknown flag stray"),
+    ],
+)
+def test_wrong_flags(argv, message):
+    with pytest.raises(UserError) as error:
+        flags(*argv)
+    assert message in str(error.value)
+
+
+def test_an_error_is_one_line_and_exit_code_2(capsys):
+    @utils.command
+    def main(argv=None):
+        raise UserError("first\nsecond")
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_other_errors_keep_their_traceback():
+    @utils.command
+    def main(argv=None):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError):
+        main([])
+
+
+def test_step_decay():
+    rates = [utils.step_decay(1.0, epoch, (2, 4)) for epoch in range(1, 7)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_scaled():
+    protocol = utils.PROTOCOLS["kdzoo"]
+    assert [utils.scaled(50, n, protocol) for n in (200, 20, 4, 1)] == [50, 5, 1, 1]
+
+
+def test_cuda_is_never_replaced_silently(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.machine(None, "off").device.type == utils.machine(0, "off").device.type == "cpu"
+    with pytest.raises(UserError, match="--cuda 1"):
+        utils.machine(1, "off")
+
+
+# --- meters and evaluation -------------------------------------------------------------------------
+
+
+def test_meter_weighs_by_samples():
+    meter = utils.Meter(["a", "b"], torch.device("cpu"))
+    meter.add([torch.tensor(1.0), torch.tensor(0.0)], 3)
+    meter.add([torch.tensor(5.0), torch.tensor(1.0)], 1)
+    assert meter.read() == {"a": 2.0, "b": 0.25}
+
+
+def test_evaluate_against_a_loop():
+    net, images = toys.Toy(num_class=7), toys.images(n=23, num_class=7)
+    found = utils.evaluate(net.train(), images, CPU, batch_size=5)
+    assert not net.training
+    loss = one = five = 0
+    for i in range(23):
+        x = images.pixels[i : i + 1].permute(0, 3, 1, 2) / 255
+        out = net((x - 0.5) / 0.25).detach()[0]
+        label = images.labels[i].item()
+        loss += F.cross_entropy(out[None], images.labels[i : i + 1]).item() / 23
+        rank = sorted(range(7), key=lambda k: -out[k].item()).index(label)
+        one, five = one + (rank == 0), five + (rank < 5)
+    assert found["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["test_top1"] == pytest.approx(100 * one / 23)
+    assert found["test_top5"] == pytest.approx(100 * five / 23)
+
+
+def test_top5_with_few_classes():
+    images = toys.images(n=6, num_class=3)
+    assert utils.evaluate(toys.Toy(num_class=3), images, CPU)["test_top5"] == 100.0
+
+
+def test_check_finite_names_the_term():
+    utils.check_finite(dict(ce=1.0), "here")
+    with pytest.raises(UserError, match="epoch 3: kd is not finite"):
+        utils.check_finite(dict(ce=1.0, kd=float("nan")), "epoch 3")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth.tar"
+    utils.save_checkpoint({"a": torch.ones(3)}, path)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        utils.save_checkpoint({"a": torch.zeros(3)}, path)
+    assert torch.equal(utils.read_checkpoint(path)["a"], torch.ones(3))
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def bad_checkpoint(path, kind):
+    if kind == "missing":
+        return path
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        utils.save_checkpoint({"a": torch.ones(1000)}, path)
+        path.write_bytes(path.read_bytes()[:500])
+    elif kind == "code":
+        torch.save({"net": Evil()}, path)
+    elif kind == "old code":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "list":
+        torch.save([1, 2], path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "folder", "empty", "text", "truncated", "code", "old code", "list"]
+)
+def test_bad_checkpoints(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = bad_checkpoint(tmp_path / "x.pth", kind)
+    with pytest.raises(UserError, match="x.pth") as error:
+        utils.read_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert not os.path.exists("pwned"), "a checkpoint must not run code"
+
+
+def test_generators_go_on_where_they_were():
+    state = utils.rng_state()
+    first = torch.randn(3)
+    utils.set_rng_state(state)
+    assert torch.equal(first, torch.randn(3))
+
+
+# --- the run directory -----------------------------------------------------------------------------
+
+
+def recipe(tmp_path, **kwargs):
+    return Namespace(save_root=str(tmp_path), resume=False, print_freq=1, lr=0.1, **kwargs)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypatch):
+    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run.start(CPU, {})
+    row = dict(epoch=1, test_top1=10.0, test_top5=50.0)
+    run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.ones(2)})))
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*--resume"):
+        run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.zeros(2)})))
+    saved = utils.read_checkpoint(tmp_path / "r" / "checkpoint.pth.tar")
+    assert saved["epoch"] == 1 and saved["net"]["a"].tolist() == [1, 1]
+
+
+def test_best_is_kept_beside_last(tmp_path):
+    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run.start(CPU, {})
+    for i, score in enumerate((30.0, 50.0, 40.0)):
+        row = dict(epoch=i + 1, ce=1.0, test_top1=score, test_top5=90.0)
+        run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.tensor(float(i))})))
+    result = run.finish()
+    assert (result["last"], result["best"]) == (40.0, 50.0)
+    best, last = (
+        utils.read_checkpoint(tmp_path / "r" / f"{name}.pth.tar")
+        for name in ("model_best", "checkpoint")
+    )
+    assert (best["prec@1"], best["net"]["a"], last["prec@1"], last["net"]["a"]) == (50, 1, 40, 2)
+    assert (tmp_path / "r" / "curves.png").stat().st_size > 5000
+    assert [r["test_top1"] for r in utils.read_metrics(tmp_path / "r")] == [30, 50, 40]
+
+
+def test_resume_refuses_other_flags(tmp_path):
+    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run.start(CPU, {})
+    run.epoch(
+        dict(epoch=1, test_top1=1.0, test_top5=2.0),
+        1.0,
+        dict(weights=dict(net={"a": torch.ones(1)})),
+    )
+    again = recipe(tmp_path)
+    again.resume, again.print_freq = True, 7
+    assert utils.Run(again, "r", ["x"]).saved["epoch"] == 1
+    again.lr = 0.2
+    with pytest.raises(UserError, match="--lr is 0.2, the run was started with 0.1"):
+        utils.Run(again, "r", ["x"])
+
+
+def test_tensors_move_to_the_cpu_wherever_they_are():
+    state = dict(a=[torch.ones(1, requires_grad=True)], b=(1, "x"), c=nn.Linear(1, 1).state_dict())
+    moved = utils.to_cpu(state)
+    assert not moved["a"][0].requires_grad and moved["b"] == (1, "x") and len(moved["c"]) == 2
