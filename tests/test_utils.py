@@ -195,6 +195,7 @@ def bad_checkpoint(path, kind):
 @pytest.mark.parametrize(
     "kind", ["missing", "folder", "empty", "text", "truncated", "code", "old code", "list"]
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bad_checkpoints(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     path = bad_checkpoint(tmp_path / "x.pth", kind)
