@@ -9,7 +9,8 @@ so that public teachers load as they are; KD-Zoo's checkpoints are recognised an
 
 A *tap* says where a feature is: the dotted path of a module for its output, `path:in` for its input.
 Every network carries `net.taps`: `stem` (one path), `stages` and `preacts` (one path per stage, after
-and before the stage's last ReLU) and `feat` (the input of the classifier).
+and before the stage's last ReLU), `feat` (the input of the classifier) and, where there are any,
+`norms` (the last batch norm before each of `preacts`).
 """
 
 import re
@@ -72,6 +73,7 @@ class CifarResNet(nn.Module):
             stages=[f"layer{i}" for i in (1, 2, 3)],
             preacts=[f"layer{i}.{blocks - 1}.relu2:in" for i in (1, 2, 3)],
             feat="fc:in",
+            norms=[f"layer{i}.{blocks - 1}.bn2" for i in (1, 2, 3)],
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -175,7 +177,8 @@ class Features:
     """What one call of a tapped network gives; what was not asked for is None or empty.
 
     stem (B, C, H, W) | stages, preacts: lists of (B, C, H, W), shallow to deep | feat (B, D) |
-    out: logits (B, K) | net: the bare network, for a method that calls it again.
+    out: logits (B, K) | net: the bare network, for a method that calls it again | numbers: which
+    stages the lists hold, counted from the deepest (-1).
     """
 
     out: Tensor
@@ -184,6 +187,7 @@ class Features:
     stages: list[Tensor] = field(default_factory=list)
     preacts: list[Tensor] = field(default_factory=list)
     feat: Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
 
 class Tapped:
@@ -199,15 +203,12 @@ class Tapped:
             raise UserError(f"{type(net).__name__} does not say where its feature maps are (taps)")
         self.net = net
         self._caught = None
-        pick = (
-            (lambda paths: list(paths))
-            if stages is None
-            else (lambda paths: [paths[i] for i in stages])
-        )
+        count = len(net.taps["stages"])
+        self.numbers = tuple(range(-count, 0)) if stages is None else tuple(stages)
         self._paths = {
-            kind: pick(net.taps[kind]) if isinstance(net.taps[kind], list) else net.taps[kind]
-            for kind in want
-            if kind != "out"
+            kind: [paths[i] for i in self.numbers] if isinstance(paths, list) else paths
+            for kind, paths in net.taps.items()
+            if kind in want
         }
         for kind in self._paths.values():
             for path in [kind] if isinstance(kind, str) else kind:
@@ -232,7 +233,7 @@ class Tapped:
             kind: caught[path] if isinstance(path, str) else [caught[p] for p in path]
             for kind, path in self._paths.items()
         }
-        return Features(out, self.net, **maps)
+        return Features(out, self.net, numbers=self.numbers, **maps)
 
 
 def align(s_net: nn.Module, t_net: nn.Module, stages: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -259,8 +260,9 @@ class Adapter(nn.Module):
 
     `needs`: '' nothing; 'size': the larger map of a pair is average-pooled to the smaller;
     'channels+size': also a learnable 1x1 convolution without bias + batch norm on the student's map
-    (a linear layer for a vector) where the widths differ. `s`, `t`: features of a dry pass, for their
-    shapes. `forward(s, t)` returns both, adapted.
+    (a linear layer for a vector) where the widths differ; 'regressor', 'regressor+relu': always the
+    CRD benchmark's convolution of the student's map (see `Regressor`). `s`, `t`: features of a dry
+    pass, for their shapes. `forward(s, t)` returns both, adapted.
     """
 
     def __init__(self, needs: str, want: tuple[str, ...], s: Features, t: Features):
@@ -271,6 +273,10 @@ class Adapter(nn.Module):
         self.notes = []
         for key, fm_s, fm_t in self._pairs(s, t):
             shapes = f"{_shape(fm_s)} -> {_shape(fm_t)}"
+            if needs.startswith("regressor"):
+                self.layers[key] = Regressor(fm_s.shape, fm_t.shape, relu=needs.endswith("relu"))
+                self.notes.append(f"{key} {shapes}: learnable regressor of the student")
+                continue
             if "channels" in needs and fm_s.shape[1] != fm_t.shape[1]:
                 self.layers[key] = _project(fm_s, fm_t)
                 self.notes.append(f"{key} {shapes}: learnable projection of the student")
@@ -302,12 +308,38 @@ class Adapter(nn.Module):
         return s, t
 
     def _match(self, key: str, fm_s: Tensor, fm_t: Tensor) -> tuple[Tensor, Tensor]:
-        if fm_s.shape[2:] != fm_t.shape[2:]:
+        if "size" in self.needs and fm_s.shape[2:] != fm_t.shape[2:]:
             size = tuple(min(a, b) for a, b in zip(fm_s.shape[2:], fm_t.shape[2:]))
             fm_s, fm_t = (F.adaptive_avg_pool2d(fm, size) for fm in (fm_s, fm_t))
         if key in self.layers:
             fm_s = self.layers[key](fm_s)
         return fm_s, fm_t
+
+
+class Regressor(nn.Module):
+    """The CRD benchmark's way to a teacher's map: one convolution, batch norm, ReLU if `relu`.
+
+    The convolution is 3x3 of stride 2 where the student's map is twice as high, a transposed 4x4 of
+    stride 2 where it is half as high, else the valid one that leaves the teacher's size.
+    """
+
+    def __init__(self, shape_s: torch.Size, shape_t: torch.Size, relu: bool):
+        super().__init__()
+        (c_s, h_s, w_s), (c_t, h_t, w_t) = shape_s[1:], shape_t[1:]
+        if (h_s, w_s) == (2 * h_t, 2 * w_t):
+            self.conv = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
+        elif (2 * h_s, 2 * w_s) == (h_t, w_t):
+            self.conv = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
+        elif h_s >= h_t and w_s >= w_t:
+            self.conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
+        else:
+            raise UserError(f"no regressor leads from {h_s}x{w_s} to {h_t}x{w_t}: --adapter size")
+        self.bn = nn.BatchNorm2d(c_t)
+        self.relu = relu
+
+    def forward(self, fm: Tensor) -> Tensor:
+        fm = self.bn(self.conv(fm))
+        return F.relu(fm) if self.relu else fm
 
 
 def _project(fm_s: Tensor, fm_t: Tensor) -> nn.Module:

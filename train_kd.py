@@ -23,6 +23,8 @@ import utils
 from kd_losses import FLAG_HELP, METHODS, Method, Phase
 from utils import UserError
 
+ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor", "regressor+relu")})
+
 # --- flags: --kd_mode and --protocol first, then the flags of the method ---------------------------
 
 
@@ -75,6 +77,7 @@ def parse(argv: list[str]):
         help="stages compared: 1 the shallowest, -1 the deepest",
     )
     add("--reduce", choices=("mean", "sum"), help="over the stages")
+    add("--adapter", choices=ADAPTERS, help="how the student's maps are fitted to the teacher's")
     for mode, row in rows.items():
         group = parser.add_argument_group(f"--kd_mode {mode}")
         for flag, default in row.flags.items():
@@ -83,10 +86,10 @@ def parse(argv: list[str]):
             choices = default if isinstance(default, tuple) else None
             group.add_argument(
                 f"--{flag}",
-                type=None if choices else utils.number(type(default)),
+                type=None if choices else _flag_type(default),
                 choices=choices,
-                metavar=None if choices else "X",
-                help=f"{FLAG_HELP[flag]} (default {choices[0] if choices else default})",
+                metavar=None if choices else "0|1" if isinstance(default, bool) else "X",
+                help=f"{FLAG_HELP[flag]} (default {choices[0] if choices else _plain(default)})",
             )
     utils.add_common_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, rows))
@@ -97,6 +100,16 @@ def parse(argv: list[str]):
     return args, {m: _override(row, args, i, len(rows)) for i, (m, row) in enumerate(rows.items())}
 
 
+def _plain(value):
+    return int(value) if isinstance(value, bool) else value
+
+
+def _flag_type(default):
+    if isinstance(default, bool):
+        return lambda text: bool(utils.number(int, 0, 1)(text))
+    return utils.number(type(default))
+
+
 def _owner(flag: str, rows: dict) -> str | None:
     owners = [mode for mode, row in METHODS.items() if flag.lstrip("-") in row.flags]
     if owners:
@@ -105,6 +118,8 @@ def _owner(flag: str, rows: dict) -> str | None:
 
 def _override(row: Method, args, i: int, count: int) -> Method:
     flags = {k: v[0] if isinstance(v, tuple) else v for k, v in row.flags.items()}
+    if args.adapter is not None:
+        row = replace(row, needs=ADAPTERS[args.adapter])
     given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     changes = dict(flags={**flags, **given})
     if args.lambda_kd:
@@ -178,11 +193,13 @@ class Part(nn.Module):
             raise UserError(f"--kd_mode {mode}: {error}") from error
 
     def _pick(self, x):
-        stages, preacts = ([maps[i] for i in self.picked if maps] for maps in (x.stages, x.preacts))
-        return replace(x, stages=stages, preacts=preacts)
+        lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
+        return replace(x, **{k: [v[i] for i in self.picked] for k, v in lists.items() if v})
 
     def forward(self, compare, s, t, batch) -> Tensor:
-        s, t = self.adapter(self._pick(s), self._pick(t))
+        t = self._pick(t)
+        if s is not None:
+            s, t = self.adapter(self._pick(s), t)
         value = compare(self.loss, s, t, batch)
         if isinstance(value, list):
             value = sum(value) / (len(value) if self.row.reduce == "mean" else 1)
@@ -231,16 +248,23 @@ class Distillation:
         self.names = ["kd"] if len(rows) == 1 else [f"kd_{mode}" for mode in rows]
         self.phases = next((r.phases for r in rows.values() if r.teacher == self.role), None)
 
-    def added_macs(self, train) -> int:
-        """Multiply-adds an image that the parts' own layers cost."""
-        if not network.count_parameters(self.kd):
-            return 0
-        size = train.size
-        batch = Batch(torch.zeros(2, 3, size, size), train.labels[:2], torch.arange(2))
-        with torch.no_grad():
-            s, t = self.student(batch.img), self.teacher(batch.img)
-            call = lambda: [part(part.row.compare, s, t, batch) for part in self.kd.eval()]
-            return network.count_macs(self.kd, call) // 2
+    def rehearse(self, train) -> int:
+        """Call every comparison on two images, so that what does not fit is said before anything is
+        written. Returns the multiply-adds an image that the parts' own layers cost."""
+        img, target, index = next(dataset.test_batches(train, 2))
+        batch = Batch(img.requires_grad_(self.image_grad), target, index)
+        macs = 0
+        for phase in self.phases:
+            with torch.set_grad_enabled(self.image_grad):
+                s, t = self.student(batch.img), self.teacher(batch.img)
+                for part in self.kd.eval() if phase.kd else []:
+                    compare = phase.kd if callable(phase.kd) else part.row.compare
+                    try:
+                        added = network.count_macs(part, lambda: part(compare, s, t, batch))
+                    except ValueError as error:
+                        raise UserError(f"--kd_mode {part.mode}: {error}") from error
+                    macs += added // 2 if compare is part.row.compare else 0
+        return macs
 
     def learners(self, phase: Phase) -> list[nn.Parameter]:
         """Let exactly what `phase` trains be in training mode and require gradients; its parameters."""
@@ -271,27 +295,31 @@ class Distillation:
 def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine):
     """One step: loss = lambda_ce * CE + sum_i weights[i] * KD_i, for what the phase has of them.
 
-    CE is summed over the networks that learn. Returns {name: detached 0-dim tensor}, on the device.
+    CE is summed over the networks that learn; a part of weight 0 is not computed. Returns
+    {name: detached 0-dim tensor}, on the device.
     """
-    student_runs = phase.ce or "student" in phase.learns or "backbone" in phase.learns
+    s_learns = phase.ce or "student" in phase.learns or "backbone" in phase.learns
     t_learns = "teacher" in phase.learns
     t_graph = nullcontext() if t_learns or job.role == "grad" else torch.no_grad()
+    # an adapter may fit the teacher's maps to the student's
+    s_runs = s_learns or any(part.adapter.notes for part in job.kd)
+    kd_runs = phase.kd and any(weights)
     if job.image_grad:
         batch.img.requires_grad_()
     s = t = None
     terms, loss = {}, 0.0
     with machine.autocast():
-        if student_runs:
+        if s_runs:
             s = job.student(batch.img)
-        if phase.kd or t_learns:
+        if kd_runs or t_learns:
             with t_graph:
                 t = job.teacher(batch.img)
-        if phase.kd:
-            for name, weight, part in zip(job.names, weights, job.kd):
+        for name, weight, part in zip(job.names, weights, job.kd):
+            if kd_runs and weight:
                 compare = phase.kd if callable(phase.kd) else part.row.compare
                 terms[name] = part(compare, s, t, batch)
                 loss = loss + weight * terms[name]
-    learning = [x for x, learns in ((s, student_runs), (t, t_learns)) if learns]
+    learning = [x for x, learns in ((s, s_learns), (t, t_learns)) if learns]
     if learning:
         with nullcontext() if phase.ce else torch.no_grad():
             ce = [F.cross_entropy(x.out.float(), batch.target) for x in learning]
@@ -373,7 +401,7 @@ def main(argv: list[str] | None = None) -> dict:
         for mode, row in rows.items()
     }
     teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
-    macs = job.added_macs(data.train)
+    macs = job.rehearse(data.train)
 
     run.start(
         machine, dict(meta=meta, methods=methods, teacher=dict(teacher, network=found_t.name))

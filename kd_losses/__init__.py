@@ -10,13 +10,28 @@ from typing import Callable
 
 from torch import nn
 
+from .ab import AB
+from .afd import AFD
 from .at import AT
+from .bss import BSS, BSSAttacker, select
+from .cc import CC
 from .crd import CRD
+from .dkd import DKD
 from .dml import DML
 from .fitnet import Hint
 from .fsp import FSP
+from .ft import FT, Paraphraser, Translator
+from .irg import IRG
+from .kdsvd import KDSVD
+from .logits import Logits
+from .lwm import LwM
+from .nst import NST
+from .ofd import OFD, bn_margin
 from .pkt import PKTCosSim
+from .reviewkd import ReviewKD
+from .rkd import RKD
 from .sobolev import Sobolev
+from .sp import SP
 from .st import SoftTarget
 from .vid import VID
 
@@ -59,6 +74,26 @@ def stages(kd, s, t, batch):
     return [k(fm_s, fm_t) for k, fm_s, fm_t in zip(one_each(kd, s.stages), s.stages, t.stages)]
 
 
+@wants("stages")
+def maps(kd, s, t, batch):
+    return kd(s.stages, t.stages)
+
+
+@wants("preacts")
+def preacts(kd, s, t, batch):
+    return [k(*fms) for k, *fms in zip(one_each(kd, s.preacts), s.preacts, t.preacts)]
+
+
+@wants("preacts")
+def preacts_summed(kd, s, t, batch):
+    """A sum over C, H, W where the losses take a mean, and half the weight a stage further up."""
+    losses, n = preacts(kd, s, t, batch), len(t.preacts)
+    return [
+        2.0 ** (i - n + 1) * fm_t[0].numel() * loss
+        for i, (loss, fm_t) in enumerate(zip(losses, t.preacts))
+    ]
+
+
 @wants("stem", "stages")
 def pairs(kd, s, t, batch):
     fms_s, fms_t = [s.stem, *s.stages], [t.stem, *t.stages]
@@ -68,6 +103,47 @@ def pairs(kd, s, t, batch):
 @wants("out")
 def input_gradient(kd, s, t, batch):
     return kd(s.out, t.out, batch.img, batch.target)
+
+
+@wants("out")
+def with_target(kd, s, t, batch):
+    return kd(s.out, t.out, batch.target)
+
+
+@wants("out", "stages")
+def class_activation(kd, s, t, batch):
+    return kd(s.out, s.stages[0], t.out, t.stages[0], batch.target)
+
+
+@wants("out", "stages", "feat")
+def relation_graph(kd, s, t, batch):
+    return kd([*s.stages, s.feat, s.out], [*t.stages, t.feat, t.out])
+
+
+@wants("stages")
+def reconstruction(kd, s, t, batch):
+    return kd.paraphraser.reconstruction_loss(t.stages[0])
+
+
+@wants("stages")
+def factors(kd, s, t, batch):
+    return kd.loss(kd.translator(s.stages[0]), kd.paraphraser.factor(t.stages[0]))
+
+
+@wants("out")
+def boundary(kd, s, t, batch):
+    index, attack_class, valid = select(s.out, t.out, batch.target, kd.attack_size)
+    picked = batch.img[index].detach(), batch.target[index]
+    img = kd.attacker.attack(t.net, *picked, attack_class, valid)
+    # the student's batch norm sees the attacked images too, as in KD-Zoo
+    return kd(s.net(img), t.net(img), valid)
+
+
+@wants("stages", "preacts", "feat")
+def review(kd, s, t, batch):
+    """The student's maps after the activation (before it with --s_preact 1), the teacher's before."""
+    fms_s = s.preacts if kd.s_preact else s.stages
+    return kd([*fms_s, s.feat], [*t.preacts, t.feat])
 
 
 def one_each(kd, maps: list) -> list:
@@ -84,6 +160,10 @@ def plain(loss):
     return lambda s, t, train, **flags: loss(**flags)
 
 
+def build_ab(s, t, train, m):
+    return AB(margin=m)
+
+
 def build_vid(s, t, train, sf, init_var):
     widths = [(fm_s.shape[1], fm_t.shape[1]) for fm_s, fm_t in zip(s.stages, t.stages)]
     return nn.ModuleList(VID(c_s, int(sf * c_t), c_t, init_var) for c_s, c_t in widths)
@@ -92,6 +172,48 @@ def build_vid(s, t, train, sf, init_var):
 def build_crd(s, t, train, **flags):
     widths = s.feat.shape[1], t.feat.shape[1]
     return CRD(*widths, n_data=len(train), labels=train.labels, **flags)
+
+
+def build_ft(s, t, train, k, use_bn):
+    """use_bn: 'auto': up to 10 classes, as in KD-Zoo; 'translator': as in the CRD benchmark."""
+    few = use_bn == "auto" and train.num_class <= 10
+    c_s, c_t = s.stages[0].shape[1], t.stages[0].shape[1]
+    kd = nn.Module()
+    kd.loss = FT()
+    kd.paraphraser = Paraphraser(c_t, k, few or use_bn == "yes")
+    kd.translator = Translator(c_s, c_t, k, few or use_bn in ("yes", "translator"))
+    return kd
+
+
+def build_ofd(s, t, train, margin):
+    names = t.net.taps.get("norms") if margin == "bn" else None
+    if margin == "bn" and names is None:
+        raise ValueError("the teacher has no batch norms before its activations: --margin batch")
+    margins = [bn_margin(t.net.get_submodule(names[i])) if names else None for i in t.numbers]
+    widths = [(fm_s.shape[1], fm_t.shape[1]) for fm_s, fm_t in zip(s.preacts, t.preacts)]
+    return nn.ModuleList(OFD(*pair, m) for pair, m in zip(widths, margins))
+
+
+def build_afd(s, t, train, att_f, attention):
+    return nn.ModuleList(
+        AFD(fm.shape[1], att_f, tuple(fm.shape[2:]) if attention == "paper" else None)
+        for fm in t.stages
+    )
+
+
+def build_bss(s, t, train, T, attack_size):
+    kd = BSS(T)
+    kd.attacker, kd.attack_size = BSSAttacker(), attack_size
+    return kd
+
+
+def build_reviewkd(s, t, train, mid_channel, s_preact):
+    fms_s, fms_t = [*(s.preacts if s_preact else s.stages), s.feat], [*t.preacts, t.feat]
+    widths = [fm.shape[1] for fm in fms_s]
+    mid_channel = min(mid_channel, widths[-1])
+    kd = ReviewKD(widths, [fm.shape[1] for fm in fms_t], mid_channel)
+    kd.s_preact = s_preact
+    return kd
 
 
 # --- phases ----------------------------------------------------------------------------------------
@@ -138,11 +260,27 @@ def init_then_ce(epochs: int):
     return (init, Phase(name="train", kd=False, learns=("student",)))
 
 
+FACTORS = (
+    Phase("paraphrase", 30, False, reconstruction, ("kd.paraphraser",), ((1.0, 0.1),), False),
+    Phase(learns=("student", "kd.translator")),
+)
+
+
 # --- the weight over the epochs: (epoch from 1, epochs) -> factor, both in the protocol's number ---
 
 
 def constant(epoch: float, epochs: int) -> float:
     return 1.0
+
+
+def warmup(length: int):
+    """Grows linearly to 1 over the first `length` epochs."""
+    return lambda epoch, epochs: min(epoch / length, 1.0)
+
+
+def late_and_fading(epoch: float, epochs: int) -> float:
+    """0 for ten epochs, then falling linearly to 0 at 80 % of the training (KD-Zoo's BSS)."""
+    return 0.0 if epoch <= 10 else max(1 - 1.25 * (epoch - 1) / epochs, 0.0)
 
 
 def up_to_ten_classes(few: float, many: float):
@@ -185,30 +323,69 @@ class Method:
 
 
 CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"))
+IRG_FLAGS = dict(w_irg_vert=0.1, w_irg_edge=5.0, w_irg_tran=5.0)
+BOTH = "channels+size"
 
 # fmt: off
 METHODS = {
-    # mode              build              compare         lambda_kd  flags
+    # mode               build             compare       lambda_kd  flags
+    "logits":   Method(plain(Logits),      logits,            0.1),
     "st":       Method(plain(SoftTarget),  logits,            0.1, dict(T=4.0), protocols=dict(crd=dict(lambda_ce=0.1, lambda_kd=0.9))),
-    "at":       Method(plain(AT),          stages,         1000.0, dict(p=2.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
-    "fitnet":   Method(plain(Hint),        stages,            0.1, needs="channels+size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=100.0, stages=(2,)))),
+    "at":       Method(plain(AT),          stages,         1000.0, dict(p=2.0, absolute=True), needs="size", protocols=dict(crd=dict(reduce="sum", flags=dict(absolute=False)))),
+    "fitnet":   Method(plain(Hint),        stages,            0.1, needs=BOTH, stages=(-1,), protocols=dict(crd=dict(lambda_kd=100.0, stages=(2,), needs="regressor+relu"))),
+    "nst":      Method(plain(NST),         stages,           10.0, dict(kernel=("poly", "linear", "gauss")), needs="size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=50.0, stages=None, reduce="sum"))),
     "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0))),
-    "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
-    "fsp":      Method(plain(FSP),         pairs,             1.0, needs="channels+size", phases=init_then_ce(50), protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=init_then_ce(30)))),
+    "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=init_then_ce(30)))),
+    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator")), needs="size", stages=(-1,), phases=FACTORS, protocols=dict(crd=dict(flags=dict(use_bn="translator")))),
+    "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0)),
+    "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=init_then_ce(30)))),
+    "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,)))),
     "sobolev":  Method(plain(Sobolev),     input_gradient,   20.0, teacher="grad"),
+    "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading),
+    "cc":       Method(plain(CC),          feat,            100.0, dict(gamma=0.4, P_order=2)),
+    "lwm":      Method(plain(LwM),         class_activation,  0.4, dict(cam=("gradient", "activation")), stages=(-2,), teacher="grad"),
+    "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1)),
+    "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
+    "ofd":      Method(build_ofd,          preacts,           0.5, dict(margin=("batch", "bn")), needs="size", protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.001, reduce="sum", flags=dict(margin="bn")))),
+    "afd":      Method(build_afd,          stages,          500.0, dict(att_f=1.0, attention=("se", "paper")), needs=BOTH),
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols=dict(crd=dict(lambda_kd=0.8, flags=dict(nce_t=0.07)))),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
+    "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size"),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols=dict(crd=dict(lambda_kd=5.0), reviewkd=dict(lambda_kd=5.0))),
+    "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20)),
 }
 # fmt: on
 
 FLAG_HELP = {
     "T": "temperature",
     "p": "exponent of the activations",
+    "absolute": "1: of their absolute value; 0: of the value as it is, as in the CRD benchmark",
+    "kernel": "polynomial, linear or Gaussian",
+    "k": "share of the channels in a factor (ft), number of singular vectors (kdsvd)",
+    "use_bn": "batch norm in paraphraser and translator; auto: up to 10 classes",
+    "w_dist": "weight of the distances",
+    "w_angle": "weight of the angles",
+    "m": "margin",
+    "attack_size": "images attacked a batch",
+    "gamma": "of the Gaussian kernel",
+    "P_order": "order of its Taylor expansion",
+    "cam": "what is weighted by the gradient's mean: the gradient, or the activation (Grad-CAM)",
+    "w_irg_vert": "weight of the vertices",
+    "w_irg_edge": "weight of the edges",
+    "w_irg_tran": "weight of the transformations",
     "sf": "width of the regressor as a share of the teacher's channels",
     "init_var": "variance at the start",
+    "margin": "measured on each batch, or from the teacher's batch norms",
+    "att_f": "width of the attention as a share of the channels",
+    "attention": "squeeze-and-excitation as in KD-Zoo, or the paper's",
     "feat_dim": "width of the embeddings",
     "nce_n": "negatives a sample",
     "nce_t": "temperature",
     "nce_mom": "momentum of the memory banks",
     "mode": "positives: the sample itself, or any of its class",
+    "unfold": "rows of the unfolded map: channels and height, or positions",
+    "mid_channel": "width of the fused maps, at most the student's last",
+    "s_preact": "1: the student's maps before the activation",
+    "alpha": "weight of the target class part",
+    "beta": "weight of the other classes' part",
 }

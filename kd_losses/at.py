@@ -14,16 +14,17 @@ class AT(nn.Module):
         a(fm) = A / (||A||_2 + 1e-6)                        norm over each sample's H * W
         loss  = mean over B, H, W of (a(fm_s) - a(fm_t))^2
 
-    p: exponent, at least 1 (paper and KD-Zoo use 2).
+    p: exponent, at least 1 (paper and KD-Zoo use 2); absolute: False for fm_c^p, as in the CRD
+    benchmark, which for an odd p on signed maps is something else; p is then a whole number.
     Differs from the paper: squared distance and a mean over positions, as in KD-Zoo; the paper takes
     the norm of the difference, not squared.
     """
 
-    def __init__(self, p: float = 2.0):
+    def __init__(self, p: float = 2.0, absolute: bool = True):
         super().__init__()
-        if p < 1:
-            raise ValueError(f"the exponent p must be at least 1, not {p}")
-        self.p = p
+        if p < 1 or not (absolute or p == int(p)):
+            raise ValueError(f"the exponent p must be at least 1, and whole if signed, not {p}")
+        self.p, self.absolute = p, absolute
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s (B, C_s, H, W), fm_t (B, C_t, H, W). Returns a scalar.
@@ -40,7 +41,8 @@ class AT(nn.Module):
     def attention(self, fm: Tensor) -> Tensor:
         """The normalised attention map (B, H * W) of a feature map."""
         fm = fm.to(torch.promote_types(fm.dtype, torch.float32))
-        power = fm.square() if self.p == 2 else fm.abs().pow(self.p)
+        power = fm if self.p % 2 == 0 or not self.absolute else fm.abs()
+        power = power.pow(self.p)
         attention = power.sum(1).flatten(1)
         # the gradient of a square root at 0 is infinite; an all-zero map has none
         square = attention.square().sum(1, keepdim=True)

@@ -13,6 +13,15 @@ def test_reference(case):
     agree_grads(loss, {"fm_s": fm_s}, {"fm_s": case["grad/fm_s"]})
 
 
+@pytest.mark.parametrize("case", cases("at"))
+def test_reference_of_the_crd_benchmark(case):
+    """No absolute value; there the norm is cut off at 1e-12 where 1e-6 is added here."""
+    fm_s = case.leaf("in/fm_s")
+    loss = AT(**case.hyper, absolute=False)(fm_s, case["in/fm_t"])
+    agree(loss, case["alt_repdistiller/loss"], 1e-5)
+    agree_grads(loss, {"fm_s": fm_s}, {"fm_s": case["alt_repdistiller/grad/fm_s"]}, 1e-5)
+
+
 def naive(fm_s, fm_t, p):
     """Equation 2 of the paper, squared and averaged, entry by entry."""
     maps = []
@@ -45,5 +54,7 @@ def test_gradcheck(p):
 def test_bad_input():
     with pytest.raises(ValueError, match="at least 1"):
         AT(0.5)
+    with pytest.raises(ValueError, match="whole if signed"):
+        AT(1.5, absolute=False)
     with pytest.raises(ValueError, match="one batch and size"):  # not a silent broadcast
         AT()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))

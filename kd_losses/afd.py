@@ -1,0 +1,97 @@
+"""AFD: attentive feature distillation. Pay Attention to Features, Transfer Learn Faster CNNs
+(Wang, Gao, Zhao, Li, Dou, Xu, ICLR 2020, section 3), https://openreview.net/forum?id=ryxyCeHtPB
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AFD(nn.Module):
+    """Squared distance of normalised channels, weighted by an attention that reads the teacher.
+
+        n(fm)_c = fm_c / (||fm_c||_2 + eps)                 norm over each channel's H * W
+        z       = W_2 relu(W_1 p + b_1) + b_2               p (C,) the means of fm_t's channels
+        rho     = sigmoid(z) / sum_c sigmoid(z_c)           (B, C)
+        loss    = 1 / B * sum_b sum_c rho_c * mean over H, W of (n(fm_s) - n(fm_t))^2
+
+    in_channels: C of both maps; att_f: the width between W_1 and W_2 is int(C * att_f), at least 1
+    (KD-Zoo: 1.0); size: None as in KD-Zoo, or the maps' (H, W) for the paper's own attention,
+    z_c = w_2 . relu(W_1 vec(fm_t_c) + b_1) + b_2c with W_1 (H, H * W) and w_2 (H,) shared by the
+    channels and att_f unused; eps: 1e-6. The attention learns with the student, to lower the loss.
+    Differs from the paper: as in KD-Zoo, no feature selection, and, unless size is given, another
+    attention, since the paper's is unstable.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        att_f: float = 1.0,
+        size: tuple[int, int] | None = None,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.in_channels, self.eps = in_channels, eps
+        self.size = None if size is None else tuple(size)
+        if size is None:
+            mid_channels = int(in_channels * att_f)
+            if mid_channels < 1:
+                raise ValueError(f"int({in_channels} * att_f) must be at least 1, att_f is {att_f}")
+            self.attention = nn.Sequential(
+                nn.Conv2d(in_channels, mid_channels, 1),
+                nn.ReLU(),
+                nn.Conv2d(mid_channels, in_channels, 1),
+            )
+        else:
+            height, width = size
+            self.attention = nn.Sequential(
+                nn.Linear(height * width, height), nn.ReLU(), nn.Linear(height, 1, bias=False)
+            )
+            self.bias = nn.Parameter(torch.zeros(in_channels))
+        # by fan_out the one output of w_2 would start on scores that saturate the sigmoid
+        mode = "fan_out" if size is None else "fan_in"
+        for layer in self.attention[::2]:
+            nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """fm_s, fm_t: (B, in_channels, H, W). Returns a scalar.
+
+        Raises ValueError where the shapes differ, or are not those of the constructor.
+        """
+        if fm_s.shape != fm_t.shape or fm_t.shape[1] != self.in_channels:
+            raise ValueError(
+                f"AFD wants two maps of one shape with {self.in_channels} channels, not "
+                f"{(*fm_s.shape,)} and {(*fm_t.shape,)}"
+            )
+        if self.size is not None and fm_t.shape[2:] != self.size:
+            raise ValueError(f"AFD was built for maps of {self.size}, not {(*fm_t.shape[2:],)}")
+        fm_s, fm_t = (
+            x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t.detach())
+        )
+        rho = self.rho(fm_t)
+        with torch.autocast(fm_s.device.type, enabled=False):
+            # the square expanded: only norms and inner products, no normalised map, is kept
+            ss, tt, st = (
+                (a * b).sum((2, 3)) for a, b in ((fm_s, fm_s), (fm_t, fm_t), (fm_s, fm_t))
+            )
+            n_s, n_t = self._norm(ss), self._norm(tt)
+            distance = ss / (n_s * n_s) + tt / (n_t * n_t) - 2 * st / (n_s * n_t)
+            return (rho * distance).sum(1).mean() / fm_t.shape[2:].numel()
+
+    def rho(self, fm_t: Tensor) -> Tensor:
+        """The attention (B, C) that a teacher's map draws; it sums to 1 over the channels."""
+        if self.size is None:
+            z = self.attention(fm_t.mean((2, 3), keepdim=True)).flatten(1)
+        else:
+            z = self.attention(fm_t.flatten(2)).flatten(1) + self.bias
+        with torch.autocast(z.device.type, enabled=False):
+            # in logarithms the sum is not 0 even where all the sigmoids are
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            return F.logsigmoid(z).softmax(1)
+
+    def _norm(self, square: Tensor) -> Tensor:
+        # the gradient of a square root at 0 is infinite and 1 / eps is large: divide by 1 there
+        norm = torch.where(square > 0, square, 1).sqrt()
+        return torch.where(square > 0, norm + self.eps, 1)

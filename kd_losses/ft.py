@@ -1,0 +1,122 @@
+"""FT: factor transfer. Paraphrasing Complex Network: Network Compression via Factor Transfer
+(Kim, Park, Kwak, NIPS 2018, section 3), https://arxiv.org/abs/1802.04977
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class FT(nn.Module):
+    """Mean absolute difference of the normalised factors of student and teacher.
+
+        u    = factor / ||factor||_2                        norm over each sample's C * H * W
+        loss = mean over B, C, H, W of |u_s - u_t|
+
+    The teacher's factor comes from a `Paraphraser`, trained first and then frozen in eval mode, the
+    student's from a `Translator` that learns with the student.
+    Differs from the paper: a mean stands for the sum, as in KD-Zoo. The CRD benchmark compares
+    normalised maps of the mean over channels of the factor's squares instead.
+    """
+
+    def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
+        """factor_s, factor_t: (B, C, H, W). Returns a scalar.
+
+        Raises ValueError where the shapes differ.
+        """
+        if factor_s.shape != factor_t.shape:
+            raise ValueError(
+                f"FT wants equal shapes, not {(*factor_s.shape,)} and {(*factor_t.shape,)}"
+            )
+        with torch.autocast(factor_s.device.type, enabled=False):
+            return (self.normalise(factor_s) - self.normalise(factor_t.detach())).abs().mean()
+
+    @staticmethod
+    def normalise(factor: Tensor) -> Tensor:
+        """The factor as a unit row (B, C * H * W)."""
+        factor = factor.to(torch.promote_types(factor.dtype, torch.float32)).flatten(1)
+        # the gradient of a square root at 0 is infinite; a zero row stays as it is
+        square = factor.square().sum(1, keepdim=True)
+        return factor / torch.where(square > 0, square, 1).sqrt()
+
+
+class Paraphraser(nn.Module):
+    """Autoencoder of the teacher's map, trained without labels to reproduce it.
+
+        encoder: three 3x3 convolutions to C, kC, kC channels
+        decoder: three 3x3 transposed convolutions to kC, C, C channels
+
+    all of stride 1 and padding 1, each followed by LeakyReLU(0.1).
+
+    in_channels: C of the teacher's map; k: share of the channels that a factor has, int(C * k) at
+    least 1 (KD-Zoo and the CRD benchmark: 0.5); use_bn: batch norm instead of a bias after every
+    convolution (KD-Zoo: on CIFAR-10 only).
+    Differs from KD-Zoo: the transposed convolutions are initialised as the others are.
+    """
+
+    def __init__(self, in_channels: int, k: float = 0.5, use_bn: bool = True):
+        super().__init__()
+        mid_channels = _factor_channels(in_channels, k)
+        widths = (in_channels, in_channels, mid_channels, mid_channels)
+        self.encoder = _layers(nn.Conv2d, widths, use_bn)
+        self.decoder = _layers(nn.ConvTranspose2d, widths[::-1], use_bn)
+
+    def forward(self, fm_t: Tensor) -> tuple[Tensor, Tensor]:
+        """fm_t (B, in_channels, H, W). Returns the factor (B, int(C * k), H, W) and the map
+        reconstructed from it, of fm_t's shape."""
+        factor = self.factor(fm_t)
+        return factor, self.decoder(factor)
+
+    def factor(self, fm_t: Tensor) -> Tensor:
+        """The factor alone: what the transfer needs."""
+        return self.encoder(fm_t.detach().to(torch.promote_types(fm_t.dtype, torch.float32)))
+
+    def reconstruction_loss(self, fm_t: Tensor) -> Tensor:
+        """What the paraphraser learns by: the mean squared error of its reconstruction."""
+        _, reconstruction = self(fm_t)
+        with torch.autocast(fm_t.device.type, enabled=False):
+            reconstruction, fm_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32))
+                for x in (reconstruction, fm_t.detach())
+            )
+            return (reconstruction - fm_t).square().mean()
+
+
+class Translator(nn.Module):
+    """The student's counterpart of the paraphraser's encoder, to C_s, kC_t, kC_t channels.
+
+    in_channels_s, in_channels_t: of the student's and the teacher's map; k, use_bn: those of the
+    paraphraser (the CRD benchmark has batch norm here, none there).
+    """
+
+    def __init__(self, in_channels_s: int, in_channels_t: int, k: float = 0.5, use_bn: bool = True):
+        super().__init__()
+        mid_channels = _factor_channels(in_channels_t, k)
+        widths = (in_channels_s, in_channels_s, mid_channels, mid_channels)
+        self.encoder = _layers(nn.Conv2d, widths, use_bn)
+
+    def forward(self, fm_s: Tensor) -> Tensor:
+        """fm_s (B, in_channels_s, H, W). Returns the factor (B, int(C_t * k), H, W)."""
+        return self.encoder(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+
+
+def _factor_channels(in_channels: int, k: float) -> int:
+    channels = int(in_channels * k)
+    if channels < 1:
+        raise ValueError(f"int({in_channels} * k) must be at least 1, k is {k}")
+    return channels
+
+
+def _layers(kind: type[nn.Module], widths: tuple[int, ...], use_bn: bool) -> nn.Sequential:
+    """Convolutions of one kind between the widths, each with batch norm or bias, and activation."""
+    layers = []
+    for width_in, width_out in zip(widths, widths[1:]):
+        conv = kind(width_in, width_out, 3, padding=1, bias=not use_bn)
+        # torch counts a transposed convolution's inputs and outputs the other way round
+        mode = "fan_in" if kind is nn.ConvTranspose2d else "fan_out"
+        nn.init.kaiming_normal_(conv.weight, mode=mode, nonlinearity="relu")
+        if not use_bn:
+            nn.init.zeros_(conv.bias)
+        # the identity keeps the numbers of the convolutions, hence the names of their parameters
+        norm = nn.BatchNorm2d(width_out) if use_bn else nn.Identity()
+        layers += [conv, norm, nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,31 @@
+"""Logits: Do Deep Nets Really Need to be Deep? (Ba, Caruana, NIPS 2014, section 2.2),
+https://arxiv.org/abs/1312.6184
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Logits(nn.Module):
+    """Mean squared difference of the logits.
+
+        loss = mean over B, K of (out_s - out_t)^2
+
+    Differs from the paper: a mean over the classes stands for half the sum, and as in KD-Zoo the
+    cross-entropy with the labels stays beside it, where the paper trains on the logits alone.
+    """
+
+    def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
+        """out_s, out_t: logits (B, K). Returns a scalar.
+
+        Raises ValueError where the shapes differ.
+        """
+        if out_s.shape != out_t.shape:
+            raise ValueError(
+                f"Logits wants equal shapes, not {(*out_s.shape,)} and {(*out_t.shape,)}"
+            )
+        with torch.autocast(out_s.device.type, enabled=False):
+            out_s, out_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
+            )
+            return (out_s - out_t).square().mean()

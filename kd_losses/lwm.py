@@ -1,0 +1,69 @@
+"""LwM: Learning without Memorizing (Dhar, Singh, Peng, Wu, Chellappa, CVPR 2019, the attention
+distillation loss), https://arxiv.org/abs/1811.08051
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class LwM(nn.Module):
+    """Mean absolute difference of the normalised attention maps of the target's class.
+
+        g = d out[target] / d fm,   w_c = mean over H, W of g_c         (B, C, H, W), (B, C)
+        cam = relu(sum_c w_c x_c)                                       (B, H, W)
+        loss = mean over B, H, W of | cam_s / ||cam_s||_2 - cam_t / ||cam_t||_2 |
+
+    cam: what x is. 'gradient': g, as KD-Zoo does it; 'activation': fm, Grad-CAM as in the paper.
+    Differentiating the loss needs second derivatives of the student, none of the teacher.
+    Differs from the paper: with cam='gradient' the value depends on gradients alone. In a piecewise
+    linear network layers before the map then learn nothing, and a map that is pooled and classified
+    next has a constant cam: take an earlier one. With batch norm in training mode a sample's
+    gradient holds the other samples' share too. KD-Zoo's author calls this loss alone unstable.
+    """
+
+    def __init__(self, cam: str = "gradient"):
+        super().__init__()
+        if cam not in ("gradient", "activation"):
+            raise ValueError(f"cam must be gradient or activation, not {cam!r}")
+        self.cam = cam
+
+    def forward(
+        self, out_s: Tensor, fm_s: Tensor, out_t: Tensor, fm_t: Tensor, target: Tensor
+    ) -> Tensor:
+        """out_s, out_t: logits (B, K), computed from fm_s (B, C_s, H, W) and fm_t (B, C_t, H, W),
+        which require grad; target: int64 (B,). Returns a scalar.
+
+        Raises ValueError where batch or spatial size differ or a graph is missing.
+        """
+        if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
+            raise ValueError(
+                f"LwM wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+            )
+        if not len(out_s) == len(out_t) == len(target) == len(fm_s):
+            raise ValueError("LwM wants logits and targets of the maps' batch")
+        if not all(x.requires_grad for x in (out_s, fm_s, out_t, fm_t)):
+            raise ValueError(
+                "LwM differentiates in the maps: let them require grad, and do not run the teacher "
+                "under no_grad"
+            )
+        with torch.autocast(out_s.device.type, enabled=False):
+            cam_s = self.attention(out_s, fm_s, target, create_graph=True)
+            cam_t = self.attention(out_t, fm_t, target, create_graph=False).detach()
+            return (cam_s - cam_t).abs().mean()
+
+    def attention(self, out: Tensor, fm: Tensor, target: Tensor, create_graph: bool) -> Tensor:
+        """The normalised attention map (B, H * W) of the target's class."""
+        logit = out.gather(1, target[:, None]).sum()
+        # retain_graph: another loss may differentiate the same forward
+        (grad,) = torch.autograd.grad(logit, fm, create_graph=create_graph, retain_graph=True)
+        grad, fm = (
+            x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2) for x in (grad, fm)
+        )
+        # the normalised map does not depend on the gradient's scale; its square could underflow
+        peak = grad.detach().abs().amax((1, 2), keepdim=True)
+        grad = grad / torch.where(peak > 0, peak, 1)
+        weight = grad.mean(2, keepdim=True)
+        cam = (weight * (grad if self.cam == "gradient" else fm)).sum(1).relu()
+        # the gradient of a square root at 0 is infinite; a zero row stays as it is
+        square = cam.square().sum(1, keepdim=True)
+        return cam / torch.where(square > 0, square, 1).sqrt()

@@ -1,0 +1,80 @@
+"""OFD: A Comprehensive Overhaul of Feature Distillation (Heo, Kim, Yun, Park, Kwak, Choi,
+ICCV 2019, section 3), https://arxiv.org/abs/1904.01866
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class OFD(nn.Module):
+    """Squared distance to the teacher's map before ReLU, where ReLU would let a difference through.
+
+        m_c  = mean of the negative entries of channel c of fm_t, 0 where there are none
+        t    = max(fm_t, m_c),   s = BN(W fm_s), W a 1x1 convolution without bias
+        loss = mean over B, C, H, W of (s - t)^2, or 0 where s <= t and t <= 0
+
+    in_channels, out_channels: of the student's and the teacher's map; margin: None to take m_c from
+    each batch (KD-Zoo), or m itself, a tensor (out_channels,): `bn_margin` computes MDistiller's
+    from the teacher's batch norm. W and BN learn with the student.
+    Differs from the paper: the margin depends on the batch unless it is given, and a mean stands
+    for the sum (MDistiller sums over C, H, W and averages over B).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, margin: Tensor | None = None):
+        super().__init__()
+        if margin is not None and margin.shape != (out_channels,):
+            raise ValueError(f"OFD wants {out_channels} margins, not shape {(*margin.shape,)}")
+        self.connector = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        nn.init.kaiming_normal_(self.connector[0].weight, mode="fan_out", nonlinearity="relu")
+        self.register_buffer("margin", None if margin is None else margin.detach().clone())
+
+    def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """fm_s (B, in_channels, H, W), fm_t (B, out_channels, H, W), both before the activation.
+        Returns a scalar.
+
+        Raises ValueError where batch or spatial size differ or fm_t has not out_channels, and in
+        training mode where a channel holds a single value: batch norm needs more.
+        """
+        expected = (fm_s.shape[0], self.connector[1].num_features, *fm_s.shape[2:])
+        if fm_t.shape != expected:
+            raise ValueError(f"OFD wants a teacher's map of shape {expected}, not {(*fm_t.shape,)}")
+        s = self.connector(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        with torch.autocast(s.device.type, enabled=False):
+            s, fm_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, fm_t.detach())
+            )
+            margin = _batch_margin(fm_t) if self.margin is None else self.margin.to(fm_t.dtype)
+            t = torch.maximum(fm_t, margin[:, None, None])
+            diff = s - t
+            # a choice keeps one byte an entry for the backward beside the square's own input
+            return torch.where((diff > 0) | (t > 0), diff, 0).square().mean()
+
+
+def _batch_margin(fm_t: Tensor) -> Tensor:
+    """The mean (C,) of each channel's negative entries; 0 where there are none."""
+    count = (fm_t < 0).sum((0, 2, 3))
+    return fm_t.clamp(max=0).sum((0, 2, 3)) / count.clamp(min=1)
+
+
+@torch.no_grad()
+def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
+    """The margins (C,) that a batch norm's parameters imply: a channel of its output is taken as
+    normal, with mean b (its bias) and standard deviation |w| (its weight).
+
+        m_c = E[x | x < 0] = b - |w| phi(b / |w|) / Phi(-b / |w|)       phi, Phi: standard normal
+        m_c = -3 |w|                                                    where Phi(-b / |w|) <= 0.001
+
+    Raises ValueError where the batch norm has no weight and bias.
+    """
+    if bn.weight is None:
+        raise ValueError("bn_margin needs a batch norm with weight and bias")
+    mean, std = bn.bias.double(), bn.weight.double().abs()
+    z = mean / std  # infinite or nan where w is 0: the choice below then ends in min(b, 0)
+    share = torch.special.ndtr(-z)
+    density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    margin = torch.where(share > 1e-3, mean - std * density / share, -3 * std)
+    return margin.to(bn.weight.dtype)
