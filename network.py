@@ -295,17 +295,17 @@ class Adapter(nn.Module):
     def forward(self, s: Features, t: Features) -> tuple[Features, Features]:
         if not self.notes:
             return s, t
-        pairs = {key: self._match(key, a, b) for key, a, b in self._pairs(s, t)}
-        for side, features in enumerate((s, t)):
-            changed = {}
-            for kind in self.want:
-                if torch.is_tensor(getattr(features, kind)):
-                    changed[kind] = pairs[kind][side]
-                else:
-                    count = len(getattr(features, kind))
-                    changed[kind] = [pairs[f"{kind}{i}"][side] for i in range(count)]
-            s, t = (replace(s, **changed), t) if side == 0 else (s, replace(t, **changed))
-        return s, t
+        new_s, new_t = {}, {}
+        for kind in self.want:
+            maps_s, maps_t = getattr(s, kind), getattr(t, kind)
+            if torch.is_tensor(maps_s):
+                new_s[kind], new_t[kind] = self._match(kind, maps_s, maps_t)
+            else:
+                pairs = [
+                    self._match(f"{kind}{i}", *pair) for i, pair in enumerate(zip(maps_s, maps_t))
+                ]
+                new_s[kind], new_t[kind] = ([pair[side] for pair in pairs] for side in (0, 1))
+        return replace(s, **new_s), replace(t, **new_t)
 
     def _match(self, key: str, fm_s: Tensor, fm_t: Tensor) -> tuple[Tensor, Tensor]:
         if "size" in self.needs and fm_s.shape[2:] != fm_t.shape[2:]:

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     net = network.build(args.net_name, data.train.num_class)
     meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
 
-    run.start(machine, dict(meta=meta))
+    run.start(machine, meta)
     run.log(f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters")
     run.log(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "

@@ -118,10 +118,10 @@ def _owner(flag: str, rows: dict) -> str | None:
 
 def _override(row: Method, args, i: int, count: int) -> Method:
     flags = {k: v[0] if isinstance(v, tuple) else v for k, v in row.flags.items()}
-    if args.adapter is not None:
-        row = replace(row, needs=ADAPTERS[args.adapter])
     given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     changes = dict(flags={**flags, **given})
+    if args.adapter is not None:
+        changes["needs"] = ADAPTERS[args.adapter]
     if args.lambda_kd:
         changes["lambda_kd"] = args.lambda_kd[i]
     if args.lambda_ce is not None or count > 1:
@@ -162,8 +162,8 @@ def find_weights(name: str | None, path: str | None, flag: str, file_flag: str) 
         utils.named(network.NETWORKS, name, "network")
         return Weights(name, None, {}, None)
     checkpoint = utils.read_checkpoint(path)
-    state, meta = network.read_weights(checkpoint), checkpoint.get("meta", {})
-    if not meta:
+    state, meta = network.read_weights(checkpoint), checkpoint.get("meta")
+    if not isinstance(meta, dict):
         known = network.identify(state)
         meta = dict(network=known[0], num_class=known[1]) if known else {}
     known = meta.get("network")
@@ -296,7 +296,7 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
     """One step: loss = lambda_ce * CE + sum_i weights[i] * KD_i, for what the phase has of them.
 
     CE is summed over the networks that learn; a part of weight 0 is not computed. Returns
-    {name: detached 0-dim tensor}, on the device.
+    {name: detached 0-dim tensor}, on the device; 'ce' is the student's.
     """
     s_learns = phase.ce or "student" in phase.learns or "backbone" in phase.learns
     t_learns = "teacher" in phase.learns
@@ -377,11 +377,12 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(
             "both networks start from the same weights and would stay equal: change one"
         )
+    for mode, row in rows.items():
+        if callable(row.lambda_kd):
+            rows[mode] = replace(row, lambda_kd=row.lambda_kd(num_class))
     job = Distillation(snet, tnet, rows, data.train)
-    rows = {
-        mode: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
-        for mode, row in rows.items()
-    }
+    if not any(row.lambda_kd for row in rows.values()) and not all(p.ce for p in job.phases):
+        raise UserError("--lambda_kd 0 leaves the first phase of this method nothing to learn from")
     protocol = utils.PROTOCOLS[recipe.protocol]
     phases = [
         (
@@ -403,9 +404,8 @@ def main(argv: list[str] | None = None) -> dict:
     teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
     macs = job.rehearse(data.train)
 
-    run.start(
-        machine, dict(meta=meta, methods=methods, teacher=dict(teacher, network=found_t.name))
-    )
+    teacher |= dict(network=found_t.name)
+    run.start(machine, meta, dict(methods=methods, teacher=teacher))
     job.to(machine.device)
     data = data.to(machine.device)
     announce(run, machine, job, data, recipe, phases, methods, found_t, found_s, macs)
@@ -425,20 +425,18 @@ def main(argv: list[str] | None = None) -> dict:
             restore(run.saved, job, optimizer if done else None)
             run.saved = None
         for epoch in range(done + 1, epochs + 1):
-            train_epoch(
-                run, machine, job, data, recipe, phase, epoch, epochs, optimizer, rows, meta
-            )
+            train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer)
         done = 0
     return run.finish()
 
 
-def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, rows, meta):
-    """One epoch of a phase: train, evaluate, record, save."""
+def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer):
+    """One epoch of a phase of `epochs`: train, evaluate, record, save."""
     began = time.perf_counter()
     protocol = utils.PROTOCOLS[recipe.protocol]
     place = epoch * protocol.epochs / epochs  # in the protocol's number of epochs
     lr = learning_rate(phase, epoch, epochs, recipe)
-    weights = [row.lambda_kd * row.ramp(place, protocol.epochs) for row in rows.values()]
+    weights = [p.row.lambda_kd * p.row.ramp(place, protocol.epochs) for p in job.kd]
     for group in optimizer.param_groups:
         group["lr"] = lr
     job.learners(phase)  # evaluation has put the networks into eval mode
@@ -463,7 +461,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
 
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     snet, tnet = job.student.net, job.teacher.net
-    state = dict(snet=snet.state_dict(), meta=meta)
+    state = dict(snet=snet.state_dict(), meta=run.meta)
     extra = {}
     if "student" in phase.learns or "backbone" in phase.learns:
         row |= utils.evaluate(snet, data.test, machine)
@@ -512,6 +510,9 @@ def announce(run, machine, job, data, recipe, phases, methods, found_t, found_s,
     log("phases: " + ", ".join(f"{phase.name} {epochs} epoch(s)" for phase, epochs in phases))
     for mode, what in methods.items():
         log(f"{mode}: " + ", ".join(f"{key} {value}" for key, value in what.items()))
+        published = {*METHODS[mode].protocols, next(iter(utils.PROTOCOLS))}
+        if recipe.protocol not in published:
+            log(f"{mode}: {recipe.protocol} says nothing of it, its weight and flags are the row's")
     for part in job.kd:
         for note in part.adapter.notes:
             log(f"{part.mode}: adapter, {note}")

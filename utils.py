@@ -526,8 +526,10 @@ class Run:
                     f"--resume: --{key} is {now.get(key)}, the run was started with {saved.get(key)}"
                 )
 
-    def start(self, machine: Machine, notes: dict) -> None:
-        """Make the folder and write args.json. `notes`: what else belongs there."""
+    def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> None:
+        """Make the folder and write args.json. `meta`: what checkpoints remember of network and data;
+        `notes`: what else belongs into args.json."""
+        self.meta = meta
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
@@ -544,7 +546,8 @@ class Run:
                     numpy=np.__version__,
                 ),
                 commit=_commit(),
-                **notes,
+                meta=meta,
+                **(notes or {}),
             )
             text = json.dumps(record, indent=1, default=str) + "\n"
             _write(self.dir / "args.json", text.encode())

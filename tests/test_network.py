@@ -7,6 +7,7 @@ from torch import nn
 
 import network
 from fill import fill_network, image
+from reference import agree, agree_grads, cases
 from toys import Toy
 from utils import UserError
 
@@ -193,6 +194,28 @@ def test_adapter_pools_without_parameters():
     new_s, new_t = adapter(s, t)
     assert new_s.stages[2].shape == (2, 9, 1, 1) and new_t.stages[2].shape == (2, 8, 1, 1)
     assert network.count_parameters(adapter) == 0
+
+
+@pytest.mark.parametrize("case", [c for c in cases("fitnet") if "alt_mdistiller/loss" in c])
+def test_regressor_of_the_crd_benchmark(case):
+    """Every kind of convolution against the values of MDistiller's FitNet."""
+    fm_s, fm_t = case.leaf("in/fm_s"), case["in/fm_t"]
+    regressor = network.Regressor(fm_s.shape, fm_t.shape, relu=True).double()
+    regressor.load_state_dict(case.group("param/alt_mdistiller.conv_reg."))
+    fm = regressor(fm_s)
+    agree(fm, case["alt_mdistiller/regressed"])
+    loss = (fm - fm_t).square().mean()
+    agree(loss, case["alt_mdistiller/loss"])
+    grads = case.group("alt_mdistiller/grad_param/conv_reg.")
+    leaves = {"fm_s": fm_s, **dict(regressor.named_parameters())}
+    # a bias before batch norm has no gradient but rounding
+    leaves.pop("conv.bias"), grads.pop("conv.bias")
+    agree_grads(loss, leaves, {"fm_s": case["alt_mdistiller/grad/fm_s"], **grads})
+
+
+def test_no_regressor_to_an_odd_size():
+    with pytest.raises(UserError, match="no regressor"):
+        network.Regressor(torch.Size([1, 3, 4, 4]), torch.Size([1, 3, 7, 7]), relu=False)
 
 
 @pytest.mark.parametrize("needs", ["", "size", "channels+size"])
