@@ -140,26 +140,28 @@ def train_batches(
     order = torch.randperm(n, generator=generator)
     shift = torch.randint(-pad, pad + 1, (2, n), generator=generator)
     flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
-    draws = [x.to(device, non_blocking=True) for x in (order, shift, flip)]
-    order, shift, flip = draws
+    order, shift, flip = (x.to(device, non_blocking=True) for x in (order, shift, flip))
+    scale_shift = _scale_shift(images)
     arange = torch.arange(images.size, device=device)
     for start, stop in batch_bounds(n, batch_size)[skip:]:
         index = order[start:stop]
         rows = arange + shift[0, start:stop, None]
         columns = torch.where(flip[start:stop, None], arange.flip(0), arange)
         columns = columns + shift[1, start:stop, None]
-        yield _gather(images, index, rows, columns, padding), images.labels[index], index
+        pixels = _gather(images, index, rows, columns, padding)
+        yield _normalise(pixels, *scale_shift), images.labels[index], index
 
 
 def test_batches(images: Images, batch_size: int):
     """Yield (img, target, index) in order, normalised and otherwise untouched."""
     index = torch.arange(len(images), device=images.pixels.device)
+    scale_shift = _scale_shift(images)
     for i in index.split(batch_size):
-        yield _normalise(images, images.pixels[i]), images.labels[i], i
+        yield _normalise(images.pixels[i], *scale_shift), images.labels[i], i
 
 
 def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
-    """Pixels (rows[b, i], columns[b, j]) of image index[b]; what lies outside is padding."""
+    """Pixels (rows[b, i], columns[b, j]) of image index[b], uint8 (B, H, W, 3); outside is padding."""
     last = images.size - 1
     if padding == "zero":
         inside_rows, inside_columns = ((x >= 0) & (x <= last) for x in (rows, columns))
@@ -172,17 +174,17 @@ def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, paddin
     pixels = images.pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
     if padding == "zero":
         pixels = pixels * (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
-    return _normalise(images, pixels)
+    return pixels
 
 
-def _normalise(images: Images, pixels: Tensor) -> Tensor:
+def _scale_shift(images: Images) -> tuple[Tensor, Tensor]:
+    """What normalises a row of pixels, channel by channel: the inner loop is long instead of three."""
+    mean, std = (torch.tensor(x, device=images.pixels.device) for x in (images.mean, images.std))
+    return tuple(x.repeat(images.size) for x in (1 / (255 * std), -mean / std))
+
+
+def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), stored as channels_last."""
-    scale = pixels.new_tensor([1 / (255 * s) for s in images.std], dtype=torch.float32)
-    shift = pixels.new_tensor(
-        [-m / s for m, s in zip(images.mean, images.std)], dtype=torch.float32
-    )
-    # constants repeated along a row of pixels: the inner loop is long instead of three
-    scale, shift = (x.repeat(pixels.shape[2]) for x in (scale, shift))
     flat = torch.addcmul(shift, pixels.flatten(2).float(), scale)
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 

@@ -468,7 +468,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     if "teacher" in phase.learns:
         peer = utils.evaluate(tnet, data.test, machine)
         row |= {f"peer_{name}": value for name, value in peer.items()}
-        # KD-Zoo's names for two networks that learn; tensors shared with snet are stored once
+        # KD-Zoo's names for two networks that learn
         state |= dict(net1=tnet.state_dict(), net2=state["snet"])
         for i, score in ((1, peer), (2, row)):
             extra |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}

@@ -5,6 +5,7 @@ import argparse
 import csv
 import difflib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -455,10 +456,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def sha256(path: str | Path) -> str:
     """Fingerprint of a file."""
-    import hashlib
-
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _write(path: Path, data) -> None:

@@ -260,10 +260,18 @@ def init_then_ce(epochs: int):
     return (init, Phase(name="train", kd=False, learns=("student",)))
 
 
-FACTORS = (
-    Phase("paraphrase", 30, False, reconstruction, ("kd.paraphraser",), ((1.0, 0.1),), False),
-    Phase(learns=("student", "kd.translator")),
-)
+def paraphrase_first(lr: float):
+    """The paraphraser learns to reconstruct the teacher's map, at `lr` times the rate; then it rests."""
+    first = Phase(
+        name="paraphrase",
+        epochs=30,
+        ce=False,
+        kd=reconstruction,
+        learns=("kd.paraphraser",),
+        lr=((1.0, lr),),
+        nesterov=False,
+    )
+    return (first, Phase(learns=("student", "kd.translator")))
 
 
 # --- the weight over the epochs: (epoch from 1, epochs) -> factor, both in the protocol's number ---
@@ -336,7 +344,7 @@ METHODS = {
     "nst":      Method(plain(NST),         stages,           10.0, dict(kernel=("poly", "linear", "gauss")), needs="size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=50.0, stages=None, reduce="sum"))),
     "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0))),
     "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=init_then_ce(30)))),
-    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator")), needs="size", stages=(-1,), phases=FACTORS, protocols=dict(crd=dict(flags=dict(use_bn="translator")))),
+    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator")), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), flags=dict(use_bn="translator")))),
     "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0)),
     "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=init_then_ce(30)))),
     "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,)))),

@@ -50,8 +50,8 @@ def changed(job, batch, change_s, change_t):
     inside = inside_graph(job.kd[0].row)
     if inside:
         for net, change in ((job.student.net, change_s), (job.teacher.net, change_t)):
-            for mark in (net.mark1, net.mark2, net.mark3):
-                mark.f = change
+            for i in job.kd[0].row.stages:
+                net.get_submodule(net.taps["stages"][i]).f = change
     s, t = features(job, batch)
     if inside:
         return replace(s, out=change_s(s.out)), replace(t, out=change_t(t.out))
@@ -128,6 +128,7 @@ DEGENERATE = {
     "all the same": (lambda x: x[:1].expand_as(x), lambda x: x[:1].expand_as(x)),
     "huge": (lambda x: x * 1e4, lambda x: x * 1e4),
     "tiny": (lambda x: x * 1e-12, lambda x: x * 1e-12),
+    "near underflow": (lambda x: x * 1e-20, lambda x: x * 1e-20),
 }
 
 
@@ -196,11 +197,8 @@ def test_a_batch_of_one(mode):
             assert finite(job, loss) and mode not in NOT_ON_ONE
 
 
-NOT_ON_ONE = (
-    "rkd",
-    "irg",
-)  # methods that compare samples with each other and are not defined on one, or
-# whose batch norm sees a single value
+# defined on pairs of samples, or with a batch norm that would see a single value
+NOT_ON_ONE = ("rkd", "irg", "reviewkd")
 
 
 # --- 4: state --------------------------------------------------------------------------------------
@@ -304,6 +302,49 @@ def test_no_value_is_read_back(mode):
             loss = part(compare, *features(job, batch), batch)
             if loss.requires_grad:
                 loss.backward()
+
+
+# --- what a protocol changes -----------------------------------------------------------------------
+
+CRD_TABLE = (
+    {  # of the CRD benchmark's script: weight, stages, sum or mean; cross-entropy 1 elsewhere
+        "st": (0.9, None, "mean"),
+        "at": (1000, None, "sum"),
+        "fitnet": (100, (2,), "mean"),
+        "nst": (50, None, "sum"),
+        "pkt": (30000, None, "mean"),
+        "fsp": (50, None, "sum"),
+        "ft": (200, (-1,), "mean"),
+        "rkd": (1, None, "mean"),
+        "ab": (0.003, None, "sum"),
+        "sp": (3000, (-1,), "mean"),
+        "vid": (1, None, "sum"),
+        "crd": (0.8, None, "mean"),
+        "ofd": (0.001, None, "sum"),  # MDistiller's
+    }
+)
+
+
+@pytest.mark.parametrize("mode", CRD_TABLE)
+def test_the_crd_benchmark_s_settings(mode):
+    row = METHODS[mode].under("crd")
+    assert (row.lambda_kd, row.stages, row.reduce) == CRD_TABLE[mode]
+    assert row.lambda_ce == (0.1 if mode == "st" else 1.0)
+    if len(row.phases) > 1:
+        assert row.phases[0].epochs == 30
+
+
+def test_sums_of_the_crd_benchmark():
+    """A sum over a sample's entries, a mean over samples, half the weight a stage further up."""
+    from kd_losses import preacts_summed
+
+    job, batch = toys.job("ab"), toys.batch(dtype=torch.float32)
+    s, t = features(job, batch)
+    found = preacts_summed(job.kd[0].loss, s, t, batch)
+    for i, (fm_s, fm_t) in enumerate(zip(s.preacts, t.preacts)):
+        sign = torch.where(fm_t > 0, 1.0, -1.0)
+        expected = 2.0 ** (i - 2) * (2.0 - sign * fm_s).clamp(min=0).square().sum() / len(fm_s)
+        torch.testing.assert_close(found[i], expected)
 
 
 # --- the table and its files -----------------------------------------------------------------------
