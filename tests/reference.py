@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 DATA = Path(__file__).parent / "data"
 
@@ -36,6 +38,35 @@ class Case:
     def leaf(self, key: str) -> torch.Tensor:
         """An input that requires grad."""
         return self[key].requires_grad_()
+
+
+class TwoConv(nn.Module):
+    """The network of the reference values of sobolev, lwm and bss; counts its calls."""
+
+    def __init__(self, cin, c1, c2, k, act):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, c1, 3, padding=1)
+        self.conv2 = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
+        self.fc = nn.Linear(c2, k)
+        self.act = dict(relu=F.relu, softplus=F.softplus, tanh=torch.tanh)[act]
+        self.calls = 0
+
+    @classmethod
+    def of(cls, case: Case, name: str) -> "TwoConv":
+        """The case's network of that name with its weights, in float64."""
+        net = cls(**case.hyper[name]).double()
+        net.load_state_dict(case.group(f"param/{name}."))
+        return net
+
+    def bottom(self, img):
+        return self.act(self.conv1(img))
+
+    def top(self, fm):
+        return self.fc(self.act(self.conv2(fm)).mean((2, 3)))
+
+    def forward(self, img):
+        self.calls += 1
+        return self.top(self.bottom(img))
 
 
 def cases(method: str) -> list[Case]:

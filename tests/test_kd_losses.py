@@ -277,6 +277,30 @@ def test_what_learns_has_a_gradient_and_the_rest_stays(mode):
         assert any(not torch.equal(p, old) for p, old in zip(everyone, before))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_exactly_what_learns_is_in_training_mode(mode):
+    for phase in METHODS[mode].phases:
+        job = toys.job(mode)
+        for module in (job.student.net, job.teacher.net, job.kd):
+            module.train()
+        job.learners(phase)
+        roots = dict(student=job.student.net, teacher=job.teacher.net, kd=job.kd)
+        for name, root in roots.items():
+            for module in root.modules():
+                owns = [p for p in module.parameters(recurse=False)]
+                assert all(p.requires_grad == module.training for p in owns)
+            whole = name in phase.learns
+            assert root.training == (
+                whole or (name, "backbone" in phase.learns) == ("student", True)
+            )
+            if whole:
+                assert all(module.training for module in root.modules())
+        assert job.student.net.fc.training == ("student" in phase.learns)
+        assert job.student.net.conv1.training == (
+            "student" in phase.learns or "backbone" in phase.learns
+        )
+
+
 # --- 5: no host synchronisation ---------------------------------------------------------------------
 
 

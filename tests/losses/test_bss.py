@@ -6,30 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_losses.bss import BSS, BSSAttacker, select
-from reference import agree, agree_grads, cases
-
-
-class Net(nn.Module):
-    """The two-convolution network of the reference values, which counts its calls."""
-
-    def __init__(self, cin, c1, c2, k, act):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, c1, 3, padding=1)
-        self.conv2 = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
-        self.fc = nn.Linear(c2, k)
-        self.act = dict(relu=F.relu, softplus=F.softplus, tanh=torch.tanh)[act]
-        self.calls = 0
-
-    def forward(self, img):
-        self.calls += 1
-        x = self.act(self.conv2(self.act(self.conv1(img))))
-        return self.fc(x.mean((2, 3)))
-
-
-def build(case, name):
-    net = Net(**case.hyper[name]).double()
-    net.load_state_dict(case.group(f"param/{name}."))
-    return net
+from reference import TwoConv, agree, agree_grads, cases
 
 
 def attacker(case, **kwargs):
@@ -39,7 +16,11 @@ def attacker(case, **kwargs):
 
 @pytest.mark.parametrize("case", cases("bss"))
 def test_reference(case):
-    net_s, net_t, img = build(case, "net_s"), build(case, "net_t"), case["out/attacked_img"]
+    net_s, net_t, img = (
+        TwoConv.of(case, "net_s"),
+        TwoConv.of(case, "net_t"),
+        case["out/attacked_img"],
+    )
     params = {f"net_s.{name}": p for name, p in net_s.named_parameters()}
     out_s, out_t = net_s(img), net_t(img)
     loss = BSS(case.hyper["T"])(out_s, out_t)
@@ -51,7 +32,7 @@ def test_reference(case):
 
 @pytest.mark.parametrize("case", cases("bss"))
 def test_reference_attack(case):
-    net_t = build(case, "net_t")
+    net_t = TwoConv.of(case, "net_t")
     inputs = case["in/img"], case["in/target"], case["in/attack_class"]
     first = attacker(case, num_steps=1).attack(net_t, *inputs)
     agree(first, case["out/attacked_img_after_1_step"], 1e-8)
@@ -135,7 +116,7 @@ def test_degenerate_loss(dtype):
 
 
 def small(dtype=torch.float32):
-    net = Net(2, 4, 4, 3, "tanh").to(dtype)
+    net = TwoConv(2, 4, 4, 3, "tanh").to(dtype)
     img = torch.randn(6, 2, 5, 5).to(dtype)
     target = net(img).argmax(1)
     return net, img, target, (target + 1) % 3

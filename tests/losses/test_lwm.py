@@ -1,39 +1,22 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kd_losses.lwm import LwM
-from reference import agree, cases
+from reference import TwoConv, agree, cases
 
 
-class Net(nn.Module):
-    """The two-convolution network of the reference values, its first map beside the logits."""
-
-    def __init__(self, cin, c1, c2, k, act):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, c1, 3, padding=1)
-        self.conv2 = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
-        self.fc = nn.Linear(c2, k)
-        self.act = dict(relu=F.relu, softplus=F.softplus, tanh=torch.tanh)[act]
+class Net(TwoConv):
+    """Its map beside the logits."""
 
     def forward(self, img):
-        fm = self.act(self.conv1(img))
+        fm = self.bottom(img)
         return self.top(fm), fm
-
-    def top(self, fm):
-        return self.fc(self.act(self.conv2(fm)).mean((2, 3)))
-
-
-def build(case, name):
-    net = Net(**case.hyper[name]).double()
-    net.load_state_dict(case.group(f"param/{name}."))
-    return net
 
 
 @pytest.mark.parametrize("case", cases("lwm"))
 def test_reference(case):
-    net_s, net_t = build(case, "net_s"), build(case, "net_t")
+    net_s, net_t = Net.of(case, "net_s"), Net.of(case, "net_t")
     img, target = case.leaf("in/img"), case["in/target"]
     loss = LwM()(*net_s(img), *net_t(img.detach().requires_grad_()), target)
     agree(loss, case["loss"])
@@ -59,7 +42,7 @@ def naive(nets, img, target, cam):
         rows = []
         for net in nets:
             with torch.no_grad():
-                fm = net(img[b : b + 1])[1]
+                fm = net.bottom(img[b : b + 1])
                 grad = torch.zeros_like(fm)
                 for at in torch.cartesian_prod(*map(torch.arange, fm.shape)).tolist():
                     bump = torch.zeros_like(fm)

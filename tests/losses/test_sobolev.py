@@ -1,36 +1,14 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kd_losses.sobolev import Sobolev
-from reference import agree, agree_grads, cases
-
-
-class Net(nn.Module):
-    """The two-convolution network of the reference values."""
-
-    def __init__(self, cin, c1, c2, k, act):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, c1, 3, padding=1)
-        self.conv2 = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
-        self.fc = nn.Linear(c2, k)
-        self.act = dict(relu=F.relu, softplus=F.softplus, tanh=torch.tanh)[act]
-
-    def forward(self, img):
-        x = self.act(self.conv2(self.act(self.conv1(img))))
-        return self.fc(x.mean((2, 3)))
-
-
-def build(case, name):
-    net = Net(**case.hyper[name]).double()
-    net.load_state_dict(case.group(f"param/{name}."))
-    return net
+from reference import TwoConv, agree, cases
 
 
 @pytest.mark.parametrize("case", cases("sobolev"))
 def test_reference(case):
-    net_s, net_t = build(case, "net_s"), build(case, "net_t")
+    net_s, net_t = TwoConv.of(case, "net_s"), TwoConv.of(case, "net_t")
     img, target = case.leaf("in/img"), case["in/target"]
     out_s, out_t = net_s(img), net_t(img)
     loss = Sobolev()(out_s, out_t, img, target)
@@ -67,7 +45,7 @@ def naive(net_s, net_t, img, target):
 
 
 def small(act="tanh"):
-    return Net(2, 3, 4, 3, act).double(), Net(2, 4, 3, 3, act).double()
+    return TwoConv(2, 3, 4, 3, act).double(), TwoConv(2, 4, 3, 3, act).double()
 
 
 def test_naive():
