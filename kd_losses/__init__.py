@@ -304,7 +304,7 @@ class Method:
     """A row.
 
     needs: what must agree for the comparison: '' nothing, 'size' or 'channels+size'; an adapter
-    supplies it. teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
+    supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
     flags: a tuple lists the choices, the first being the default.
     protocols: fields of the row that a protocol changes; its `flags` are merged into the row's.
@@ -324,10 +324,13 @@ class Method:
     protocols: dict = field(default_factory=dict)
 
     def under(self, protocol: str) -> "Method":
-        """The row as `protocol` has it."""
+        """The row as `protocol` has it; of choices, the protocol's comes first."""
         changes = dict(self.protocols.get(protocol, {}))
-        changes["flags"] = {**self.flags, **changes.get("flags", {})}
-        return replace(self, **changes)
+        flags = dict(self.flags)
+        for flag, value in changes.get("flags", {}).items():
+            old = flags[flag]
+            flags[flag] = tuple(dict.fromkeys((value, *old))) if isinstance(old, tuple) else value
+        return replace(self, **changes | dict(flags=flags))
 
 
 CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"))

@@ -282,6 +282,25 @@ def test_protocol_changes_the_row():
     assert rows["crd"].flags["nce_t"] == 0.2
 
 
+@pytest.mark.parametrize("protocol", utils.PROTOCOLS)
+@pytest.mark.parametrize("mode", METHODS)
+def test_every_mode_under_every_protocol(mode, protocol):
+    """Its flags parse, also when its defaults are given; its comparison fits ResNets of two widths."""
+    argv = ["--kd_mode", mode, "--protocol", protocol]
+    flags = train_kd.parse(argv)[1][mode].flags
+    given = [x for k, v in flags.items() for x in (f"--{k}", str(train_kd._plain(v)))]
+    assert train_kd.parse(argv + given)[1][mode].flags == flags
+    nets = network.build("resnet8", 5), network.build("resnet8x4", 5)
+    job = toys.job(mode, *nets, toys.images(size=16), argv=["--protocol", protocol])
+    job.rehearse(toys.images(size=16))
+    phase = job.phases[0]
+    recipe = utils.resolve(train_kd.parse([*argv, *DATA])[0], "x", {})
+    optimizer = utils.sgd(job.learners(phase), recipe)
+    batch = toys.batch(dtype=torch.float32, size=16)
+    terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
+    assert all(value.isfinite() for value in terms.values())
+
+
 def test_stages_and_reduce():
     batch = toys.batch(dtype=torch.float32)
     one, two = (toys.job("at", argv=["--stages", s, "--reduce", "sum"]) for s in ("1,3", "2"))
