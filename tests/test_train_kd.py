@@ -271,6 +271,21 @@ def test_composed_modes_train(distil):
     assert {"kd_st", "kd_at", "kd_crd"} <= set(rows[0])
 
 
+def test_all_single_phase_methods_at_once():
+    """One step of everything that composes; a flag that several own goes to all of them."""
+    modes = [mode for mode, row in METHODS.items() if len(row.phases) == 1]
+    job = toys.job("+".join(modes), argv=["--T", "2"])
+    assert [part.row.flags["T"] for part in job.kd if "T" in part.row.flags] == [2.0] * 3
+    recipe = utils.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    optimizer = utils.sgd(job.learners(job.phases[0]), recipe)
+    batch, weights = toys.batch(dtype=torch.float32), [1.0] * len(modes)
+    terms = train_kd.train_step(
+        job, job.phases[0], optimizer, batch, weights, utils.machine(0, "off")
+    )
+    assert {f"kd_{mode}" for mode in modes} < set(terms)
+    assert all(value.isfinite() for value in terms.values())
+
+
 def test_protocol_changes_the_row():
     _, rows = train_kd.parse(["--kd_mode", "st", "--protocol", "crd"])
     assert (rows["st"].lambda_ce, rows["st"].lambda_kd) == (0.1, 0.9)
