@@ -80,13 +80,13 @@ def main(argv: list[str] | None = None) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = lr
         net.train()
-        meter = utils.Meter(["ce", "train_top1"], machine.device)
+        meter = utils.Meter()
         batches = dataset.train_batches(
             data.train, recipe.batch_size, recipe.seed, epoch, padding=recipe.padding
         )
         for step, (img, target, _) in enumerate(batches, 1):
             out, loss = train_step(net, optimizer, img, target, machine)
-            meter.add([loss, utils.top1(out, target)], len(target))
+            meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
             if step % recipe.print_freq == 0:
                 now = meter.read()
                 utils.check_finite(now, f"epoch {epoch}, step {step}")

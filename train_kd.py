@@ -344,6 +344,14 @@ def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
     return recipe.lr * factor
 
 
+def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
+    """The weight of every part when the share `done` of the phase lies behind: the protocol's, epoch
+    by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth."""
+    total = utils.PROTOCOLS[recipe.protocol].epochs
+    place = int(done * total + 1e-6) + 1
+    return [part.row.lambda_kd * part.row.ramp(place, total) for part in job.kd]
+
+
 # --- the job ---------------------------------------------------------------------------------------
 
 
@@ -433,22 +441,20 @@ def main(argv: list[str] | None = None) -> dict:
 def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer):
     """One epoch of a phase of `epochs`: train, evaluate, record, save."""
     began = time.perf_counter()
-    protocol = utils.PROTOCOLS[recipe.protocol]
-    place = epoch * protocol.epochs / epochs  # in the protocol's number of epochs
     lr = learning_rate(phase, epoch, epochs, recipe)
-    weights = [p.row.lambda_kd * p.row.ramp(place, protocol.epochs) for p in job.kd]
     for group in optimizer.param_groups:
         group["lr"] = lr
     job.learners(phase)  # evaluation has put the networks into eval mode
     where = f"{phase.name} epoch {epoch}"
-    meter = None
+    meter = utils.Meter()
+    steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size))
     batches = dataset.train_batches(
         data.train, recipe.batch_size, recipe.seed, len(run.history) + 1, padding=recipe.padding
     )
     for step, batch in enumerate(batches, 1):
+        weights = kd_weights(job, (epoch - 1 + (step - 1) / steps) / epochs, recipe)
         terms = train_step(job, phase, optimizer, Batch(*batch), weights, machine)
-        meter = meter or utils.Meter(list(terms), machine.device)
-        meter.add(list(terms.values()), len(batch[1]))
+        meter.add(terms, len(batch[1]))
         if step % recipe.print_freq == 0:
             now = meter.read()
             utils.check_finite(now, f"{where}, step {step}")

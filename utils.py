@@ -390,17 +390,29 @@ def step_decay(lr: float, epoch: int, milestones: tuple[int, ...]) -> float:
 class Meter:
     """Means over the samples of an epoch, summed on the device and read only when asked for."""
 
-    def __init__(self, names: list[str], device: torch.device):
-        self.names, self.count = names, 0
-        self.sums = torch.zeros(len(names), device=device)
+    def __init__(self):
+        self.sums, self.counts = {}, {}  # by the names that came together: a term may come later
 
-    def add(self, values: list[Tensor], n: int) -> None:
-        """Add the means `values` over `n` samples."""
-        self.sums += n * torch.stack([value.detach().float() for value in values])
-        self.count += n
+    def add(self, values: dict[str, Tensor], n: int) -> None:
+        """Add the means `values`, 0-dim tensors by name, over `n` samples."""
+        names = tuple(values)
+        total = n * torch.stack([value.detach().float() for value in values.values()])
+        self.sums[names] = self.sums[names] + total if names in self.sums else total
+        self.counts[names] = self.counts.get(names, 0) + n
 
     def read(self) -> dict[str, float]:
-        return dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
+        """The mean of each name over the samples for which it was added."""
+        total, count = {}, {}
+        for names, sums in self.sums.items():
+            for name, value in zip(names, sums.tolist()):
+                total[name] = total.get(name, 0.0) + value
+                count[name] = count.get(name, 0) + self.counts[names]
+        return {name: total[name] / count[name] for name in total}
+
+    @property
+    def count(self) -> int:
+        """Samples added."""
+        return sum(self.counts.values())
 
 
 def top1(out: Tensor, target: Tensor) -> Tensor:
@@ -414,16 +426,18 @@ def evaluate(net: nn.Module, images, machine: Machine, batch_size: int = 500) ->
     import dataset
 
     net.eval()
-    meter = Meter(["test_loss", "test_top1", "test_top5"], machine.device)
+    meter = Meter()
     for img, target, _ in dataset.test_batches(images, batch_size):
         with machine.autocast():
             out = net(img)
         out = out.float()
         five = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
-        meter.add(
-            [F.cross_entropy(out, target), top1(out, target), 100 * five.any(1).float().mean()],
-            len(target),
+        values = dict(
+            test_loss=F.cross_entropy(out, target),
+            test_top1=top1(out, target),
+            test_top5=100 * five.any(1).float().mean(),
         )
+        meter.add(values, len(target))
     return meter.read()
 
 

@@ -277,7 +277,7 @@ def paraphrase_first(lr: float):
 # --- the weight over the epochs: (epoch from 1, epochs) -> factor, both in the protocol's number ---
 
 
-def constant(epoch: float, epochs: int) -> float:
+def constant(epoch: int, epochs: int) -> float:
     return 1.0
 
 
@@ -286,7 +286,7 @@ def warmup(length: int):
     return lambda epoch, epochs: min(epoch / length, 1.0)
 
 
-def late_and_fading(epoch: float, epochs: int) -> float:
+def late_and_fading(epoch: int, epochs: int) -> float:
     """0 for ten epochs, then falling linearly to 0 at 80 % of the training (KD-Zoo's BSS)."""
     return 0.0 if epoch <= 10 else max(1 - 1.25 * (epoch - 1) / epochs, 0.0)
 

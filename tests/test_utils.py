@@ -116,10 +116,17 @@ def test_cuda_is_never_replaced_silently(monkeypatch):
 
 
 def test_meter_weighs_by_samples():
-    meter = utils.Meter(["a", "b"], torch.device("cpu"))
-    meter.add([torch.tensor(1.0), torch.tensor(0.0)], 3)
-    meter.add([torch.tensor(5.0), torch.tensor(1.0)], 1)
-    assert meter.read() == {"a": 2.0, "b": 0.25}
+    meter = utils.Meter()
+    meter.add(dict(a=torch.tensor(1.0), b=torch.tensor(0.0)), 3)
+    meter.add(dict(a=torch.tensor(5.0), b=torch.tensor(1.0)), 1)
+    assert meter.read() == {"a": 2.0, "b": 0.25} and meter.count == 4
+
+
+def test_meter_takes_what_comes_later():
+    meter = utils.Meter()
+    meter.add(dict(a=torch.tensor(1.0)), 2)
+    meter.add(dict(a=torch.tensor(4.0), b=torch.tensor(7.0)), 1)
+    assert meter.read() == {"a": 2.0, "b": 7.0} and meter.count == 3
 
 
 def test_evaluate_against_a_loop():
