@@ -70,11 +70,9 @@ def collect(args, modes: list[str]) -> list[dict]:
     """A row for each mode with what is there of its seeds."""
     table = []
     for mode in modes:
-        folders = sorted(Path(args.runs).glob(f"{mode}-*"))
-        found = {
-            int(f.name.rsplit("-", 1)[1]): result(f) for f in folders if (f / "curves.png").exists()
-        }
-        found = {seed: r for seed, r in found.items() if seed in args.seeds}
+        folders = {seed: Path(args.runs) / f"{mode}-{seed}" for seed in args.seeds}
+        done = {seed: f for seed, f in folders.items() if (f / "curves.png").exists()}
+        found = {seed: result(folder) for seed, folder in done.items()}
         if found:
             last = [r["last"] for r in found.values()]
             table.append(
