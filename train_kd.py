@@ -196,6 +196,10 @@ class Part(nn.Module):
         lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
         return replace(x, **{k: [v[i] for i in self.picked] for k, v in lists.items() if v})
 
+    def comparison(self, phase: Phase):
+        """What `phase` compares: its own, or the row's."""
+        return phase.kd if callable(phase.kd) else self.row.compare
+
     def forward(self, compare, s, t, batch) -> Tensor:
         t = self._pick(t)
         if s is not None:
@@ -258,7 +262,7 @@ class Distillation:
             with torch.set_grad_enabled(self.image_grad):
                 s, t = self.student(batch.img), self.teacher(batch.img)
                 for part in self.kd.eval() if phase.kd else []:
-                    compare = phase.kd if callable(phase.kd) else part.row.compare
+                    compare = part.comparison(phase)
                     try:
                         added = network.count_macs(part, lambda: part(compare, s, t, batch))
                     except ValueError as error:
@@ -298,7 +302,7 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
     CE is summed over the networks that learn; a part of weight 0 is not computed. Returns
     {name: detached 0-dim tensor}, on the device; 'ce' is the student's.
     """
-    s_learns = phase.ce or "student" in phase.learns or "backbone" in phase.learns
+    s_learns = phase.ce or phase.student_learns
     t_learns = "teacher" in phase.learns
     t_graph = nullcontext() if t_learns or job.role == "grad" else torch.no_grad()
     # an adapter may fit the teacher's maps to the student's
@@ -316,7 +320,7 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
                 t = job.teacher(batch.img)
         for name, weight, part in zip(job.names, weights, job.kd):
             if kd_runs and weight:
-                compare = phase.kd if callable(phase.kd) else part.row.compare
+                compare = part.comparison(phase)
                 terms[name] = part(compare, s, t, batch)
                 loss = loss + weight * terms[name]
     learning = [x for x, learns in ((s, s_learns), (t, t_learns)) if learns]
@@ -469,7 +473,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     snet, tnet = job.student.net, job.teacher.net
     state = dict(snet=snet.state_dict(), meta=run.meta)
     extra = {}
-    if "student" in phase.learns or "backbone" in phase.learns:
+    if phase.student_learns:
         row |= utils.evaluate(snet, data.test, machine)
     if "teacher" in phase.learns:
         peer = utils.evaluate(tnet, data.test, machine)

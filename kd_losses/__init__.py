@@ -239,6 +239,11 @@ class Phase:
     lr: tuple[tuple[float, float], ...] | None = None
     nesterov: bool | None = None
 
+    @property
+    def student_learns(self) -> bool:
+        """Whether the student learns, as a whole or without its classifier."""
+        return bool({"student", "backbone"} & set(self.learns))
+
 
 ONE_PHASE = (Phase(),)
 BOTH_LEARN = (Phase(learns=("student", "teacher", "kd")),)
