@@ -1,15 +1,19 @@
-"""Every dataset, by name: small images, decoded once and kept on the training device as one tensor.
+"""Every dataset, by name: small images, decoded once and kept on the training device as one tensor,
+and larger ones, which worker processes read when they are wanted.
 
     data = load("cifar100", "./datasets")
     for img, target, index in train_batches(data.train, 128, seed=2, epoch=1): ...
     for img, target, index in test_batches(data.test, 512): ...
 
-All the randomness of an epoch (order, crops, flips) is drawn up front from a generator seeded by
-(seed, epoch), so batch k of an epoch is a function of the two, on every device.
+All the randomness of an epoch (order, crops, flips; a seed for each image that is read) is drawn up
+front from a generator seeded by (seed, epoch), so batch k of an epoch is a function of the two, on
+every device and with any number of workers.
 """
 
 import os
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import UserError, named
+from utils import IMG_SIZE, UserError, named
+
+RESIDENT = 96  # pixels: images up to here stay on the device, larger ones are read batch by batch
+SAMPLE = 2000  # training images on which the normalisation of a streamed set is measured
 
 
 @dataclass
@@ -45,17 +52,56 @@ class Images:
     def size(self) -> int:
         return self.pixels.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
     def to(self, device) -> "Images":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 @dataclass
+class Stream:
+    """One split whose images, of `size` pixels, are made when wanted, by `workers` processes.
+
+    `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
+    reference count by reference count), or small images, uint8 (N, H, W, 3). `autoaugment`: whether
+    training applies AutoAugment's CIFAR-10 policy. The rest as in Images.
+    """
+
+    items: np.ndarray
+    labels: Tensor
+    classes: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: int
+    flip: bool = True
+    autoaugment: bool = False
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_class(self) -> int:
+        return len(self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def to(self, device) -> "Stream":
+        return replace(self, labels=self.labels.to(device))
+
+
+@dataclass
 class Data:
-    """A dataset: its two splits and its name."""
+    """A dataset: its two splits, its name, and what the log should say of it."""
 
     name: str
-    train: Images
-    test: Images
+    train: Images | Stream
+    test: Images | Stream
+    notes: list[str] = field(default_factory=list)
 
     def to(self, device) -> "Data":
         return replace(self, train=self.train.to(device), test=self.test.to(device))
@@ -67,38 +113,65 @@ def load(
     mean_std: tuple[tuple, tuple] | None = None,
     img_size: int | None = None,
     flip: bool | None = None,
+    workers: int = 0,
 ) -> Data:
     """The dataset `name`, read from `root`; see DATASETS for the names.
 
-    `mean_std`: normalisation; None: measured on the training split. `img_size`: side to which the
-    images of a folder are resized and cropped; None: they must have one size already. `flip`: mirror
-    in training; None: what suits the dataset. Raises UserError where the data cannot be had.
+    `mean_std`: normalisation; None: measured on the training split. `img_size`: side to which
+    images are resized and cropped, streamed by `workers` processes above RESIDENT; None: what they
+    have, and the images of a folder must have one size. `flip`: mirror in training; None: what
+    suits the dataset. Raises UserError where the data cannot be had.
     """
-    train, test, classes, mirror = named(DATASETS, name, "dataset")(Path(root), img_size)
-    mean, std = mean_std or measure(train[0])
-    mirror = mirror if flip is None else flip
-    splits = [
-        Images(
-            torch.from_numpy(np.ascontiguousarray(pixels)),
-            torch.as_tensor(np.asarray(labels), dtype=torch.int64),
-            classes,
-            tuple(mean),
-            tuple(std),
-            mirror,
+    read = named(DATASETS, name, "dataset")
+    img_size = img_size or IMG_SIZE.get(name)
+    *parts, classes, options, notes = read(Path(root), img_size)
+    if len(parts[0][1]) < 2:
+        raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
+    if flip is not None:
+        options["flip"] = flip
+    mean, std = map(tuple, mean_std or ((0.0,) * 3, (1.0,) * 3))
+    splits = []
+    for items, labels in parts:
+        labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        if _streams(img_size):
+            split = Stream(items, labels, classes, mean, std, img_size, workers=workers, **options)
+        else:
+            pixels = torch.from_numpy(np.ascontiguousarray(items))
+            split = Images(pixels, labels, classes, mean, std, options["flip"])
+        splits.append(split)
+    if _streams(img_size):
+        where = "disk" if splits[0].items.ndim == 1 else "memory"
+        steps = [type(step).__name__ for step in transform(splits[0], train=True).transforms]
+        notes.append(f"{workers} workers, streamed from {where}; in training {', '.join(steps)}")
+    if mean_std is None:
+        n = count = len(splits[0])
+        if _streams(img_size):
+            count = min(n, SAMPLE)
+            places = torch.arange(count) * n // count
+            pixels = _read(splits[0], places, _parts(count, 50))
+        else:
+            pixels = splits[0].pixels.split(4096)
+        mean, std = measure(pixels)
+        splits = [replace(split, mean=mean, std=std) for split in splits]
+        notes.append(
+            f"normalisation measured on {count} of {n} training images: mean {mean}, std {std}"
         )
-        for pixels, labels in (train, test)
-    ]
-    if len(splits[0]) < 2:
-        raise UserError(f"{name}: {len(splits[0])} training image(s): at least two are needed")
-    return Data(name, *splits)
+    return Data(name, *splits, notes)
 
 
-def measure(pixels: np.ndarray) -> tuple[tuple, tuple]:
+def _streams(img_size: int | None) -> bool:
+    return img_size is not None and img_size > RESIDENT
+
+
+def measure(parts: Iterable[Tensor]) -> tuple[tuple, tuple]:
     """Mean and standard deviation per channel of uint8 images (N, H, W, 3), scaled to 0..1."""
+    counts = sum(
+        np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)])
+        for part in map(np.asarray, parts)
+    )
     values = np.arange(256) / 255.0
     mean, std = [], []
-    for channel in range(3):
-        count = np.bincount(pixels[..., channel].ravel(), minlength=256)
+    for count in counts:
         share = count / count.sum()
         mean.append(round(float(share @ values), 4))
         std.append(round(float(np.sqrt(share @ (values - share @ values) ** 2)), 4) or 1.0)
@@ -117,8 +190,12 @@ def batch_bounds(n: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, starts[1:] + [n]))
 
 
+def _parts(n: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def train_batches(
-    images: Images,
+    images: Images | Stream,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -129,21 +206,26 @@ def train_batches(
     """Yield (img, target, index) over one shuffled, augmented epoch, from batch `skip` on.
 
     img: float32 (B, 3, H, W) in channels_last, normalised; target, index: int64 (B,).
-    A crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then a mirror
-    image with probability 1/2 where the dataset allows it.
+    Images: a crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then
+    a mirror image with probability 1/2 where the dataset allows it. Stream: see `transform`.
     """
     if padding not in ("reflect", "zero"):
         raise UserError(f"padding must be reflect or zero, not {padding!r}")
-    n, device = len(images), images.pixels.device
+    n, device = len(images), images.device
     mix = np.random.SeedSequence([seed, epoch]).generate_state(1)
     generator = torch.Generator().manual_seed(int(mix[0]))
     order = torch.randperm(n, generator=generator)
+    bounds = batch_bounds(n, batch_size)[skip:]
+    if isinstance(images, Stream):
+        seeds = torch.randint(2**63 - 1, (n,), generator=generator)
+        yield from _stream(images, order, bounds, seeds)
+        return
     shift = torch.randint(-pad, pad + 1, (2, n), generator=generator)
     flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
     order, shift, flip = (x.to(device, non_blocking=True) for x in (order, shift, flip))
     scale_shift = _scale_shift(images)
     arange = torch.arange(images.size, device=device)
-    for start, stop in batch_bounds(n, batch_size)[skip:]:
+    for start, stop in bounds:
         index = order[start:stop]
         rows = arange + shift[0, start:stop, None]
         columns = torch.where(flip[start:stop, None], arange.flip(0), arange)
@@ -152,11 +234,15 @@ def train_batches(
         yield _normalise(pixels, *scale_shift), images.labels[index], index
 
 
-def test_batches(images: Images, batch_size: int):
-    """Yield (img, target, index) in order, normalised and otherwise untouched."""
-    index = torch.arange(len(images), device=images.pixels.device)
+def test_batches(images: Images | Stream, batch_size: int, workers: int | None = None):
+    """Yield (img, target, index) in order, normalised and otherwise untouched; of a Stream resized
+    and cropped by `workers` processes (None: its own number)."""
+    index = torch.arange(len(images))
+    if isinstance(images, Stream):
+        yield from _stream(images, index, _parts(len(index), batch_size), workers=workers)
+        return
     scale_shift = _scale_shift(images)
-    for i in index.split(batch_size):
+    for i in index.to(images.device).split(batch_size):
         yield _normalise(images.pixels[i], *scale_shift), images.labels[i], i
 
 
@@ -177,9 +263,9 @@ def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, paddin
     return pixels
 
 
-def _scale_shift(images: Images) -> tuple[Tensor, Tensor]:
+def _scale_shift(images: Images | Stream) -> tuple[Tensor, Tensor]:
     """What normalises a row of pixels, channel by channel: the inner loop is long instead of three."""
-    mean, std = (torch.tensor(x, device=images.pixels.device) for x in (images.mean, images.std))
+    mean, std = (torch.tensor(x, device=images.device) for x in (images.mean, images.std))
     return tuple(x.repeat(images.size) for x in (1 / (255 * std), -mean / std))
 
 
@@ -189,7 +275,88 @@ def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-# --- the datasets: (root, img_size) -> (pixels, labels) twice, class names, whether to mirror -----
+# --- images that are read when they are wanted ---------------------------------------------------
+
+
+def transform(images: Stream, train: bool):
+    """The torchvision transform that makes (3, size, size) of an image's uint8 (3, H, W).
+
+    Files, as for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of
+    the resized image. Small images, as KnowledgeReview trains CIFAR at 224 pixels: resized to 256,
+    a random crop, mirrored, AutoAugment; in the test resized. (256 and 224 stand for their ratio.)
+    """
+    from torchvision.transforms import v2
+
+    size, larger = images.size, round(images.size * 256 / 224)
+    files = images.items.ndim == 1
+    if not train:
+        steps = [v2.Resize(larger), v2.CenterCrop(size)] if files else [v2.Resize((size, size))]
+        return v2.Compose(steps)
+    steps = [v2.RandomResizedCrop(size)] if files else [v2.Resize(larger), v2.RandomCrop(size)]
+    if images.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if images.autoaugment:
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+    return v2.Compose(steps)
+
+
+@dataclass
+class Reader:
+    """What a worker does: reader[index, seeds] are those images, uint8 (B, H, W, 3), or a line
+    about the one that cannot be read (an exception would come back as a whole traceback)."""
+
+    items: np.ndarray
+    transform: torch.nn.Module
+
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> Tensor | str:
+        pixels = []
+        try:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+                for i, seed in zip(*batch):
+                    torch.default_generator.manual_seed(int(seed))
+                    pixels.append(self.transform(_tensor(self.items[i])).permute(1, 2, 0))
+        except UserError as error:
+            return str(error)
+        return torch.stack(pixels).contiguous()
+
+
+def _tensor(item: bytes | np.ndarray) -> Tensor:
+    if isinstance(item, bytes):
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        return pil_to_tensor(_open(os.fsdecode(item)))
+    return torch.from_numpy(item).permute(2, 0, 1)
+
+
+def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
+    """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
+    training where there is a seed for each place of `order`."""
+    workers = images.workers if workers is None else workers
+    order, draws = (x.numpy() for x in (order, order if seeds is None else seeds))
+    loader = torch.utils.data.DataLoader(
+        Reader(images.items, transform(images, train=seeds is not None)),
+        batch_size=None,  # what the sampler gives is a batch
+        sampler=[(order[start:stop], draws[start:stop]) for start, stop in bounds],
+        num_workers=min(workers, len(bounds)) if len(bounds) > 1 else 0,
+        pin_memory=images.device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from torch's own
+    )
+    for pixels in loader:
+        if isinstance(pixels, str):
+            raise UserError(pixels)
+        yield pixels.to(images.device, non_blocking=True)
+
+
+def _stream(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
+    """Yield (img, target, index) for each of `bounds`."""
+    scale_shift = _scale_shift(images)
+    place = order.to(images.device)
+    for (start, stop), pixels in zip(bounds, _read(images, order, bounds, seeds, workers)):
+        index = place[start:stop]
+        yield _normalise(pixels, *scale_shift), images.labels[index], index
+
+
+# --- the datasets: (root, img_size) -> (items, labels) twice, class names, options, notes ---------
 
 
 def _cifar(kind: str):
@@ -210,13 +377,13 @@ def _cifar(kind: str):
                 f"{reader.base_folder} there, or a network connection"
             ) from error
         splits = [(_resize_all(x, img_size), y) for x, y in splits]
-        return *splits, list(split.classes), True
+        return *splits, list(split.classes), dict(flip=True, autoaugment=True), []
 
     return read
 
 
 def _resize_all(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    if size in (None, pixels.shape[1]):
+    if size in (None, pixels.shape[1]) or _streams(size):
         return pixels
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     parts = [
@@ -235,7 +402,8 @@ def _digits(root: Path, img_size: int | None):
         raise UserError("--data_name digits needs scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    pixels = _resize_all(np.repeat(grey[..., None], 3, axis=3), img_size or 32)
+    size = 32 if img_size is None or _streams(img_size) else img_size
+    pixels = _resize_all(np.repeat(grey[..., None], 3, axis=3), size)
     order = np.random.RandomState(0).permutation(len(pixels))
     train, test = order[:1297], order[1297:]
     labels = digits.target
@@ -243,69 +411,117 @@ def _digits(root: Path, img_size: int | None):
         (pixels[train], labels[train]),
         (pixels[test], labels[test]),
         [str(digit) for digit in range(10)],
-        False,  # a mirrored digit is another sign
+        dict(flip=False),  # a mirrored digit is another sign
+        [],
     )
 
 
-def _imagefolder(root: Path, img_size: int | None):
-    """ROOT/train/<class>/* and ROOT/test/<class>/* (or val)."""
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
-        raise UserError(f"{root}: no image folder: train/<class>/* and test/<class>/* are needed")
-    classes, train_files = _list_images(train)
-    test_classes, test_files = _list_images(test)
-    if test_classes != classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise UserError(
-            f"{root}: train and {test.name} differ in their classes: {', '.join(odd[:5])}"
-        )
-    splits = []
-    for folder, files in ((train, train_files), (test, test_files)):
-        pixels = _decode(files, img_size, folder)
-        splits.append((pixels, [label for _, label in files]))
-    if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
-        sizes = " and ".join(f"{x.shape[2]}x{x.shape[1]}" for x, _ in splits)
-        raise UserError(f"{root}: train and {test.name} images are {sizes} pixels: give --img_size")
-    return *splits, classes, True
+def _folder(*tests: str):
+    """ROOT/train/<class>/* and ROOT/<the first of `tests` that is there>/<class>/*."""
+
+    def read(root: Path, img_size: int | None):
+        train = root / "train"
+        test = next((root / name for name in tests if (root / name).is_dir()), None)
+        if not train.is_dir() or test is None:
+            raise UserError(
+                f"{root}: no image folder: train/<class>/* and {tests[0]}/<class>/* "
+                f"(or {tests[1]}) are needed"
+            )
+        (classes, files, labels, note), second = _list_images(train), _list_images(test)
+        odd = [
+            f"only in {split.name}: {_some(sorted(set(mine) - set(others)))}"
+            for split, mine, others in ((train, classes, second[0]), (test, second[0], classes))
+            if set(mine) - set(others)
+        ]
+        if odd:
+            raise UserError(
+                f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}"
+            )
+        items = [np.array([os.fsencode(path) for path in paths]) for paths in (files, second[1])]
+        if not _streams(img_size):
+            items = [_decode(x, img_size, folder) for x, folder in zip(items, (train, test))]
+            sizes = [x.shape[1] for x in items]
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"{root}: train images have {sizes[0]} pixels, {test.name} images {sizes[1]}: "
+                    "give --img_size"
+                )
+        notes = [x for x in (note, second[3]) if x]
+        return (items[0], labels), (items[1], second[2]), classes, dict(flip=True), notes
+
+    return read
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | None]:
+    """Class names, paths and labels of the images in `folder`, and a note on what is ignored."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    files = []
-    for label, name in enumerate(classes):
-        found = sorted(
-            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS
-        )
-        if not found:
-            raise UserError(f"{folder / name}: no images ({', '.join(IMG_EXTENSIONS)})")
-        files += [(path, label) for path in found]
-    if not files:
+    classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
+    if not classes:
         raise UserError(f"{folder}: no class folders with images in them")
-    return classes, files
+    files, labels, empty, ignored = [], [], [], Counter()
+    for label, name in enumerate(classes):
+        found = []
+        for where, inner, names in os.walk(folder / name):
+            inner[:] = [x for x in inner if x[0] != "."]
+            for path in (os.path.join(where, x) for x in names if x[0] != "."):
+                suffix = os.path.splitext(path)[1].lower()
+                if suffix in IMG_EXTENSIONS:
+                    found.append(path)
+                else:
+                    ignored[suffix or "no suffix"] += 1
+        files += sorted(found)
+        labels += [label] * len(found)
+        empty += [] if found else [name]
+    if empty:
+        raise UserError(f"{folder}, class {_some(empty)}: no images ({', '.join(IMG_EXTENSIONS)})")
+    note = f"{folder}: {ignored.total()} file(s) ignored ({_some(sorted(ignored))}): no images"
+    return classes, files, labels, note if ignored else None
 
 
-def _decode(files: list[tuple[Path, int]], img_size: int | None, folder: Path) -> np.ndarray:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _open(path: str):
+    """The image in a file, as RGB; transparency is dropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
+                grey = np.asarray(image).clip(0, 65535) / 257
+                image = Image.fromarray(grey.round().astype(np.uint8))
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            elif image.mode == "F":
+                raise ValueError("floating-point pixels, of unknown range")
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason}): mend or remove it") from error
+
+
+def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray:
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
     pixels, first = None, None
-    for i, (path, _) in enumerate(
-        tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False)
-    ):
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: not a readable image ({error})") from error
+    bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False)
+    for i, path in enumerate(map(os.fsdecode, bar)):
+        image = _open(path)
         if img_size:
             image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BILINEAR)
+        if max(image.size) > RESIDENT:
+            raise UserError(
+                f"{path} is {image.width}x{image.height} pixels: give --img_size (above {RESIDENT} "
+                "images are streamed from disk)"
+            )
         first = first or image.size
         if image.size != first or image.width != image.height:
             one, two = (f"{w}x{h}" for w, h in (first, image.size))
-            raise UserError(f"{path} is {two} pixels ({files[0][0].name}: {one}): give --img_size")
+            name = os.path.basename(os.fsdecode(files[0]))
+            raise UserError(f"{path} is {two} pixels ({name}: {one}): give --img_size")
         if pixels is None:
             pixels = np.empty((len(files), image.height, image.width, 3), np.uint8)
         pixels[i] = np.asarray(image)
@@ -316,5 +532,6 @@ DATASETS = {
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "digits": _digits,
-    "imagefolder": _imagefolder,
+    "imagefolder": _folder("test", "val"),
+    "imagenet": _folder("val", "test"),  # its test folder, where there is one, has no labels
 }

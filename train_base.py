@@ -20,14 +20,24 @@ import utils
 
 def parse(argv: list[str]):
     parser = utils.Parser(prog="train_base.py", description=__doc__)
-    parser.add_argument("--net_name", required=True, metavar="NAME", help="see network.py")
+    parser.add_argument(
+        "--net_name",
+        required=True,
+        metavar="NAME",
+        help="one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
+    )
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="start from the library's weights (torchvision, timm)",
+    )
     utils.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def short_name(net_name: str) -> str:
     """KD-Zoo's short form in file names: r20 for resnet20, other families in full."""
-    return re.sub(r"^resnet(?=\d)", "r", net_name)
+    return re.sub(r"^resnet(?=\d)", "r", network.file_name(net_name))
 
 
 def train_step(net, optimizer, img, target, machine):
@@ -46,14 +56,15 @@ def train_step(net, optimizer, img, target, machine):
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
-    utils.named(network.NETWORKS, args.net_name, "network")
+    network.constructor(args.net_name)
     recipe = utils.resolve(args, args.net_name, {})
     machine = utils.machine(args.cuda, args.amp)
-    note = args.note or f"base-{recipe.data_name}-{args.net_name}"
+    note = args.note or f"base-{recipe.data_name}-{network.file_name(args.net_name)}"
     run = utils.Run(recipe, note, ["train_base.py", *argv])
     data = utils.load_data(recipe)
     utils.seed_everything(recipe.seed)
-    net = network.build(args.net_name, data.train.num_class)
+    net = network.build(args.net_name, data.train.num_class, data.train.size, args.pretrained)
+    network.dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
 
     run.start(machine, meta)
@@ -62,6 +73,8 @@ def main(argv: list[str] | None = None) -> dict:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes"
     )
+    for note in data.notes:
+        run.log(note)
     if not run.saved:
         initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
         start = {"net": net.state_dict(), "meta": meta, "epoch": 0, "prec@1": 0.0, "prec@5": 0.0}

@@ -67,6 +67,18 @@ def parse(argv: list[str]):
         help="teacher network, where FILE does not know it",
     )
     add("--s_name", "--net2_name", metavar="NAME", help="student network, the same")
+    for side, who in (("t", "teacher"), ("s", "student")):
+        add(
+            f"--{side}_pretrained",
+            action="store_true",
+            help=f"{who} with the weights of its library (torchvision/NAME, timm/NAME)",
+        )
+        add(
+            f"--{side}_taps",
+            type=utils.comma(str),
+            metavar="M[,M]",
+            help=f"modules that give the {who}'s maps, the shallowest first (default: found)",
+        )
     weight = utils.number(float, 0)
     add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
     add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy")
@@ -136,45 +148,6 @@ def _override(row: Method, args, i: int, count: int) -> Method:
 # --- the networks and what hangs between them ------------------------------------------------------
 
 
-@dataclass
-class Weights:
-    """A network's name, its weights (None: fresh ones), and what its checkpoint knows of the data."""
-
-    name: str
-    state: dict | None
-    meta: dict
-    path: str | None
-
-    def build(self, num_class: int, seed: int) -> nn.Module:
-        utils.seed_everything(seed)
-        net = network.build(self.name, num_class)
-        net.requires_grad_(False)
-        if self.state is not None:
-            network.load_weights(net, self.state, self.path, self.name)
-        return net
-
-
-def find_weights(name: str | None, path: str | None, flag: str, file_flag: str) -> Weights:
-    """The network that `--{flag} name` and the checkpoint at `path` agree on."""
-    if path is None:
-        if name is None:
-            raise UserError(f"--{flag} or --{file_flag} is needed")
-        utils.named(network.NETWORKS, name, "network")
-        return Weights(name, None, {}, None)
-    checkpoint = utils.read_checkpoint(path)
-    state, meta = network.read_weights(checkpoint), checkpoint.get("meta")
-    if not isinstance(meta, dict):
-        known = network.identify(state)
-        meta = dict(network=known[0], num_class=known[1]) if known else {}
-    known = meta.get("network")
-    if name is None and known is None:
-        raise UserError(f"{path} does not say which network it is: give --{flag}")
-    if known not in (None, name or known):
-        raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
-    utils.named(network.NETWORKS, name or known, "network")
-    return Weights(name or known, state, meta, path)
-
-
 class Part(nn.Module):
     """One mode at work: its loss, its adapter and the stages it compares.
 
@@ -239,6 +212,11 @@ class Distillation:
         }
         stages = {mode: network.align(snet, tnet, row.stages) for mode, row in rows.items()}
         union = sorted({i for picked in stages.values() for i in picked})
+        learns = {name for row in rows.values() for phase in row.phases for name in phase.learns}
+        if "backbone" in learns and "feat" not in snet.taps:
+            raise UserError(
+                f"the student has no classifier to set apart: {snet.taps['lacks']['feat']}"
+            )
         self.student = network.Tapped(snet, sorted(wants), union)
         self.teacher = network.Tapped(tnet, sorted(wants), union)
         dry = torch.zeros(2, 3, train.size, train.size)
@@ -255,7 +233,7 @@ class Distillation:
     def rehearse(self, train) -> int:
         """Call every comparison on two images, so that what does not fit is said before anything is
         written. Returns the multiply-adds an image that the parts' own layers cost."""
-        img, target, index = next(dataset.test_batches(train, 2))
+        img, target, index = next(dataset.test_batches(train, 2, workers=0))
         batch = Batch(img.requires_grad_(self.image_grad), target, index)
         macs = 0
         for phase in self.phases:
@@ -264,9 +242,23 @@ class Distillation:
                 for part in self.kd.eval() if phase.kd else []:
                     compare = part.comparison(phase)
                     try:
-                        added = network.count_macs(part, lambda: part(compare, s, t, batch))
-                    except ValueError as error:
-                        raise UserError(f"--kd_mode {part.mode}: {error}") from error
+                        loss = None
+
+                        def call():
+                            nonlocal loss
+                            loss = part(compare, s, t, batch)
+
+                        added = network.count_macs(part, call)
+                        if self.image_grad:
+                            loss.backward()
+                    except (ValueError, RuntimeError) as error:
+                        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                        if "not have been used in the graph" in reason:
+                            reason = (
+                                "it differentiates in a map, and one of the networks gives tokens or "
+                                "channels last, from which the map is only derived"
+                            )
+                        raise UserError(f"--kd_mode {part.mode}: {reason}") from error
                     macs += added // 2 if compare is part.row.compare else 0
         return macs
 
@@ -364,16 +356,21 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, rows = parse(argv)
     trained = any(row.teacher == "trained" for row in rows.values())
-    if args.t_model is None and not trained:
+    if args.t_model is None and not trained and not args.t_pretrained:
         raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     found_t = None
     if args.t_model or args.t_name:
-        found_t = find_weights(args.t_name, args.t_model, "t_name", "t_model")
-    found_s = find_weights(args.s_name, args.s_init, "s_name", "s_init")
-    found_t = found_t or Weights(found_s.name, None, {}, None)
+        found_t = network.find_weights(
+            args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps
+        )
+    found_s = network.find_weights(
+        args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps
+    )
+    found_t = found_t or network.Weights(found_s.name, taps=args.t_taps)
     recipe = utils.resolve(args, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp)
-    note = args.note or f"{args.kd_mode}-{recipe.data_name}-{found_t.name}-{found_s.name}"
+    names = [network.file_name(found.name) for found in (found_t, found_s)]
+    note = args.note or "-".join([args.kd_mode, recipe.data_name, *names])
     run = utils.Run(recipe, note, ["train_kd.py", *argv])
     data = utils.load_data(recipe)
     num_class = data.train.num_class
@@ -383,8 +380,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(f"--{flag} {found.path} has {known} classes, {data.name} {num_class}")
 
     # the seed of a second learner is another one, or two equal networks would stay equal for ever
-    tnet = found_t.build(num_class, recipe.seed + 1)
-    snet = found_s.build(num_class, recipe.seed)
+    tnet = found_t.build(num_class, recipe.seed + 1, data.train.size)
+    snet = found_s.build(num_class, recipe.seed, data.train.size)
     if trained and _equal(snet, tnet):
         raise UserError(
             "both networks start from the same weights and would stay equal: change one"
@@ -416,7 +413,7 @@ def main(argv: list[str] | None = None) -> dict:
     teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
     macs = job.rehearse(data.train)
 
-    teacher |= dict(network=found_t.name)
+    teacher |= dict(network=found_t.name, pretrained=found_t.pretrained)
     run.start(machine, meta, dict(methods=methods, teacher=teacher))
     job.to(machine.device)
     data = data.to(machine.device)
@@ -507,12 +504,15 @@ def announce(run, machine, job, data, recipe, phases, methods, found_t, found_s,
     log(f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes")
     log(
         f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
-        f"student from {found_s.path or 'fresh weights'}"
+        f"student from {found_s.path or ('library' if found_s.pretrained else 'fresh')} weights"
     )
+    for line in (*data.notes, *found_t.notes, *found_s.notes):
+        log(line)
     log(
         f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
         f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
-        f"{recipe.weight_decay:g}, batch {recipe.batch_size}, {recipe.padding} padding"
+        f"{recipe.weight_decay:g}, batch {recipe.batch_size}"
+        + (f", {recipe.padding} padding" if isinstance(data.train, dataset.Images) else "")
     )
     planned = utils.PROTOCOLS[recipe.protocol].epochs
     if recipe.epochs != planned:

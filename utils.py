@@ -10,9 +10,11 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,11 @@ def command(main):
             return main(argv)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # one was killed, wherever we were
+                raise
+            line = " ".join(str(error).split()).rstrip(".")
+            print(f"error: {line}: give fewer --workers, or --workers 0", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
@@ -63,6 +70,8 @@ CRD_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 REVIEWKD_CIFAR = tuple(
     tuple(round(v / 255, 6) for v in row) for row in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 )
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
 LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # the networks that CRD trains at a lower rate
 
 
@@ -94,7 +103,7 @@ PROTOCOLS = {
         epochs=200,
         milestones=(100, 150),
         padding="reflect",
-        constants=dict(cifar10=CIFAR10, cifar100=ZOO_CIFAR100),
+        constants=dict(cifar10=CIFAR10, cifar100=ZOO_CIFAR100, imagenet=IMAGENET),
     ),
     # the CRD benchmark (RepDistiller), which MDistiller's CIFAR-100 configurations follow
     "crd": Protocol(
@@ -107,7 +116,7 @@ PROTOCOLS = {
         epochs=240,
         milestones=(150, 180, 210),
         padding="zero",
-        constants=dict(cifar10=CIFAR10, cifar100=CRD_CIFAR100),
+        constants=dict(cifar10=CIFAR10, cifar100=CRD_CIFAR100, imagenet=IMAGENET),
     ),
     # ReviewKD's CIFAR-100 scripts, which lower the rate one epoch later
     "reviewkd": Protocol(
@@ -120,7 +129,7 @@ PROTOCOLS = {
         epochs=240,
         milestones=(151, 181, 211),
         padding="zero",
-        constants=dict(cifar10=REVIEWKD_CIFAR, cifar100=REVIEWKD_CIFAR),
+        constants=dict(cifar10=REVIEWKD_CIFAR, cifar100=REVIEWKD_CIFAR, imagenet=IMAGENET),
     ),
 }
 
@@ -131,6 +140,8 @@ def scaled(epochs: int, total: int, protocol: Protocol) -> int:
 
 
 # --- flags ---------------------------------------------------------------------------------------
+
+DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,19 +202,7 @@ def comma(kind):
 def add_common_flags(parser: Parser) -> None:
     """The flags of both scripts: KD-Zoo's names and meaning, and ours. A default of None stands for
     what the protocol, the dataset or the machine says."""
-    add = parser.add_argument_group("data").add_argument
-    add("--data_name", metavar="NAME", help="cifar10, cifar100, digits or imagefolder")
-    add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
-    add("--num_class", type=number(int, 2), metavar="N", help="checked against the dataset")
-    add("--img_size", type=number(int, 4), metavar="N", help="resize to NxN pixels")
-    add("--flip", type=number(int, 0, 1), metavar="0|1", help="mirror training images or not")
-    add(
-        "--mean_std",
-        type=mean_std,
-        metavar="WHAT",
-        help="normalisation: cifar10, cifar100, measured, or six numbers M,M,M,S,S,S (default: the "
-        "checkpoint's, else the protocol's for CIFAR, else measured on the training images)",
-    )
+    add_data_flags(parser, training=True)
     add = parser.add_argument_group("training").add_argument
     add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
     add("--epochs", type=number(int, 1), metavar="N", help="all else scales with it")
@@ -214,6 +213,40 @@ def add_common_flags(parser: Parser) -> None:
     add("--nesterov", type=number(int, 0, 1), metavar="0|1")
     add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
     add("--seed", type=number(int, 0, 2**32 - 1), default=2, metavar="N", help="(default 2)")
+    add_machine_flags(parser)
+    add = parser.add_argument_group("run directory").add_argument
+    add("--save_root", default="./runs", metavar="DIR", help="(default ./runs)")
+    add("--note", metavar="NAME", help="name of the run's folder in save_root")
+    add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
+    add("--resume", action="store_true", help="go on with the run that is in the folder")
+
+
+def add_data_flags(parser: Parser, training: bool = False) -> None:
+    """The flags that say which images."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_name", metavar="NAME", help=DATA_NAMES)
+    add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+    add("--num_class", type=number(int, 2), metavar="N", help="checked against the dataset")
+    add(
+        "--img_size",
+        type=number(int, 4),
+        metavar="N",
+        help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
+    )
+    if training:
+        add("--flip", type=number(int, 0, 1), metavar="0|1", help="mirror training images or not")
+    add(
+        "--mean_std",
+        type=mean_std,
+        metavar="WHAT",
+        help="normalisation: cifar10, cifar100, imagenet, measured, or six numbers M,M,M,S,S,S "
+        "(default: the checkpoint's, else the protocol's for those three, else measured on the "
+        "training images)",
+    )
+
+
+def add_machine_flags(parser: Parser) -> None:
+    """The flags that say where and how it is computed."""
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=number(int, 0, 1), metavar="0|1", help="0: CPU (default: what is there)")
     add(
@@ -222,21 +255,23 @@ def add_common_flags(parser: Parser) -> None:
         default="auto",
         help="bfloat16 autocast; auto: where the hardware has it",
     )
-    add = parser.add_argument_group("run directory").add_argument
-    add("--save_root", default="./runs", metavar="DIR", help="(default ./runs)")
-    add("--note", metavar="NAME", help="name of the run's folder in save_root")
-    add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
-    add("--resume", action="store_true", help="go on with the run that is in the folder")
+    add(
+        "--workers",
+        type=number(int, 0),
+        metavar="N",
+        help="processes that read images above 96 pixels (default: one a CPU, at most 8)",
+    )
 
 
 def mean_std(text: str):
     """An argparse type: 'measured', a dataset with known constants, or six numbers."""
-    if text in ("measured", "cifar10", "cifar100"):
+    if text in ("measured", "cifar10", "cifar100", "imagenet"):
         return text
     values = comma(number(float))(text)
     if len(values) != 6 or min(values[3:]) <= 0:
         raise argparse.ArgumentTypeError(
-            f"cifar10, cifar100, measured or six numbers (the last three above 0), not {text!r}"
+            "cifar10, cifar100, imagenet, measured or six numbers (the last three above 0), not "
+            f"{text!r}"
         )
     return values[:3], values[3:]
 
@@ -246,14 +281,7 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
     protocol. The flags themselves stay as they were given."""
     recipe = argparse.Namespace(**vars(args))
     protocol = PROTOCOLS[args.protocol]
-    for flag in ("data_name", "num_class", "img_size"):
-        given, known = getattr(args, flag), knows.get(flag)
-        if given is not None and known is not None and given != known:
-            raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
-        setattr(recipe, flag, known if given is None else given)
-    if recipe.data_name is None:
-        raise UserError("--data_name is needed: cifar10, cifar100, digits or imagefolder")
-    recipe.img_root = args.img_root or knows.get("img_root") or "./datasets"
+    resolve_data(recipe, knows, protocol)
     light = net_name in LIGHT
     fill = dict(
         epochs=protocol.epochs,
@@ -270,14 +298,38 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
         raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
     if args.milestones is None:
         recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
-    constants = args.mean_std
+    recipe.padding = protocol.padding
+    return recipe
+
+
+def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
+    """Fill in, in place, what `add_data_flags` and --workers left open: from `knows`, then from
+    `protocol`."""
+    for flag in ("data_name", "num_class", "img_size"):
+        given, known = getattr(recipe, flag), knows.get(flag)
+        if given is not None and known is not None and given != known:
+            raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
+        setattr(recipe, flag, known if given is None else given)
+    if recipe.data_name is None:
+        raise UserError(f"--data_name is needed: {DATA_NAMES}")
+    if recipe.img_size is None:
+        recipe.img_size = IMG_SIZE.get(recipe.data_name)
+    if recipe.workers is None:
+        recipe.workers = min(8, _cpus())
+    recipe.img_root = recipe.img_root or knows.get("img_root") or "./datasets"
+    constants = recipe.mean_std
     if constants is None and "mean" in knows:
         constants = tuple(knows["mean"]), tuple(knows["std"])
     elif constants != "measured" and not isinstance(constants, tuple):
         constants = protocol.constants.get(constants or recipe.data_name)
     recipe.mean_std = None if constants == "measured" else constants
-    recipe.padding = protocol.padding
-    return recipe
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_data(recipe: argparse.Namespace):
@@ -290,6 +342,7 @@ def load_data(recipe: argparse.Namespace):
         recipe.mean_std,
         recipe.img_size,
         None if recipe.flip is None else bool(recipe.flip),
+        recipe.workers,
     )
     if recipe.num_class not in (None, data.train.num_class):
         raise UserError(
@@ -421,10 +474,16 @@ def top1(out: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, images, machine: Machine, batch_size: int = 500) -> dict[str, float]:
-    """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all of `images`."""
+def evaluate(
+    net: nn.Module, images, machine: Machine, batch_size: int | None = None
+) -> dict[str, float]:
+    """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all of `images`.
+
+    `batch_size`: None: 500 images of up to 96 pixels, 100 of 224.
+    """
     import dataset
 
+    batch_size = batch_size or max(1, min(500, 100 * 224**2 // images.size**2))
     net.eval()
     meter = Meter()
     for img, target, _ in dataset.test_batches(images, batch_size):
@@ -452,20 +511,54 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dict in a checkpoint, on the CPU, read without running any code that it may hold."""
+    """The dict in a checkpoint, on the CPU, read without running any code that it may hold.
+
+    A `.safetensors` file gives {'net': tensors, 'meta': ...}. Raises UserError where the file is
+    missing, damaged, holds code, or holds no dict.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the checkpoint in it, like model_best.pth.tar")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # RepDistiller's *_last.pth keep their flags: a Namespace is a bag of values
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old file formats
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a broken or unsafe file
-        reason = (str(error) or type(error).__name__).strip().split(". ")[0].splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
+        text = str(error).strip() or type(error).__name__
+        code = re.search(r"Unsupported (?:global|class|operand|operator)[^\n]*?([\w.]+\.\w+)", text)
+        if code:
+            raise UserError(
+                f"{path} holds more than tensors ({code[1]}), and reading that may run code. If you "
+                'trust it, convert it once: python -c "import torch; c = '
+                f"torch.load('{path}', map_location='cpu', weights_only=False); c = c if "
+                "isinstance(c, dict) else c.state_dict(); torch.save({'net': c.get('model') or "
+                f"c.get('net') or c.get('state_dict') or c}}, '{path.stem}.converted.pth')\""
+            ) from error
+        reason = text.split(". ")[0].splitlines()[0]
+        raise UserError(f"{path} is damaged, cut short, or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint's dict")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            net = {key: file.get_tensor(key) for key in file.keys()}
+            meta = json.loads((file.metadata() or {}).get("meta", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged, cut short, or not safetensors ({reason})") from error
+    return dict(net=net, meta=meta)
 
 
 def sha256(path: str | Path) -> str:
@@ -526,7 +619,7 @@ class Run:
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
-        free = ("print_freq", "resume", "save_root", "note", "img_root", "cuda")
+        free = ("print_freq", "resume", "save_root", "note", "img_root", "cuda", "workers")
         flags = {key: value for key, value in vars(self.recipe).items() if key not in free}
         return json.loads(json.dumps(flags, default=str))
 

@@ -3,6 +3,7 @@ distillation loss), https://arxiv.org/abs/1811.08051
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,6 +14,7 @@ class LwM(nn.Module):
         cam = relu(sum_c w_c x_c)                                       (B, H, W)
         loss = mean over B, H, W of | cam_s / ||cam_s||_2 - cam_t / ||cam_t||_2 |
 
+    The larger of two cams is averaged to the smaller one's size, before the norms.
     cam: what x is. 'gradient': g, as KD-Zoo does it; 'activation': fm, Grad-CAM as in the paper.
     Differentiating the loss needs second derivatives of the student, none of the teacher.
     Differs from the paper: with cam='gradient' the value depends on gradients alone. In a piecewise
@@ -30,32 +32,32 @@ class LwM(nn.Module):
     def forward(
         self, out_s: Tensor, fm_s: Tensor, out_t: Tensor, fm_t: Tensor, target: Tensor
     ) -> Tensor:
-        """out_s, out_t: logits (B, K), computed from fm_s (B, C_s, H, W) and fm_t (B, C_t, H, W),
+        """out_s, out_t: logits (B, K), computed from fm_s (B, C_s, *, *) and fm_t (B, C_t, *, *),
         which require grad; target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where batch or spatial size differ or a graph is missing.
+        Raises ValueError where the batches differ or a graph is missing.
         """
-        if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
-            raise ValueError(
-                f"LwM wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
-            )
-        if not len(out_s) == len(out_t) == len(target) == len(fm_s):
-            raise ValueError("LwM wants logits and targets of the maps' batch")
+        if not len(out_s) == len(out_t) == len(target) == len(fm_s) == len(fm_t):
+            raise ValueError("LwM wants maps, logits and targets of one batch")
         if not all(x.requires_grad for x in (out_s, fm_s, out_t, fm_t)):
             raise ValueError(
                 "LwM differentiates in the maps: let them require grad, and do not run the teacher "
                 "under no_grad"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            cam_s = self.attention(out_s, fm_s, target, create_graph=True)
-            cam_t = self.attention(out_t, fm_t, target, create_graph=False).detach()
+            size = tuple(min(a, b) for a, b in zip(fm_s.shape[2:], fm_t.shape[2:]))
+            cam_s = self.attention(out_s, fm_s, target, size, create_graph=True)
+            cam_t = self.attention(out_t, fm_t, target, size, create_graph=False).detach()
             return (cam_s - cam_t).abs().mean()
 
-    def attention(self, out: Tensor, fm: Tensor, target: Tensor, create_graph: bool) -> Tensor:
-        """The normalised attention map (B, H * W) of the target's class."""
+    def attention(
+        self, out: Tensor, fm: Tensor, target: Tensor, size: tuple[int, int], create_graph: bool
+    ) -> Tensor:
+        """The normalised attention map (B, prod(size)) of the target's class."""
         logit = out.gather(1, target[:, None]).sum()
         # retain_graph: another loss may differentiate the same forward
         (grad,) = torch.autograd.grad(logit, fm, create_graph=create_graph, retain_graph=True)
+        height_width = fm.shape[2:]
         grad, fm = (
             x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2) for x in (grad, fm)
         )
@@ -64,6 +66,8 @@ class LwM(nn.Module):
         grad = grad / torch.where(peak > 0, peak, 1)
         weight = grad.mean(2, keepdim=True)
         cam = (weight * (grad if self.cam == "gradient" else fm)).sum(1).relu()
+        if height_width != size:
+            cam = F.adaptive_avg_pool2d(cam.unflatten(1, height_width), size).flatten(1)
         # the gradient of a square root at 0 is infinite; a zero row stays as it is
         square = cam.square().sum(1, keepdim=True)
         return cam / torch.where(square > 0, square, 1).sqrt()

@@ -72,6 +72,34 @@ def test_naive(cam, shape):
     assert loss.item() == pytest.approx(naive(nets, img, target, cam), rel=1e-6)
 
 
+def attention(net, img, target, cam):
+    """Grad-CAM before its norm, (B, H, W)."""
+    fm = net.bottom(img).detach().requires_grad_()
+    logit = net.top(fm)[torch.arange(len(img)), target].sum()
+    (grad,) = torch.autograd.grad(logit, fm)
+    x = grad if cam == "gradient" else fm
+    return (grad.mean((2, 3), keepdim=True) * x).sum(1).relu().detach()
+
+
+@pytest.mark.parametrize("cam", ["gradient", "activation"])
+def test_the_larger_attention_is_averaged(cam):
+    """2x3 entries of the finer network's map stand beside one of the other's, whichever it is."""
+    fine, coarse = small()
+    img, target = torch.randn(2, 2, 4, 6).double(), torch.tensor([2, 0])
+    img_coarse = img[..., :2, :2]
+    rows = [
+        attention(fine, img, target, cam).reshape(2, 2, 2, 2, 3).mean((2, 4)).flatten(1),
+        attention(coarse, img_coarse, target, cam).flatten(1),
+    ]
+    a, b = (row / row.norm(dim=1, keepdim=True) for row in rows)
+    expected = (a - b).abs().mean()
+    assert expected > 1e-3 and expected.isfinite()
+    for one, two in (((fine, img), (coarse, img_coarse)), ((coarse, img_coarse), (fine, img))):
+        loss = LwM(cam)(*one[0](one[1]), *two[0](two[1]), target)
+        torch.testing.assert_close(loss, expected)
+        assert torch.autograd.grad(loss, one[0].fc.weight)[0].abs().max() > 0
+
+
 @pytest.mark.parametrize("cam", ["gradient", "activation"])
 def test_gradcheck(cam):
     """The loss holds a first derivative already: its gradient is a second one."""
@@ -154,7 +182,7 @@ def test_bad_input():
         without = net_t(img)
     with pytest.raises(ValueError, match="under no_grad"):
         LwM()(*net_s(img), *without, target)
-    with pytest.raises(ValueError, match="one batch and size"):
-        LwM()(*net_s(img), *net_t(img[..., :1]), target)
-    with pytest.raises(ValueError, match="the maps' batch"):  # gather would take fewer targets
+    with pytest.raises(ValueError, match="of one batch"):
+        LwM()(*net_s(img), *net_t(img[:1]), target)
+    with pytest.raises(ValueError, match="of one batch"):  # gather would take fewer targets
         LwM()(*net_s(img), *net_t(img), target[:1])

@@ -1,0 +1,244 @@
+"""Weights from anywhere: whoever wrote the file, it is read safely and strictly, or refused in one line."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import network
+import utils
+from fill import image
+from utils import UserError
+
+DATA = Path(__file__).parent / "data"
+KDZOO = DATA / "kdzoo_resnet20.pth.tar"
+KDZOO_LOGITS = json.loads((DATA / "kdzoo_logits.json").read_text())
+BIG = ("ResNet34", "ResNet50", "ResNet101", "ResNet152", "vgg13", "vgg16", "vgg19", "resnet32x4")
+NAMES = [pytest.param(x, marks=[pytest.mark.slow] * (x in BIG)) for x in network.NETWORKS]
+
+
+def _same_weights(path, name, num_class, state):
+    """The file at `path` gives a network `name` with exactly the entries of `state`."""
+    found = network.find_weights(None, path, "t_name", "t_model")
+    assert (found.name, found.meta["num_class"]) == (name, num_class)
+    net = found.build(num_class, seed=0, img_size=32)
+    torch.testing.assert_close(dict(net.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def _kdzoo(state):
+    return {
+        "module." + k.replace("layer", "res").replace("downsample", "ds"): v
+        for k, v in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    {
+        "raw": lambda state: state,
+        "ours": lambda state: {"snet": state, "net1": {"x": torch.ones(1)}, "epoch": 3},
+        "KD-Zoo": lambda state: {"epoch": 1, "net": _kdzoo(state), "prec@1": 5.0, "prec@5": 6.0},
+        "KD-Zoo, two": lambda state: {"net1": {"x": torch.ones(1)}, "net2": _kdzoo(state)},
+        "MDistiller": lambda state: {"model": state},
+        "DataParallel": lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+        "Lightning": lambda state: {"state_dict": state, "epoch": 3, "hyper_parameters": {"lr": 1}},
+        "one of any name": lambda state: {"weights_ema": state, "epoch": 3, "opt": {"lr": 0.1}},
+        "before torch 0.4.1": lambda state: {
+            k: v for k, v in state.items() if not k.endswith("num_batches_tracked")
+        },
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_weights_in_any_wrapping(wrap, tmp_path):
+    state = network.build("resnet8", 7).state_dict()
+    torch.save(wrap[1](state), tmp_path / "x.pth")
+    _same_weights(tmp_path / "x.pth", "resnet8", 7, state)
+
+
+def test_repdistillers_files(tmp_path):
+    """Its best, its `*_last.pth`, which keeps the flags as a Namespace, and its epochs'."""
+    net = network.build("resnet8x4", 100)
+    state = net.state_dict()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    opt = argparse.Namespace(
+        model="resnet8x4", lr_decay_epochs=[150, 180, 210], learning_rate=0.05, trial="0", n_gpu=1
+    )
+    for name, wrapped in {
+        "resnet8x4_best.pth": dict(epoch=240, model=state, best_acc=torch.tensor(72.5)),
+        "resnet8x4_last.pth": dict(opt=opt, model=state, optimizer=optimizer.state_dict()),
+        "ckpt_epoch_240.pth": dict(epoch=240, model=state, accuracy=torch.tensor(72.5)),
+    }.items():
+        torch.save(wrapped, tmp_path / name)
+        _same_weights(tmp_path / name, "resnet8x4", 100, state)
+
+
+def test_mdistillers_files(tmp_path):
+    net = network.build("wrn_16_1", 100)
+    wrapped = dict(model=net.state_dict(), epoch=240, best_acc=65.0)
+    torch.save(
+        {**wrapped, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "student_best"
+    )
+    _same_weights(tmp_path / "student_best", "wrn_16_1", 100, net.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_files_give_the_same_logits(name, tmp_path):
+    """Written in RepDistiller's and in MDistiller's format and read back."""
+    num_class, size = (1000, 64) if name == "MobileNetV1" else (100, 32)
+    net = network.build(name, num_class).eval()
+    state, opt = net.state_dict(), argparse.Namespace(model=name, lr_decay_epochs=[150])
+    with torch.no_grad():
+        img = torch.randn(1, 3, size, size)
+        out = net(img)
+        for wrapped in (dict(opt=opt, model=state), dict(epoch=240, model=state)):
+            torch.save(wrapped, tmp_path / "x.pth")
+            found = network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+            assert found.name == name
+            assert torch.equal(found.build(num_class, 0, size).eval()(img), out)
+
+
+def test_safetensors(tmp_path):
+    net = network.build("resnet8", 7)
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "x.safetensors"
+    safetensors.save_file(net.state_dict(), path)
+    _same_weights(path, "resnet8", 7, net.state_dict())
+    safetensors.save_file(
+        net.state_dict(), path, {"meta": '{"network": "resnet8", "num_class": 7}'}
+    )
+    _same_weights(path, "resnet8", 7, net.state_dict())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="x.safetensors is damaged, cut short"):
+        utils.read_checkpoint(path)
+
+
+def test_safetensors_without_the_library(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        utils.read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_kdzoo_wrote():
+    """Written by KD-Zoo's train_base.py; its logits were recorded there, in float32."""
+    found = network.find_weights(None, KDZOO, "t_name", "t_model")
+    assert (found.name, found.meta["num_class"]) == ("resnet20", 10)
+    net = found.build(10, 0, 32).eval()
+    with torch.no_grad():
+        out = net(image().float())
+    torch.testing.assert_close(out, torch.tensor(KDZOO_LOGITS), rtol=1e-5, atol=1e-5)
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = network.build("resnet8", 10).state_dict()
+    for name, payload in {"evil": Evil(), "numpy": np.float64(3.0), "net": nn.Linear(2, 2)}.items():
+        torch.save({"model": state, "accuracy": payload}, f"{name}.pth")
+        with pytest.raises(
+            UserError, match=f"{name}.pth holds more than tensors .*convert it once"
+        ):
+            network.find_weights(None, f"{name}.pth", "t_name", "t_model")
+    torch.save(network.build("resnet8", 10), "whole.pth")
+    with pytest.raises(UserError, match="whole.pth holds more than tensors"):
+        network.find_weights(None, "whole.pth", "t_name", "t_model")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_conversion_that_is_proposed_works(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = network.build("resnet8", 10)
+    state = net.state_dict()
+    if whole:
+        net = nn.Sequential(net)  # a class that the converting process can import
+        torch.save(net, "old.pth")
+        state = net.state_dict()
+    else:
+        torch.save({"model": state, "accuracy": np.float64(3.0)}, "old.pth")
+    with pytest.raises(UserError) as error:
+        utils.read_checkpoint("old.pth")
+    code = str(error.value).split('python -c "')[1].rstrip('"')
+    exec(code, {})
+    converted = network.read_weights(utils.read_checkpoint("old.converted.pth"))
+    torch.testing.assert_close(converted, dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_file_cut_short(share, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": network.build("resnet8", 10).state_dict()}, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match="x.pth is damaged, cut short, or not a checkpoint"):
+        network.find_weights(None, path, "t_name", "t_model")
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    for content in (b"hello", b"\x80\x04N."):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(UserError, match="x.pth is damaged"):
+            utils.read_checkpoint(tmp_path / "x.pth")
+    torch.save({"epoch": 3, "lr": [0.1]}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth holds no weights, only: epoch, lr"):
+        network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+    torch.save(torch.ones(2), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="holds a Tensor"):
+        network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+
+
+def test_names_and_files_that_contradict(tmp_path):
+    path = tmp_path / "x.pth"
+    state = network.build("resnet8", 10).state_dict()
+    state["fc.wait"] = state.pop("fc.weight")
+    torch.save(state, path)
+    with pytest.raises(UserError, match="x.pth does not say which network it is: give --t_name"):
+        network.find_weights(None, path, "t_name", "t_model")
+    found = network.find_weights("resnet8", path, "t_name", "t_model")
+    wrong = r"is not a resnet8: entries 1 missing \(fc.weight\), 1 unknown \(fc.wait\)"
+    with pytest.raises(UserError, match=wrong):
+        found.build(10, 0, 32)
+    torch.save({"net": state, "meta": {"network": "resnet8"}}, path)
+    with pytest.raises(UserError, match="--t_name resnet14 contradicts .*holds a resnet8"):
+        network.find_weights("resnet14", path, "t_name", "t_model")
+    torch.save({"net": state, "meta": {"network": "evil.py:build"}}, path)
+    with pytest.raises(UserError, match="say so with --t_name evil.py:build"):
+        network.find_weights(None, path, "t_name", "t_model")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda state: state.pop("fc.bias"), r"1 missing \(fc.bias\)"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
+        (
+            lambda state: state.update({"fc.bias": torch.zeros(3)}),
+            r"1 of another shape \(fc.bias\)",
+        ),
+        (lambda state: state.clear(), "missing"),
+    ],
+)
+def test_nothing_is_loaded_by_halves(spoil, message):
+    net = network.build("resnet8", 10)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = network.build("resnet8", 10).state_dict()
+    spoil(state)
+    with pytest.raises(UserError, match=message):
+        network.load_weights(net, state, "x.pth", "resnet8")
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+
+
+def test_the_network_that_fits_is_named():
+    state = network.build("resnet14", 100).state_dict()
+    with pytest.raises(UserError, match="fits resnet14 with 100 classes"):
+        network.load_weights(network.build("resnet8", 100), state, "x.pth", "resnet8")

@@ -1,0 +1,111 @@
+"""Every method between every pair of networks in the CRD benchmark's two tables of results: one step
+of training in each of its phases."""
+
+import copy
+from argparse import Namespace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+import network
+import toys
+import train_kd
+import utils
+from kd_losses import METHODS
+from utils import UserError
+
+PAIRS = [
+    ("wrn_40_2", "wrn_16_2"),
+    ("wrn_40_2", "wrn_40_1"),
+    ("resnet56", "resnet20"),
+    ("resnet110", "resnet20"),
+    ("resnet110", "resnet32"),
+    ("resnet32x4", "resnet8x4"),
+    ("vgg13", "vgg8"),
+    # another family, so maps of other sizes and widths
+    ("vgg13", "MobileNetV2"),
+    ("ResNet50", "MobileNetV2"),
+    ("ResNet50", "vgg8"),
+    ("resnet32x4", "ShuffleV1"),
+    ("resnet32x4", "ShuffleV2"),
+    ("wrn_40_2", "ShuffleV1"),
+]
+QUICK = [("wrn_40_2", "wrn_40_1"), ("vgg13", "MobileNetV2")]
+CASES = [
+    pytest.param(*pair, mode, protocol, marks=[pytest.mark.slow] * (pair not in QUICK))
+    for pair in PAIRS
+    for mode, row in METHODS.items()
+    for protocol in ("kdzoo", "crd")
+    if protocol == "kdzoo" or row.under(protocol) != row
+]
+RECIPE = Namespace(lr=0.05, momentum=0.9, weight_decay=0, nesterov=0)
+FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
+
+
+@lru_cache(maxsize=1)
+def pair(teacher, student):
+    """Both networks; a test takes a copy, which is cheaper than new weights."""
+    nets = [network.build(name, 10).requires_grad_(False) for name in (teacher, student)]
+    for net in nets:
+        # batch norms know these images: in eval mode a deep network that has seen none runs away
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        net.train()(torch.randn(32, 3, 32, 32))
+    return nets
+
+
+def make(teacher, student, mode, argv):
+    """A rehearsed job between copies of the networks."""
+    tnet, snet = copy.deepcopy(pair(teacher, student))
+    train = toys.images(num_class=10, size=32)
+    job = toys.job(mode, snet, tnet, train, argv)
+    job.rehearse(train)
+    return job
+
+
+@pytest.mark.parametrize("teacher, student, mode, protocol", CASES)
+def test_a_step(teacher, student, mode, protocol):
+    job = make(teacher, student, mode, ["--protocol", protocol])
+    weight = METHODS[mode].under(protocol).lambda_kd
+    weight = weight(10) if callable(weight) else weight
+    for phase in job.phases:
+        # the method alone is to move something; bss has nothing to attack where no image is
+        # classified rightly, as here
+        job.lambda_ce = float(not phase.kd or mode == "bss")
+        learning = job.learners(phase)
+        parts = [list(x.parameters()) for x in (job.student.net, job.teacher.net, job.kd)]
+        parts = [part for part in parts if any(p.requires_grad for p in part)]
+        before = [[p.detach().clone() for p in part] for part in parts]
+        optimizer = utils.sgd(learning, RECIPE, phase.nesterov)
+        batch = toys.batch(8, 10, torch.float32, 32)
+        terms = train_kd.train_step(job, phase, optimizer, batch, [weight], FLOAT32)
+
+        assert ("kd" in terms) == bool(phase.kd)
+        assert all(term.isfinite() for term in terms.values())
+        # without cross-entropy, what comes after the compared maps has nothing to learn from
+        sure = learning if phase.ce else [p for p in job.kd.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in sure)
+        grads = [p.grad for p in learning if p.grad is not None]
+        assert grads and all(grad.isfinite().all() for grad in grads)
+        for part, old in zip(parts, before):
+            assert any(not torch.equal(*both) for both in zip(part, old)), "each of them learns"
+
+
+@pytest.mark.parametrize(
+    "teacher, student, mode, reason, cure",
+    [
+        ("ShuffleV1", "ShuffleV2", "ofd", "no batch norms", "--margin batch"),
+        ("resnet32x4", "MobileNetV2", "ab", "from 8x8 to 32x32", "--adapter channels+size"),
+        ("resnet32x4", "MobileNetV2", "fitnet", "from 8x8 to 32x32", "--adapter channels+size"),
+    ],
+)
+def test_what_the_crd_benchmark_leaves_undefined(teacher, student, mode, reason, cure):
+    """One line that names the way out, and the way out leads on. None of it is in its tables."""
+    argv = ["--protocol", "crd"]
+    with pytest.raises(UserError, match=reason) as error:
+        make(teacher, student, mode, argv)
+    assert str(error.value).endswith(cure) and "\n" not in str(error.value)
+    make(teacher, student, mode, [*argv, *cure.split()])
