@@ -1,0 +1,205 @@
+"""What a checkpoint is worth on the test images: accuracy, loss, size, speed, agreement with a teacher.
+
+    python tools/eval.py runs/at-c10-r20/model_best.pth.tar --teacher runs/base-c10/model_best.pth.tar
+
+Top-1, top-5 and loss are those that training printed: the same function, images and precision. What
+the checkpoint knows (network, dataset, normalisation) need not be said again.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import network  # noqa: E402
+import utils  # noqa: E402
+from utils import UserError  # noqa: E402
+
+SECONDS = 1.0  # of forward passes that are timed
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = utils.Parser(prog="eval.py", description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
+    add("--net", metavar="NAME", help="its network, where the file does not know it")
+    add(
+        "--which",
+        choices=("student", "peer"),
+        default="student",
+        help="of two networks that learned from each other (default student)",
+    )
+    add("--teacher", metavar="CHECKPOINT", help="how far do the two agree?")
+    add("--teacher_net", metavar="NAME", help="the teacher's network, as --net")
+    add("--batch_size", type=utils.number(int, 1), metavar="N", help="(default: as in training)")
+    add("--json", action="store_true", help="one JSON object instead of lines")
+    utils.add_data_flags(parser)
+    utils.add_machine_flags(parser)
+    parser.set_defaults(flip=None)  # of training images
+    args = parser.parse_args(argv)
+    if args.teacher_net and not args.teacher:
+        raise UserError("--teacher_net is nothing without --teacher CHECKPOINT")
+    return args
+
+
+def find_peer(name: str | None, path: str) -> network.Weights:
+    """The other network in a checkpoint of two; the file names the student's alone."""
+    checkpoint = utils.read_checkpoint(path)
+    if not isinstance(checkpoint.get("net1"), dict):
+        raise UserError(f"{path} holds one network: --which peer is for those of mutual learning")
+    state, meta = network.read_weights(checkpoint["net1"], path), checkpoint.get("meta") or {}
+    name = name or (network.identify(state) or [None])[0]
+    if name is None:
+        raise UserError(f"{path} does not say which network the peer is: give --net")
+    network.constructor(name)
+    return network.Weights(name, state, meta, path)
+
+
+def build(found: network.Weights, data, device) -> nn.Module:
+    """The network with its weights as training evaluates it. Raises UserError where it does not fit."""
+    num_class, size = data.train.num_class, data.train.size
+    known = found.meta.get("num_class", num_class)
+    if known != num_class:
+        raise UserError(f"{found.path} has {known} classes, {data.name} {num_class}")
+    net = network.build(found.name, num_class, size)
+    network.load_weights(net, found.state, found.path, found.name)
+    network.dry_pass(net, found.name, num_class, size)
+    for key in ("mean", "std"):
+        own, used = found.meta.get(key), list(getattr(data.train, key))
+        if own not in (None, used):
+            print(
+                f"warning: {found.path} was trained with {key} {own}, these images are normalised "
+                f"with {used}",
+                file=sys.stderr,
+            )
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
+    """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first batch."""
+    first, answers, divergence = [], [], []
+
+    def look(net, args, out):
+        if not first:
+            first.append(args[0])
+        if teacher is not None:
+            s, t = out.float(), teacher(args[0]).float()
+            answers.append(torch.stack([s.argmax(1), t.argmax(1)]))
+            kl = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True)
+            divergence.append(kl)
+
+    hook = net.register_forward_hook(look)
+    score = utils.evaluate(net, images, machine, batch_size)
+    hook.remove()
+    result = {key: score[f"test_{key}"] for key in ("top1", "top5", "loss")}
+    if teacher is not None:
+        s, t = torch.cat(answers, 1)
+        result["agreement"] = 100 * (s == t).double().mean().item()
+        result["teacher_top1"] = 100 * (t == images.labels).double().mean().item()
+        result["kl"] = torch.stack(divergence).sum().item() / len(images)
+    return result, first[0]
+
+
+@torch.no_grad()
+def speed(net: nn.Module, img: Tensor, machine: utils.Machine) -> float:
+    """Images per second of the forward pass alone, over one batch that is on the device: the median
+    of SECONDS of passes, at least three, after two to warm up."""
+    times = []
+    while len(times) < 5 or sum(times[2:]) < SECONDS:
+        began = time.perf_counter()
+        with machine.autocast():
+            net(img)
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return len(img) / median(times[2:])
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Everything that is to be said of the checkpoint, floats as in metrics.csv."""
+    if args.which == "peer":
+        found = find_peer(args.net, args.checkpoint)
+    else:
+        found = network.find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+    teacher, knows = None, found.meta
+    if args.teacher:
+        teacher = network.find_weights(args.teacher_net, args.teacher, "teacher_net", "teacher")
+        knows = {**teacher.meta, **found.meta}
+    recipe = argparse.Namespace(**vars(args))
+    utils.resolve_data(recipe, knows, utils.PROTOCOLS["kdzoo"])
+    machine = utils.machine(args.cuda, args.amp)
+    data = utils.load_data(recipe)
+    net = build(found, data, machine.device)
+    tnet = build(teacher, data, machine.device).eval() if teacher else None
+    images = data.test.to(machine.device)
+    score, img = scores(net, tnet, images, machine, args.batch_size)
+    with torch.no_grad():
+        macs = network.count_macs(net, lambda: net(img[:1]))
+    result = dict(
+        checkpoint=args.checkpoint,
+        network=found.name,
+        parameters=network.count_parameters(net),
+        macs=macs,
+        data_name=data.name,
+        test_images=len(images),
+        img_size=images.size,
+        num_class=images.num_class,
+        mean=list(images.mean),
+        std=list(images.std),
+        machine=str(machine),
+        **score,
+        img_per_s=speed(net, img, machine),
+        batch_size=len(img),
+    )
+    if teacher:
+        result |= dict(teacher=args.teacher, teacher_network=teacher.name)
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}
+
+
+def lines(r: dict) -> list[str]:
+    """The result, aligned."""
+    rows = dict(
+        checkpoint=r["checkpoint"],
+        network=f"{r['network']}, {r['parameters']:,} parameters, {r['macs']:,} multiply-adds an image",
+        data=f"{r['data_name']}, {r['test_images']} test images of {r['img_size']} pixels, "
+        f"{r['num_class']} classes",
+        normalised=f"mean {r['mean']}, std {r['std']}",
+        machine=r["machine"],
+    )
+    rows |= {"top-1": f"{r['top1']:.2f} %", "top-5": f"{r['top5']:.2f} %", "loss": r["loss"]}
+    rows["speed"] = (
+        f"{r['img_per_s']:,.0f} img/s, forward passes alone, batches of {r['batch_size']}"
+    )
+    if "teacher" in r:
+        rows["teacher"] = f"{r['teacher']}, {r['teacher_network']}, top-1 {r['teacher_top1']:.2f} %"
+        rows["agreement"] = f"{r['agreement']:.2f} % of the images get the teacher's class"
+        rows["KL"] = f"{r['kl']:g}, of teacher and student, mean"
+    return [f"{name:<11} {text}" for name, text in rows.items()]
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        result = measure(args)
+    if args.json:
+        odd = {k: None for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)}
+        print(json.dumps(result | odd))  # JSON has no nan
+    else:
+        print(*lines(result), sep="\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

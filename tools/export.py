@@ -1,0 +1,261 @@
+"""The bare network of a checkpoint, for other programs: safetensors, ONNX or torch.export.
+
+    python tools/export.py runs/at-c10-r20/model_best.pth.tar --format onnx
+    python tools/export.py runs/at-c10-r20/model_best.pth.tar --out student.safetensors
+
+Of a distilled checkpoint it is the student, without adapters. The file is read back and its logits
+are compared with the checkpoint's before it gets its name. Images are normalised before they enter:
+mean and std are printed, and stand with classes and image size in the file's metadata ('meta', JSON).
+`train_kd.py --t_model` and `tools/eval.py` take a .safetensors file as it is.
+"""
+
+import argparse
+import importlib
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import network  # noqa: E402
+import utils  # noqa: E402
+from utils import UserError  # noqa: E402
+
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
+NEEDS = {"safetensors": ["safetensors"], "onnx": ["onnx", "onnxscript"], "torch": []}
+SIZES = dict(digits=32, cifar10=32, cifar100=32)  # their own, where a checkpoint says nothing
+TOLERANCE = 1e-4
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = utils.Parser(prog="export.py", description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
+    add("--format", choices=SUFFIXES, help="(default: what the suffix of --out says)")
+    suffixes = ", ".join(SUFFIXES.values())
+    add("--out", metavar="FILE", help=f"{suffixes} (default: beside CHECKPOINT)")
+    add("--force", action="store_true", help="write over a file that is there")
+    add("--net", metavar="NAME", help="its network, where the file does not know it")
+    add("--num_class", type=utils.number(int, 2), metavar="N", help="the same")
+    add("--img_size", type=utils.number(int, 4), metavar="N", help="the same: NxN pixels")
+    add(
+        "--batch",
+        type=utils.number(int, 1),
+        metavar="N",
+        help="onnx, torch: exactly N images a call (default: any number)",
+    )
+    return parser.parse_args(argv)
+
+
+def target(args: argparse.Namespace) -> tuple[str, Path]:
+    """The format, and the file to write."""
+    kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
+    if args.out is None:
+        if args.format is None:
+            raise UserError(f"--format {'|'.join(SUFFIXES)} is needed, or --out FILE with a suffix")
+        path = Path(args.checkpoint)
+        stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", path.name)
+        out = path.with_name(stem + SUFFIXES[args.format])
+    else:
+        out = Path(args.out)
+    kind = kinds.get(out.suffix)
+    if kind is None or args.format not in (None, kind):
+        wanted = SUFFIXES[args.format] if args.format else ", ".join(kinds)
+        raise UserError(f"--out {out}: a name that ends in {wanted} is wanted")
+    if args.batch and kind == "safetensors":
+        raise UserError("--batch: a .safetensors file holds weights, for any number of images")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder, or in none that is there")
+    if out.exists() and not args.force:
+        raise UserError(f"{out} is there already: --force writes over it, --out FILE beside it")
+    lacking = [name for name in NEEDS[kind] if not _installed(name)]
+    if lacking:
+        raise UserError(
+            f"--format {kind} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+        )
+    return kind, out
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def agreed(args: argparse.Namespace, found: network.Weights, flag: str) -> int:
+    """The number that a flag and the checkpoint agree on."""
+    given, known = getattr(args, flag), found.meta.get(flag)
+    if known is None and flag == "img_size":
+        known = SIZES.get(found.meta.get("data_name"))
+    if given is None and known is None:
+        raise UserError(f"--{flag} is needed: {found.path} does not say it")
+    if None not in (given, known) and given != known:
+        raise UserError(f"--{flag} {given} contradicts {found.path}, which says {known}")
+    return known if given is None else given
+
+
+def build(found: network.Weights, num_class: int, size: int) -> nn.Module:
+    """The bare network with its weights, in eval mode."""
+    net = network.build(found.name, num_class, size)
+    network.load_weights(net, found.state, found.path, found.name)
+    network.dry_pass(net, found.name, num_class, size)
+    return net.eval().requires_grad_(False)
+
+
+# --- the formats: the bytes of a file, and a function from images to logits out of a file ---------
+
+
+def to_safetensors(net: nn.Module, meta: str, size: int, batch: int | None) -> bytes:
+    from safetensors.torch import save
+
+    # tied weights would be refused: each gets memory of its own
+    state = {
+        key: x.clone(memory_format=torch.contiguous_format) for key, x in net.state_dict().items()
+    }
+    return save(state, dict(meta=meta))
+
+
+def to_onnx(net: nn.Module, meta: str, size: int, batch: int | None) -> bytes:
+    import onnx
+
+    names = dict(input_names=["img"], output_names=["logits"])
+    if inspect.signature(torch.onnx.export).parameters["dynamo"].default:
+        # a program needs no dynamic_shapes: it has its own
+        graph = torch.onnx.export(trace(net, size, batch), dynamo=True, verbose=False, **names)
+        proto = graph.model_proto
+    else:  # before torch 2.9, whose other exporter today's onnxscript breaks
+        file, img = io.BytesIO(), torch.zeros(batch or 2, 3, size, size)
+        axes = None if batch else {"img": {0: "batch"}, "logits": {0: "batch"}}
+        torch.onnx.export(net, (img,), file, dynamo=False, dynamic_axes=axes, **names)
+        proto = onnx.load_from_string(file.getvalue())
+    onnx.helper.set_model_props(proto, dict(meta=meta))
+    return proto.SerializeToString()
+
+
+def to_torch(net: nn.Module, meta: str, size: int, batch: int | None) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(trace(net, size, batch), file, extra_files=dict(meta=meta))
+    return file.getvalue()
+
+
+def trace(net: nn.Module, size: int, batch: int | None) -> torch.export.ExportedProgram:
+    """`net` as a graph, for `batch` images or, None, any number."""
+    img = torch.zeros(batch or 2, 3, size, size)  # 1 would be taken for a constant
+    shapes = None if batch else ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(net, (img,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def from_safetensors(path: Path, found: network.Weights, num_class: int, size: int):
+    return build(network.find_weights(found.name, str(path), "net", "out"), num_class, size)
+
+
+def from_onnx(path: Path, *_):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda img: torch.from_numpy(session.run(None, {"img": img.numpy()})[0])
+
+
+def from_torch(path: Path, *_):
+    return torch.export.load(path).module()
+
+
+FORMATS = {
+    "safetensors": (to_safetensors, from_safetensors),
+    "onnx": (to_onnx, from_onnx),
+    "torch": (to_torch, from_torch),
+}
+
+
+@contextmanager
+def quiet():
+    """Without the exporters' warnings and progress; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as text:
+            warnings.simplefilter("ignore")
+            with redirect_stderr(text):  # where the graph of a failure is printed
+                yield
+    finally:
+        logging.disable(before)
+
+
+@torch.no_grad()
+def difference(net: nn.Module, other, img: Tensor) -> float:
+    """Largest difference of two networks' logits, relative to the largest logit where that is above 1."""
+    want, got = net(img), other(img)
+    if want.shape != got.shape:
+        return float("inf")
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    kind, out = target(args)
+    found = network.find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+    num_class, size = agreed(args, found, "num_class"), agreed(args, found, "img_size")
+    net = build(found, num_class, size)
+    # without the folder of the images: it is this machine's
+    meta = {key: value for key, value in found.meta.items() if key != "img_root"}
+    meta |= dict(network=found.name, num_class=num_class, img_size=size)
+    write, read = FORMATS[kind]
+    checked = kind != "onnx" or _installed("onnxruntime")
+    aside = out.with_name(f"{out.stem}.{os.getpid()}{out.suffix}")
+    # another number of images than the graph was made with, where it takes any
+    img = torch.randn(args.batch or 5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with quiet():
+            aside.write_bytes(write(net, json.dumps(meta), size, args.batch))
+            off = difference(net, read(aside, found, num_class, size), img) if checked else None
+        if checked and not off <= TOLERANCE:  # nan neither
+            raise UserError(
+                f"{out} is not written: read back, its logits differ from the checkpoint's by "
+                f"{off:.1e} (at most {TOLERANCE:g})"
+            )
+        os.replace(aside, out)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error})") from error
+    except Exception as error:  # the exporters raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "; --batch N fixes the number of images" if "batch" in reason else ""
+        raise UserError(f"{found.name} cannot be exported as {kind} ({reason}){hint}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    parameters, size_kb = network.count_parameters(net), out.stat().st_size / 1000
+    print(f"{out}: {found.name}, {num_class} classes, {parameters:,} parameters, {size_kb:,.0f} kB")
+    if {"mean", "std"} <= set(meta):
+        normal = f"pixels of 0..1, less mean {meta['mean']}, by std {meta['std']}"
+    else:
+        normal = f"normalised as in its training, which {found.path} does not say"
+    print(f"takes float32 ({args.batch or 'any number'}, 3, {size}, {size}): {normal}")
+    if checked:
+        print(f"read back: the logits of {len(img)} random images differ by {off:.1e}")
+    else:
+        print("not read back, to compare logits: pip install onnxruntime")
+    return dict(path=str(out), difference=off)
+
+
+if __name__ == "__main__":
+    main()
