@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> dict:
         start = {"net": net.state_dict(), "meta": meta, "epoch": 0, "prec@1": 0.0, "prec@5": 0.0}
         utils.save_checkpoint(start, initial)
     net.to(machine.device, memory_format=torch.channels_last)
+    if recipe.compile:
+        net.compile()  # in place: the state dict keeps its keys
     data = data.to(machine.device)
     optimizer = utils.sgd(net.parameters(), recipe)
     if run.saved:
