@@ -1,0 +1,331 @@
+import json
+from argparse import Namespace
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import network
+import train_kd
+import utils
+from kd_losses import METHODS
+from tools import bench
+
+CPU = torch.device("cpu")
+TINY = ["--cuda", "0", "--rounds", "1"]
+STEP = ["step", *TINY, "--student", "resnet8", "--teacher", "resnet8", "--num_class", "4"]
+STEP += ["--batch_size", "8", "--samples", "40", "--steps", "1"]
+LOSS = ["loss", *TINY, "--student", "resnet8", "--teacher", "resnet8", "--batch_size", "4"]
+LOSS += ["--n_data", "40"]
+DATA = ["data", *TINY, "--samples", "24", "--images", "12", "--batch_size", "4", "--workers", "0"]
+DATA += ["--img_size", "97", "--batches", "3"]
+
+
+REAL = bench.quick_or_slow
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(
+        bench, "quick_or_slow", lambda calls, rounds, device: bench.take_turns(calls, 1, 1, device)
+    )
+    # CRD's flag for as few negatives as there are samples
+    flags = dict(METHODS["crd"].flags, nce_n=32)
+    monkeypatch.setitem(METHODS, "crd", bench.replace(METHODS["crd"], flags=flags))
+
+
+def tables(text):
+    """{title: cell} of every row of the Markdown table in `text`."""
+    lines = [x for x in text.splitlines() if x.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert set(cells[1]) == {"---"}
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def same(text, result, columns):
+    """The table has the figures of the JSON, rounded."""
+    table = tables(text)
+    assert len(table) == len(result["rows"])
+    for shown, row in zip(table, result["rows"]):
+        for key, (title, form) in columns.items():
+            value = row.get(key)
+            assert shown[title] == ("-" if value is None else format(value, form))
+    return table
+
+
+# --- the three commands ---------------------------------------------------------------------------
+
+
+def test_step(tmp_path, capsys):
+    """Every mode has a row, in the order of the table of methods, and a budget."""
+    result = bench.main([*STEP, "--json", str(tmp_path / "step.json")])
+    out = capsys.readouterr().out
+    assert json.loads((tmp_path / "step.json").read_text()) == result
+    table = same(out, result, bench.STEP)
+    assert [row["mode"] for row in table] == ["train_base", *METHODS]
+    assert [row["phase"] for row in table if row["mode"] in ("fsp", "ab", "ft", "dkd")] == [
+        "init, its loss alone",
+        "distil",
+        "init, its loss alone",
+        "distil",
+    ]
+    for row in result["rows"]:
+        assert row["ratio_min"] == row["ratio"] == row["ratio_max"], "of one round"
+        assert row["ratio"] == pytest.approx(row["step_ms"] / row["bare_ms"], rel=1e-4)
+        assert row["img_per_s"] == pytest.approx(8000 / row["step_ms"], rel=1e-4)
+        assert (row["met"] is None) == (row["mode"] == "train_base")
+    head = out.splitlines()
+    assert str(utils.machine(0)) in head[0] and torch.__version__ in head[1]
+    assert "batch_size 8, num_class 4, samples 40, steps 1, rounds 1" in head[2]
+    assert head[3].startswith("load average before the run ")
+
+
+def test_loss(capsys):
+    """Every mode has a row; JSON is all there is on stdout if it goes there."""
+    result = bench.main([*LOSS, "--json", "-"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == result
+    table = same(captured.err, result, bench.LOSS)
+    assert [row["mode"] for row in table] == list(METHODS)
+    without = [row["mode"] for row in result["rows"] if "ms" not in row]
+    assert without == ["sobolev", "bss", "lwm"]
+    for row in result["rows"]:
+        assert row["mode"] in without or row["memory_mb"] >= row["state_mb"]
+        assert ("faster" in row) == (row["mode"] in bench.BROADCAST)
+        assert row.get("difference", 0) < 1e-4
+
+
+def test_data(capsys):
+    result = bench.main(DATA)
+    table = same(capsys.readouterr().out, result, bench.DATA)
+    assert [row["pixels"] for row in table] == ["32", "32", "97", "97"]
+    for row in result["rows"]:
+        assert row["batch_ms"] == pytest.approx(4000 / row["img_per_s"], rel=1e-4)
+
+
+def test_profile(capsys):
+    result = bench.main([*STEP, "--profile", "pkt"])
+    rows = same(capsys.readouterr().out, result, bench.OPERATORS)
+    assert any("convolution" in row["operator"] for row in rows)
+    *operators, everything, step = result["rows"]
+    assert sum(row["self_ms"] for row in operators) <= everything["self_ms"] * 1.0001
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "required: command"),
+        (["speed"], "invalid choice: 'speed'"),
+        (["step", "--modes", "st,ta"], "no mode 'ta'"),
+        (["step", "--profile", "ta"], "no --kd_mode 'ta'"),
+        (["step", "--student", "resnet9"], "no network 'resnet9'"),
+        (["step", "--size", "cifar"], "unknown flag --size"),
+        (["loss", "--student", "resnet8"], "go together"),
+        (["loss", "--amp", "bf16"], "unknown flag --amp"),
+        (["loss", "--json", "/nowhere/x.json"], "cannot be written"),
+        (["data", "--img_size", "32"], "at least 97"),
+        ([*DATA, "--images", "4"], "no more: --images"),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_a_step_is_that_of_training(monkeypatch):
+    """The learners, batches and weights of train_kd.py; bss with its weight on, attacking."""
+    images = bench.random_images(40, 4)
+    args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
+    nets = bench.pair(args, images)
+    seen = []
+    step = train_kd.train_step
+
+    def look(job, phase, optimizer, batch, weights, machine):
+        terms = step(job, phase, optimizer, batch, weights, machine)
+        seen.append((weights, len(batch.target), terms))
+        return terms
+
+    monkeypatch.setattr(train_kd, "train_step", look)
+    for mode in ("bss", "reviewkd", "fsp"):
+        call, _ = bench.full_step(mode, args, utils.machine(0, "off"), images, *nets)
+        with passes() as runs:
+            call()
+        assert len(runs) == (2 + 10 + 2 if mode == "bss" else 2), "the attack takes all its steps"
+    weights, sizes, terms = zip(*seen)
+    assert weights == ([0.75], [1.0], [1.0]) and sizes == (8, 8, 8)
+    assert all(term["kd"].isfinite() for term in terms)
+
+
+def test_the_bare_step_runs_the_teacher_without_gradient():
+    images = bench.random_images(40, 4)
+    args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
+    nets = bench.pair(args, images)
+    assert all(net.bn1.running_var.isfinite().all() and net.bn1.momentum == 0.1 for net in nets)
+    for alone, grads in ((True, [True]), (False, [True, False])):
+        call = bench.bare_step(args, utils.machine(0, "off"), images, *nets, alone)
+        with passes() as runs:
+            call()
+        assert [out.requires_grad for out in runs] == grads
+
+
+@contextmanager
+def passes():
+    """The logits of every forward pass of a network."""
+    outs = []
+
+    def look(module, args, out):
+        if isinstance(module, network.CifarResNet):
+            outs.append(out)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    yield outs
+    handle.remove()
+
+
+def test_turns():
+    """a b a b in each round, after two calls of each to warm up."""
+    order = []
+    found = bench.take_turns([lambda: order.append("a"), lambda: order.append("b")], 3, 2, CPU)
+    assert "".join(order) == "aabb" + 3 * "abab"
+    assert [len(times) for times in found] == [3, 3]
+
+
+def test_rounds_suit_what_is_measured(monkeypatch):
+    """(calls a round, rounds) by the seconds of a call; of seven rounds a slow one has three."""
+    found = []
+    monkeypatch.setattr(
+        bench, "take_turns", lambda _, rounds, steps, __: found.append((steps, rounds))
+    )
+    for once in (1e-5, 0.005, 0.01, 1, 10, 30):
+        monkeypatch.setattr(bench, "seconds", lambda *_: once)  # noqa: B023
+        REAL([None, None], 7, CPU)
+    assert found == [(50, 7), (5, 7), (2, 7), (1, 7), (1, 3), (1, 3)]
+
+
+def test_ratio_is_taken_round_by_round():
+    row = bench.step_row("vid", "distil", [1.0, 2.0, 10.0], [1.2, 2.6, 11.0], 64)
+    assert row["ratio"] == pytest.approx(1.2) and row["budget"] == 1.35
+    assert (row["ratio_min"], row["ratio_max"]) == (pytest.approx(1.1), pytest.approx(1.3))
+    assert row["bare_ms"] == 2000 and row["img_per_s"] == pytest.approx(64 / 2.6)
+
+
+def test_budgets():
+    assert set(bench.BUDGET) == set(METHODS)
+    assert [bench.verdict(x, 1.2) for x in (1.0, 1.15, 1.16, 1.2, 1.21)] == [
+        "yes",
+        "yes",
+        "just",
+        "just",
+        "no",
+    ]
+    assert bench.verdict(9.0, None) is None
+
+
+def nets():
+    return [network.Weights(name).build(5, 0, 32).eval() for name in ("resnet8", "resnet8x4")]
+
+
+@pytest.mark.parametrize(
+    "mode, words, limit",
+    [
+        ("st", "64 MB", lambda inputs, bank: 64e6),
+        ("sp", "2 x inputs", lambda inputs, bank: 2 * inputs),
+        ("vid", "6 x inputs", lambda inputs, bank: 6 * inputs),
+        ("fitnet", "6 x inputs", lambda inputs, bank: 6 * inputs),  # by its adapter
+        ("crd", "banks + (6, 40)", lambda inputs, bank: bank + 4 * 6 * 40),
+    ],
+)
+def test_budgets_of_memory(mode, words, limit):
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "contiguous")
+    s, t, _ = loss.features(6, CPU)
+    inputs = loss.inputs(s, t)
+    size = sum(x.numel() * 4 for x in inputs)
+    bank = 2 * 40 * 128 * 4 + 2 * 4 + 8 * (2 * 40 + 2 * 5)  # also Z, labels, their order
+    assert loss.budget(inputs, 6) == (words, limit(size, bank))
+    if mode == "sp":
+        assert size == 4 * 6 * (16 * 32**2 + 32 * 16**2 + 64 * 8**2) * (1 + 4)
+
+
+def test_memory_meter():
+    """Known allocations: what is released is not counted on, what was there before not at all."""
+    there = torch.empty(10_000, dtype=torch.uint8)
+
+    def call():
+        a = torch.empty(4000, dtype=torch.uint8)
+        b = torch.empty(2000, dtype=torch.uint8)
+        del a
+        c = there[:3000].clone()
+        return b, c
+
+    assert bench.peak_bytes(call, CPU) == 6000
+    assert bench.peak_bytes(lambda: None, CPU) == 0
+    x = torch.ones(1000, requires_grad=True)
+    # x^2, its sum and the gradients of both; that of x is among them
+    assert 4000 < bench.peak_bytes(lambda: (x * x).sum().backward(), CPU) <= 3 * 4000 + 64
+
+
+@pytest.mark.parametrize("mode", [m for m in METHODS if m not in ("sobolev", "bss", "lwm")])
+def test_inputs_are_what_the_comparison_reads(mode):
+    """All of the student's have a part in the loss; the teacher's are constants, but for dml."""
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last")
+    s, t, batch = loss.features(4, CPU)
+    loss.call(loss.part, s, t, batch)()
+    both = loss.inputs(s, t)
+    learning = [x for x in both if x.requires_grad]
+    assert len(learning) == (len(both) if mode == "dml" else len(both) // 2)
+    assert all(x.grad.isfinite().all() for x in learning)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in both if x.ndim == 4)
+
+
+# --- the broadcast versions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", bench.BROADCAST)
+def test_broadcast_versions_are_the_same_losses(mode):
+    """In value, and in what the student learns from them; crd in a second step too."""
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last")
+    parts = bench.copy.deepcopy(loss.part).double(), loss.broadcast().double()
+    results = []
+    for part in parts:
+        results.append([])
+        for step in range(2):
+            s, t, batch = loss.features(6, CPU)
+            s, t = double(s), double(t)
+            torch.manual_seed(step)  # of crd's draws
+            value = part(part.comparison(loss.phase), s, t, batch)
+            leaves = [x for x in loss.inputs(s, t) if x.requires_grad]
+            results[-1] += [value.detach(), *torch.autograd.grad(value, leaves)]
+    for own, other in zip(*results):
+        assert own.abs().max() > 0
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * own.abs().max().item())
+
+
+def double(features):
+    """The same features as leaves of float64, with both signs."""
+
+    def leaf(x):
+        return (x - x.mean()).detach().double().requires_grad_(x.requires_grad)
+
+    values = {}
+    for kind in ("out", "stem", "stages", "preacts", "feat"):
+        value = getattr(features, kind)
+        if torch.is_tensor(value):
+            values[kind] = leaf(value)
+        elif value:
+            values[kind] = [leaf(x) for x in value]
+    return bench.replace(features, **values)
+
+
+def test_broadcast_versions_fit(monkeypatch):
+    """Fewer samples where the largest tensor would be too large, never fewer than three."""
+    loss = bench.Loss("nst", nets(), 32, 5, 40, "contiguous")
+    largest = 4 * 256 * 256 * 64  # bytes a sample
+    monkeypatch.setattr(bench, "FIT", 12 * largest)
+    assert (loss.fitting(12), loss.fitting(16)) == (12, 12)
+    monkeypatch.setattr(bench, "FIT", 1)
+    assert loss.fitting(16) == 3
