@@ -8,6 +8,7 @@ holds no state. To add a method: one file beside this one, one row here, its val
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
+import torch
 from torch import nn
 
 from .ab import AB
@@ -96,7 +97,11 @@ def preacts_summed(kd, s, t, batch):
 
 @wants("stem", "stages")
 def pairs(kd, s, t, batch):
-    fms_s, fms_t = [s.stem, *s.stages], [t.stem, *t.stages]
+    # a map stands in two pairs: promoted once
+    fms_s, fms_t = (
+        [fm.to(torch.promote_types(fm.dtype, torch.float32)) for fm in (x.stem, *x.stages)]
+        for x in (s, t)
+    )
     return [kd(*maps) for maps in zip(fms_s, fms_s[1:], fms_t, fms_t[1:])]
 
 

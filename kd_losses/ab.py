@@ -35,7 +35,10 @@ class AB(nn.Module):
         if fm_s.shape != fm_t.shape:
             raise ValueError(f"AB wants equal shapes, not {(*fm_s.shape,)} and {(*fm_t.shape,)}")
         with torch.autocast(fm_s.device.type, enabled=False):
-            fm_s = fm_s.to(torch.promote_types(fm_s.dtype, torch.float32))
-            # a choice keeps one byte an entry for the backward, a product with the sign the sign
-            short = F.relu(self.margin + torch.where(fm_t.detach() > 0, -fm_s, fm_s))
-            return short.square().mean()
+            # -sign, exact in any dtype; 0 - fm_t is +0 at both zeros. A choice by torch.where and
+            # its derivative cost four times as much on CPUs
+            away = torch.copysign(fm_t.new_ones(()), 0 - fm_t.detach())
+            short = fm_s * away
+            short = short.to(torch.promote_types(short.dtype, torch.float32)) + self.margin
+            short = short.relu_()
+            return F.mse_loss(short, short.new_zeros(()).expand_as(short))

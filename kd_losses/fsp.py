@@ -38,5 +38,21 @@ class FSP(nn.Module):
         if fm1.shape[2:] != fm2.shape[2:]:
             size = tuple(min(a, b) for a, b in zip(fm1.shape[2:], fm2.shape[2:]))
             fm1, fm2 = (F.adaptive_avg_pool2d(x, size) for x in (fm1, fm2))
-        fm1, fm2 = fm1.flatten(2), fm2.flatten(2)
-        return fm1 @ fm2.transpose(1, 2) / fm1.shape[2]
+        # positions before channels: of a channels_last map that is a view
+        x1, x2 = (x.flatten(2).transpose(1, 2) for x in (fm1, fm2))
+        return _Product.apply(x1, x2) / x1.shape[1]
+
+
+class _Product(torch.autograd.Function):
+    """x1^T x2 of (B, N, C_1) and (B, N, C_2), whose gradients keep that order: autograd's own for x1
+    is (B, C_1, N), which the layers below would have to copy."""
+
+    @staticmethod
+    def forward(ctx, x1: Tensor, x2: Tensor) -> Tensor:
+        ctx.save_for_backward(x1, x2)
+        return x1.transpose(1, 2) @ x2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x1, x2 = ctx.saved_tensors
+        return x2 @ grad.transpose(1, 2), x1 @ grad

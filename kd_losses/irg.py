@@ -59,11 +59,16 @@ class IRG(nn.Module):
 
     def edges(self, x: Tensor) -> Tensor:
         """The matrix (B, B) of squared distances between the samples, the largest being 1."""
-        x = _promote(x).flatten(1)
+        x = _promote(x)
+        # in the order of memory, which distances do not see: no copy
+        x = (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
         # distances do not change, and lose fewer digits, without what the samples have in common
         x = x - x.detach().mean(0)
         square = x.square().sum(1)
-        distance = (square[:, None] + square - 2 * x @ x.T).clamp_min(1e-12)
+        # x @ x.T, which is symmetric, with one product backward instead of two
+        half = x @ x.detach().T
+        product = half + half.T - half.detach()
+        distance = (square[:, None] + square - 2 * product).clamp_min(1e-12)
         distance = distance.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
         return distance / distance.amax()  # amax: tied entries share the gradient
 

@@ -28,8 +28,12 @@ class SP(nn.Module):
 
     def similarity(self, fm: Tensor) -> Tensor:
         """The (B, B) matrix of similarities, its rows of norm 1."""
-        x = fm.to(torch.promote_types(fm.dtype, torch.float32)).flatten(1)
-        similarity = x @ x.T
+        x = fm.to(torch.promote_types(fm.dtype, torch.float32))
+        # in the order of memory, which a product over all entries does not see: no copy
+        x = (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
+        # the product is symmetric: (dG + dG^T) X is one product backward, where X X^T takes two
+        half = x @ x.detach().T
+        similarity = half + half.T - half.detach()
         # the gradient of a square root at 0 is infinite; a zero row stays as it is,
         # and the clamp keeps that of a tiny one in range
         square = similarity.square().sum(1, keepdim=True)
