@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PARTS = 2  # of a batch, and of each part again; more parts take less memory and more time
+
 
 class CRD(nn.Module):
     """Noise-contrastive loss that draws a sample's two embeddings together, away from other classes'.
@@ -70,7 +72,8 @@ class CRD(nn.Module):
         Raises ValueError where sample_idx is None and there are no labels to draw from.
         """
         if sample_idx is None:
-            sample_idx = self.draw(idx)
+            # kept at half the size: they live as long as the scores
+            sample_idx = torch.cat([self.draw(part).to(torch.int32) for part in idx.chunk(PARTS)])
         with torch.autocast(feat_s.device.type, enabled=False):
             e_s = self._embed(self.embed_s, feat_s)
             e_t = self._embed(self.embed_t, feat_t.detach())
@@ -129,32 +132,51 @@ class CRD(nn.Module):
 
     def _side(self, e: Tensor, memory: Tensor, log_z: Tensor, sample_idx: Tensor) -> Tensor:
         """One side's loss, its gradient in `e` taken at once, since the bank moves right after."""
-        if not torch.is_grad_enabled():
-            return self._nce(e, memory, log_z, sample_idx)
-        leaf = e.detach().requires_grad_()
-        loss = self._nce(leaf, memory, log_z, sample_idx)
-        (grad,) = torch.autograd.grad(loss, leaf)
+        loss, grad = self._nce(e.detach(), memory, log_z, sample_idx)
         carrier = (e * grad).sum()
-        return loss.detach() + (carrier - carrier.detach())
+        return loss + (carrier - carrier.detach())
 
-    def _nce(self, e: Tensor, memory: Tensor, log_z: Tensor, sample_idx: Tensor) -> Tensor:
-        # all scores in one product, then a gather: far cheaper than gathering the rows
-        log_score = (e @ memory.T).gather(1, sample_idx) / self.nce_t
-        with torch.no_grad():
-            estimate = log_score.logsumexp((0, 1)) + math.log(self.n_data / log_score.numel())
-            current = torch.where(log_z.isnan(), estimate, log_z)
-            if self.training:
-                log_z.copy_(current)
-        c = (sample_idx.shape[1] - 1) / self.n_data
-        margin = log_score - current - math.log(c + 1e-7)
-        positive = F.logsigmoid(margin[:, 0])
-        negative = F.logsigmoid(-margin[:, 1:]) + math.log(c / (c + 1e-7))
-        return -(positive.sum() + negative.sum()) / len(e)
+    @torch.no_grad()
+    def _nce(
+        self, e: Tensor, memory: Tensor, log_z: Tensor, sample_idx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One side's loss and its gradient in `e`, by parts of the batch: one small `board` holds
+        the scores with the whole bank, then their gradient."""
+        board = e.new_empty(-(-len(e) // PARTS), self.n_data)
+        margin, grad = e.new_empty(sample_idx.shape), torch.empty_like(e)
+        for rows, places, out in _parts(e, sample_idx, margin):
+            # all scores in one product, then a gather: far cheaper than gathering the bank's rows
+            scores = torch.mm(rows, memory.T, out=board[: len(rows)])
+            for score, place, chosen in _parts(scores, places, out):
+                torch.gather(score, 1, place.long(), out=chosen)
+        margin /= self.nce_t
+        estimate = torch.cat([m.logsumexp(1) for m in margin.chunk(PARTS**2)]).logsumexp(0)
+        estimate += math.log(self.n_data / margin.numel())
+        current = torch.where(log_z.isnan(), estimate, log_z)
+        if self.training:
+            log_z.copy_(current)
+        # log(P / (c + 1e-7)): the loss is that of a logistic regression, but for a constant
+        count = sample_idx.shape[1] - 1
+        c = count / self.n_data
+        margin -= current + math.log(c + 1e-7)
+        loss = count * math.log((c + 1e-7) / c) - margin[:, 0].mean()
+        for places, margins, out in _parts(sample_idx, margin, grad):
+            scores = board[: len(margins)].zero_()
+            for score, place, m in _parts(scores, places, margins):
+                loss += F.softplus(m, threshold=40).sum() / len(e)
+                m.sigmoid_()[:, 0] -= 1
+                score.scatter_add_(1, place.long(), m)
+            torch.mm(scores, memory, out=out)
+        return loss, grad / (self.nce_t * len(e))
 
     @torch.no_grad()
     def _move(self, memory: Tensor, idx: Tensor, e: Tensor) -> None:
         row = self.nce_mom * memory[idx] + (1 - self.nce_mom) * e
         memory.index_copy_(0, idx, _normalise(row).to(memory.dtype))
+
+
+def _parts(*tensors: Tensor):
+    return zip(*(x.chunk(PARTS) for x in tensors))
 
 
 def _normalise(x: Tensor) -> Tensor:

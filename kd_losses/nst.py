@@ -5,6 +5,8 @@
 import torch
 from torch import Tensor, nn
 
+PARTS = 8  # of a batch
+
 
 class NST(nn.Module):
     """Squared maximum mean discrepancy between the channels of two feature maps.
@@ -36,20 +38,30 @@ class NST(nn.Module):
                 f"NST wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         with torch.autocast(fm_s.device.type, enabled=False):
-            x, y = self.channels(fm_s), self.channels(fm_t.detach())
-            pairs = ((x, x), (y, y), (x, y))
-            if self.kernel == "gauss":
-                squares = [_square_distances(a, b) for a, b in pairs]
-                # the floor: where all channels agree the distances are rounding
-                variance = squares[2].mean((1, 2), keepdim=True).clamp(min=1e-6)
-                kernels = [(-square / (2 * variance)).exp() for square in squares]
-            else:
-                # a batched product: broadcasting would hold B * C_s * C_t * H * W numbers
-                kernels = [a @ b.transpose(1, 2) for a, b in pairs]
-                if self.kernel == "poly":
-                    kernels = [k.square() for k in kernels]
-            k_ss, k_tt, k_st = (k.mean() for k in kernels)
-            return k_tt + k_ss - 2 * k_st
+            # a part of the batch at a time: forward and backward make several maps out of one
+            parts = zip(fm_s.chunk(PARTS), fm_t.detach().chunk(PARTS))
+            return torch.cat([self.discrepancy(*part) for part in parts]).mean()
+
+    def discrepancy(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """The loss of each sample: (B,)."""
+        x, y = self.channels(fm_s), self.channels(fm_t)
+        c_s, c_t, positions = x.shape[1], y.shape[1], x.shape[2]
+        if self.kernel == "linear":
+            return (x.mean(1) - y.mean(1)).square().sum(1)
+        if self.kernel == "poly" and positions**2 <= c_s**2 + c_s * c_t + c_t**2:
+            # sum_ij (x_i . y_j)^2 = <x^T x, y^T y>: one small matrix for all three kernels
+            return (x.mT @ x / c_s - y.mT @ y / c_t).square().sum((1, 2))
+        pairs = ((x, x), (y, y), (x, y))
+        if self.kernel == "poly":
+            # a batched product: broadcasting would hold B * C_s * C_t * H * W numbers
+            kernels = [(a @ b.mT).square() for a, b in pairs]
+        else:
+            squares = [_square_distances(a, b) for a, b in pairs]
+            # the floor: where all channels agree the distances are rounding
+            variance = squares[2].mean((1, 2), keepdim=True).clamp(min=1e-6)
+            kernels = [(-square / (2 * variance)).exp() for square in squares]
+        k_ss, k_tt, k_st = (k.mean((1, 2)) for k in kernels)
+        return k_tt + k_ss - 2 * k_st
 
     def channels(self, fm: Tensor) -> Tensor:
         """The normalised channels (B, C, H * W) of a feature map."""

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2104.09044
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class ReviewKD(nn.Module):
@@ -50,7 +51,9 @@ class ReviewKD(nn.Module):
         self._check(fms_s, fms_t)
         outs, fused = [], None
         for abf, fm_s, fm_t in zip(self.abfs, fms_s[::-1], fms_t[::-1]):
-            fm_s = fm_s.to(torch.promote_types(fm_s.dtype, torch.float32))
+            # autocast takes maps as they are
+            if not torch.is_autocast_enabled(fm_s.device.type):
+                fm_s = fm_s.to(torch.promote_types(fm_s.dtype, torch.float32))
             out, fused = abf(fm_s, fused, fm_t.shape[2:])
             outs.append(out)
         return hcl(outs[::-1], fms_t)
@@ -112,11 +115,47 @@ class ABF(nn.Module):
         """
         fused = self.conv1(fm_s)
         if self.att_conv is not None:
-            deeper = _resize(fused_deeper, fused.shape[2:])
-            attention = self.att_conv(torch.cat([fused, deeper], dim=1))
-            fused = fused * attention[:, :1] + deeper * attention[:, 1:]
+            conv, sigmoid = self.att_conv
+            # W_a [x; y] without the copy of both maps, and y's part at y's own size: a 1x1
+            # convolution and the nearest neighbours' values commute
+            weight_x, weight_y = conv.weight.chunk(2, dim=1)
+            own = F.conv2d(fused, weight_x, conv.bias)
+            deeper = F.conv2d(fused_deeper, weight_y)
+            attention = sigmoid(own + _resize(deeper, own.shape[2:]))
+            fused = Fuse.apply(fused, fused_deeper, attention)
         fused = _resize(fused, size)
         return self.conv2(fused), fused
+
+
+class Fuse(torch.autograd.Function):
+    """x, y, a -> a_0 * x + a_1 * resize(y), of which the graph keeps x, y and a alone.
+
+    x (B, C, H, W), y (B, C, *, *), a (B, 2, H, W). It has no second derivative.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, a)
+        # a product with every second number of `a` as it lies takes up to six times as long
+        a_0, a_1 = (z.contiguous() for z in a.split(1, dim=1))
+        return (x * a_0).addcmul_(_resize(y, x.shape[2:]), a_1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y, a = ctx.saved_tensors
+        a_0, a_1 = (z.contiguous() for z in a.split(1, dim=1))
+        size = x.shape[2:]
+        grad_y = grad * a_1
+        if y.shape[2:] != size:
+            grad_y = torch.ops.aten.upsample_nearest2d_backward(grad_y, size, y.shape)
+        # in parts: no more whole maps beside these
+        dots = []
+        for start in range(0, len(x), 32):
+            rows = slice(start, start + 32)
+            both = (x[rows], _resize(y[rows], size))
+            dots.append(torch.cat([(grad[rows] * z).sum(1, keepdim=True) for z in both], dim=1))
+        return grad * a_0, grad_y, torch.cat(dots)
 
 
 def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
@@ -137,14 +176,17 @@ def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
         losses = []
         for fm_s, fm_t in zip(fms_s, fms_t):
             fm_s, fm_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t))
-            # pooling is linear: one difference serves all sizes
-            diff = fm_s - fm_t
-            loss, weight, total = diff.square().mean(), 1.0, 1.0
+            # pooling is linear: one difference serves all sizes, and where the windows are equal
+            # each size the next
+            diff, equal = fm_s - fm_t, fm_s.shape[2] % 4 == fm_s.shape[3] % 4 == 0
+            loss, weight, total = F.mse_loss(fm_s, fm_t), 1.0, 1.0
             for size in (4, 2, 1):
-                if size < diff.shape[2]:
+                if size < fm_s.shape[2]:
                     weight /= 2
                     total += weight
-                    loss = loss + weight * F.adaptive_avg_pool2d(diff, size).square().mean()
+                    pooled = F.adaptive_avg_pool2d(diff, size)
+                    loss = loss + weight * pooled.square().mean()
+                    diff = pooled if equal else diff
             losses.append(loss / total)
         return torch.stack(losses).sum()
 

@@ -5,6 +5,9 @@ https://arxiv.org/abs/1904.05068
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2**21  # numbers of the largest tensor
 
 
 class RKD(nn.Module):
@@ -16,7 +19,7 @@ class RKD(nn.Module):
         huber(d) = d^2 / 2 up to |d| = 1, |d| - 1/2 beyond
 
     w_dist, w_angle: at least 0 (KD-Zoo and the CRD benchmark 25 and 50; the paper's image
-    classification too); an angle weight of 0 saves the B^3 numbers.
+    classification too); an angle weight of 0 saves the B^3 work.
     Rows nearer than 1e-6 are duplicates: their distance is the constant 1e-6, their e is 0.
     Differs from the paper: means run over all pairs and triples, those that repeat an index
     included, as in KD-Zoo.
@@ -38,26 +41,44 @@ class RKD(nn.Module):
         if feat_s.shape[0] < 2:
             raise ValueError("RKD compares samples: it wants a batch of at least two")
         with torch.autocast(feat_s.device.type, enabled=False):
-            dist_t, angle_t = self.relations(feat_t.detach())
-            dist_s, angle_s = self.relations(feat_s)
-            loss = self.w_dist * F.smooth_l1_loss(dist_s, dist_t)
-            if angle_s is not None:
-                loss = loss + self.w_angle * F.smooth_l1_loss(angle_s, angle_t)
-            return loss
+            x_s, x_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
+                for x in (feat_s, feat_t.detach())
+            )
+            n = len(x_s)
+            rows = max(1, BLOCK // (n * max(n, x_s.shape[1], x_t.shape[1])))
+            anchors = torch.arange(n, device=x_s.device).split(rows)
+            if len(anchors) == 1:
+                blocks = [self.block(x_s, x_t, *anchors)]
+            else:  # their tensors are made once more for the gradient, and never all at once
+                keep = dict(use_reentrant=False, preserve_rng_state=False)
+                blocks = [checkpoint(self.block, x_s, x_t, i, **keep) for i in anchors]
+            norm_s, norm_t, angle = zip(*blocks)
+            dist_s, dist_t = (
+                x / (x.sum() / (n * (n - 1))) for x in map(torch.cat, (norm_s, norm_t))
+            )
+            return self.w_dist * F.smooth_l1_loss(dist_s, dist_t) + self.w_angle * sum(angle) / n**3
 
-    def relations(self, feat: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Distances (B, B) of mean 1, and angles (B, B, B), None where they have no weight."""
-        x = feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1)
+    def block(self, x_s: Tensor, x_t: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances (len(i), B) of both networks, summed loss of the angles at the anchors i."""
+        norm_s, angle_s = self.relations(x_s, i)
+        norm_t, angle_t = self.relations(x_t, i)
+        if angle_s is None:
+            return norm_s, norm_t, norm_s.new_zeros(())
+        # torch's own sum would hold on to the memory of what it adds up
+        return norm_s, norm_t, F.smooth_l1_loss(angle_s, angle_t, reduction="none").sum()
+
+    def relations(self, x: Tensor, i: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Distances (len(i), B), and angles (len(i), B, B), None where they have no weight."""
         # true differences: |x_i|^2 + |x_j|^2 - 2 x_i . x_j cancels for near rows
-        diff = x[None] - x[:, None]
+        diff = x - x[i, None]
         square = diff.square().sum(2)
         near = square <= 1e-12
         # the gradients of square root and direction at 0 are infinite; near rows give none
         norm = torch.where(near, 1e-12, square).sqrt()
-        own = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        own = i[:, None] == torch.arange(len(x), device=x.device)
         dist = norm.masked_fill(own, 0)
-        dist = dist / (dist.sum() / (len(x) * (len(x) - 1)))
         if self.w_angle == 0:
             return dist, None
         e = diff * torch.where(near, 0, 1 / norm)[:, :, None]
-        return dist, e @ e.transpose(1, 2)
+        return dist, e @ e.mT

@@ -298,6 +298,29 @@ def test_the_loss_is_the_weighted_sum():
     assert list(terms) == ["ce", "kd_st", "kd_at", "train_top1"]
 
 
+@pytest.mark.parametrize("mode, compiled", [("at", 2), ("sobolev", 0)])
+def test_compile_both_networks_or_say_why_not(mode, compiled, distil, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: calls.append(net))
+    distil(mode, *FEW, "--compile")
+    assert len(calls) == compiled
+    assert ("not compiled: the method needs second" in capsys.readouterr().out) == (not compiled)
+
+
+@pytest.mark.slow
+def test_compiled_networks_train(distil):
+    """Hooks see the maps, the checkpoint has the plain keys, the loss is that of eager networks."""
+    plain, compiled = (
+        Path(distil("at", *FEW, *more, note=f"r{len(more)}")["dir"]) for more in ([], ["--compile"])
+    )
+    one, two = (utils.read_metrics(folder)[0] for folder in (plain, compiled))
+    assert two["kd"] == pytest.approx(one["kd"], rel=0.05) and two["ce"] == pytest.approx(
+        one["ce"], rel=0.05
+    )
+    keys = [weights(folder / "checkpoint.pth.tar").keys() for folder in (plain, compiled)]
+    assert keys[0] == keys[1]
+
+
 def test_composed_modes_train(distil):
     rows = utils.read_metrics(distil("st+at+crd", *FEW, "--lambda_kd", "0.9,10,0.1")["dir"])
     assert {"kd_st", "kd_at", "kd_crd"} <= set(rows[0])
