@@ -21,14 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import IMG_SIZE, UserError, named
+from utils import IMG_SIZE, UserError, first_line, named
 
 RESIDENT = 96  # pixels: images up to here stay on the device, larger ones are read batch by batch
 SAMPLE = 2000  # training images on which the normalisation of a streamed set is measured
 
 
+class Split:
+    """What both kinds of images answer from their labels and classes."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_class(self) -> int:
+        return len(self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+
 @dataclass
-class Images:
+class Images(Split):
     """One split, resident: `pixels` uint8 (N, H, W, 3), `labels` int64 (N,); `pixels[i]` is RGB.
 
     `mean`, `std`: per channel, of pixels scaled to 0..1; `flip`: whether training mirrors images.
@@ -41,27 +56,16 @@ class Images:
     std: tuple[float, float, float]
     flip: bool = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_class(self) -> int:
-        return len(self.classes)
-
     @property
     def size(self) -> int:
         return self.pixels.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
 
     def to(self, device) -> "Images":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 @dataclass
-class Stream:
+class Stream(Split):
     """One split whose images, of `size` pixels, are made when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
@@ -78,17 +82,6 @@ class Stream:
     flip: bool = True
     autoaugment: bool = False
     workers: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_class(self) -> int:
-        return len(self.classes)
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
 
     def to(self, device) -> "Stream":
         return replace(self, labels=self.labels.to(device))
@@ -371,9 +364,8 @@ def _cifar(kind: str):
                 split = reader(str(root), train=train, download=not here)
                 splits.append((split.data, split.targets))
         except (RuntimeError, OSError, EOFError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{kind} is not to be had in {root} ({reason}): put the folder "
+                f"{kind} is not to be had in {root} ({first_line(error)}): put the folder "
                 f"{reader.base_folder} there, or a network connection"
             ) from error
         splits = [(_resize_all(x, img_size), y) for x, y in splits]

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError, named, read_checkpoint, seed_everything
+from utils import UserError, first_line, named, read_checkpoint, seed_everything
 
 # --- what the families share ---------------------------------------------------------------------
 
@@ -590,19 +590,18 @@ def file_name(name: str) -> str:
 def _of_torchvision(name: str):
     from torchvision import models
 
-    ctor = named({m: m for m in models.list_models(module=models)}, name, "network of torchvision")
+    named(dict.fromkeys(models.list_models(module=models)), name, "network of torchvision")
+    # logits alone, in training too
+    wishes = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
 
     def make(num_class, img_size, pretrained):
-        wishes = {}
-        if name in ("googlenet", "inception_v3"):  # logits alone, in training too
-            wishes = dict(aux_logits=False, init_weights=not pretrained)
-        if name.startswith("vit_") and img_size and not pretrained:
-            wishes = dict(image_size=img_size)
         if not pretrained:
-            return models.get_model(ctor, weights=None, num_classes=num_class, **wishes)
-        weights = models.get_model_weights(ctor).DEFAULT
-        wishes.pop("init_weights", None)
-        net = _downloaded(lambda: models.get_model(ctor, weights=weights, **wishes), name)
+            fresh = dict(init_weights=True) if wishes else {}
+            if name.startswith("vit_") and img_size:
+                fresh = dict(image_size=img_size)
+            return models.get_model(name, weights=None, num_classes=num_class, **wishes, **fresh)
+        weights = models.get_model_weights(name).DEFAULT
+        net = _downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
         if num_class != len(weights.meta["categories"]):
             _new_classifier(net, len(weights.meta["categories"]), num_class)
         return net
@@ -615,9 +614,9 @@ def _of_timm(name: str):
         import timm
     except ImportError:
         raise UserError(f"timm/{name} needs timm: pip install timm") from None
-    known = {m: m for m in timm.list_models() + timm.list_pretrained()}
-    known |= {model.split(".")[0]: model.split(".")[0] for model in known}
-    named(known, name, "network of timm")
+    known = timm.list_models() + timm.list_pretrained()
+    known += [model.split(".")[0] for model in known]
+    named(dict.fromkeys(known), name, "network of timm")
 
     def make(num_class, img_size, pretrained):
         def create(**wishes):
@@ -639,10 +638,9 @@ def _downloaded(create, name: str) -> nn.Module:
     try:
         return create()
     except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the weights of {name} cannot be had ({reason}): a network connection is needed, or the "
-            f"file in {torch.hub.get_dir()}/checkpoints"
+            f"the weights of {name} cannot be had ({first_line(error)}): a network connection is "
+            f"needed, or the file in {torch.hub.get_dir()}/checkpoints"
         ) from error
 
 
@@ -692,8 +690,8 @@ def _of_file(path: str, function: str):
 
 
 def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 # --- weights from a checkpoint -------------------------------------------------------------------
@@ -706,14 +704,14 @@ def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Te
     or any other single dict of tensors, the prefixes of DataParallel and torch.compile, and KD-Zoo's
     names (`res1..3`, `ds`). Raises UserError where there are no tensors.
     """
-    dicts = {key: value for key, value in checkpoint.items() if _only_tensors(value)}
     for key in ("snet", "net", "net2", "model", "state_dict"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
     else:
+        dicts = [value for value in checkpoint.values() if _only_tensors(value)]
         if len(dicts) == 1:
-            (checkpoint,) = dicts.values()
+            (checkpoint,) = dicts
     state = {key: value for key, value in checkpoint.items() if torch.is_tensor(value)}
     if not state:
         raise UserError(f"{path} holds no weights, only: {', '.join(map(str, checkpoint))}")
@@ -783,7 +781,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
 class Weights:
     """A network's name, its weights (None: fresh ones) and what its checkpoint knows of the data.
 
-    pretrained: with its library's weights; taps: stages named by hand; notes: lines about it.
+    pretrained: with its library's weights; taps: stages named by hand; notes: lines about it; make:
+    what `constructor` gives for the name. Raises UserError where there is no such network.
     """
 
     name: str
@@ -794,15 +793,34 @@ class Weights:
     taps: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.make = constructor(self.name)
+
+    def load(self, num_class: int, img_size: int) -> nn.Module:
+        """The network as it is, its weights loaded."""
+        net = self.make(num_class, img_size, self.pretrained)
+        if self.state is not None:
+            load_weights(net, self.state, self.path, self.name)
+        return net
+
     def build(self, num_class: int, seed: int, img_size: int) -> nn.Module:
         """The network, frozen, its weights loaded, its feature maps found."""
         seed_everything(seed)
-        net = build(self.name, num_class, img_size, self.pretrained)
-        net.requires_grad_(False)
-        if self.state is not None:
-            load_weights(net, self.state, self.path, self.name)
+        net = self.load(num_class, img_size).requires_grad_(False)
         self.notes = ensure_taps(net, self.name, num_class, img_size, self.taps)
         return net
+
+    def warnings(self, images) -> list[str]:
+        """What to say where it was trained with another normalisation than that of `images`."""
+        lines = []
+        for key in ("mean", "std"):
+            own, used = self.meta.get(key), list(getattr(images, key))
+            if own not in (None, used):
+                lines.append(
+                    f"warning: {self.path} was trained with {key} {own}, these images are "
+                    f"normalised with {used}"
+                )
+        return lines
 
 
 def find_weights(
@@ -815,7 +833,6 @@ def find_weights(
     if path is None:
         if name is None:
             raise UserError(f"--{flag} or --{file_flag} is needed")
-        constructor(name)
         return Weights(name, pretrained=pretrained, taps=taps)
     if pretrained:
         raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
@@ -832,7 +849,6 @@ def find_weights(
         raise UserError(f"{path} holds a network of your own: say so with --{flag} {known}")
     if known not in (None, name or known) and ".py:" not in name:
         raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
-    constructor(name or known)
     return Weights(name or known, state, meta, path, taps=taps)
 
 

@@ -56,14 +56,14 @@ def train_step(net, optimizer, img, target, machine):
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
-    network.constructor(args.net_name)
+    make = network.constructor(args.net_name)
     recipe = utils.resolve(args, args.net_name, {})
     machine = utils.machine(args.cuda, args.amp)
     note = args.note or f"base-{recipe.data_name}-{network.file_name(args.net_name)}"
     run = utils.Run(recipe, note, ["train_base.py", *argv])
     data = utils.load_data(recipe)
     utils.seed_everything(recipe.seed)
-    net = network.build(args.net_name, data.train.num_class, data.train.size, args.pretrained)
+    net = make(data.train.num_class, data.train.size, args.pretrained)
     network.dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
 

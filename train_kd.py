@@ -242,17 +242,15 @@ class Distillation:
                 for part in self.kd.eval() if phase.kd else []:
                     compare = part.comparison(phase)
                     try:
-                        loss = None
 
                         def call():
-                            nonlocal loss
                             loss = part(compare, s, t, batch)
+                            if self.image_grad:
+                                loss.backward()
 
                         added = network.count_macs(part, call)
-                        if self.image_grad:
-                            loss.backward()
                     except (ValueError, RuntimeError) as error:
-                        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                        reason = utils.first_line(error)
                         if "not have been used in the graph" in reason:
                             reason = (
                                 "it differentiates in a map, and one of the networks gives tokens or "
@@ -539,15 +537,8 @@ def announce(run, machine, job, data, recipe, phases, methods, found_t, found_s,
     added = network.count_parameters(job.kd)
     if added:
         log(f"the method adds {added:,} parameters and {macs:,} multiply-adds an image")
-    for found in (found_t, found_s):
-        for key in ("mean", "std"):
-            if found.path and found.meta.get(key, list(getattr(data.train, key))) != list(
-                getattr(data.train, key)
-            ):
-                log(
-                    f"warning: {found.path} was trained with {key} {found.meta[key]}, these images "
-                    f"are normalised with {list(getattr(data.train, key))}"
-                )
+    for line in found_t.warnings(data.train) + found_s.warnings(data.train):
+        log(line)
 
 
 def _staged(row: Method, stages: tuple[int, ...]) -> dict:

@@ -53,6 +53,11 @@ def command(main):
     return run
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, in a line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def named(table: dict, name: str, what: str):
     """`table[name]`, or a UserError with the names that come near, or all of them."""
     if name in table:
@@ -535,8 +540,8 @@ def read_checkpoint(path: str | Path) -> dict:
             warnings.simplefilter("ignore")  # of old file formats
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a broken or unsafe file
-        text = str(error).strip() or type(error).__name__
-        code = re.search(r"Unsupported (?:global|class|operand|operator)[^\n]*?([\w.]+\.\w+)", text)
+        unsafe = r"Unsupported (?:global|class|operand|operator)[^\n]*?([\w.]+\.\w+)"
+        code = re.search(unsafe, str(error))
         if code:
             raise UserError(
                 f"{path} holds more than tensors ({code[1]}), and reading that may run code. If you "
@@ -545,7 +550,7 @@ def read_checkpoint(path: str | Path) -> dict:
                 "isinstance(c, dict) else c.state_dict(); torch.save({'net': c.get('model') or "
                 f"c.get('net') or c.get('state_dict') or c}}, '{path.stem}.converted.pth')\""
             ) from error
-        reason = text.split(". ")[0].splitlines()[0]
+        reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is damaged, cut short, or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint's dict")
@@ -562,8 +567,9 @@ def _read_safetensors(path: Path) -> dict:
             net = {key: file.get_tensor(key) for key in file.keys()}
             meta = json.loads((file.metadata() or {}).get("meta", "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged, cut short, or not safetensors ({reason})") from error
+        raise UserError(
+            f"{path} is damaged, cut short, or not safetensors ({first_line(error)})"
+        ) from error
     return dict(net=net, meta=meta)
 
 

@@ -62,7 +62,6 @@ def find_peer(name: str | None, path: str) -> network.Weights:
     name = name or (network.identify(state) or [None])[0]
     if name is None:
         raise UserError(f"{path} does not say which network the peer is: give --net")
-    network.constructor(name)
     return network.Weights(name, state, meta, path)
 
 
@@ -72,17 +71,10 @@ def build(found: network.Weights, data, device) -> nn.Module:
     known = found.meta.get("num_class", num_class)
     if known != num_class:
         raise UserError(f"{found.path} has {known} classes, {data.name} {num_class}")
-    net = network.build(found.name, num_class, size)
-    network.load_weights(net, found.state, found.path, found.name)
+    net = found.load(num_class, size)
     network.dry_pass(net, found.name, num_class, size)
-    for key in ("mean", "std"):
-        own, used = found.meta.get(key), list(getattr(data.train, key))
-        if own not in (None, used):
-            print(
-                f"warning: {found.path} was trained with {key} {own}, these images are normalised "
-                f"with {used}",
-                file=sys.stderr,
-            )
+    for line in found.warnings(data.train):
+        print(line, file=sys.stderr)
     return net.to(device, memory_format=torch.channels_last)
 
 

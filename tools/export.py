@@ -109,8 +109,7 @@ def agreed(args: argparse.Namespace, found: network.Weights, flag: str) -> int:
 
 def build(found: network.Weights, num_class: int, size: int) -> nn.Module:
     """The bare network with its weights, in eval mode."""
-    net = network.build(found.name, num_class, size)
-    network.load_weights(net, found.state, found.path, found.name)
+    net = found.load(num_class, size)
     network.dry_pass(net, found.name, num_class, size)
     return net.eval().requires_grad_(False)
 
