@@ -245,8 +245,8 @@ class Distillation:
 
                         def call():
                             loss = part(compare, s, t, batch)
-                            if self.image_grad:
-                                loss.backward()
+                            if self.image_grad:  # the parts share the networks' graphs
+                                loss.backward(retain_graph=True)
 
                         added = network.count_macs(part, call)
                     except (ValueError, RuntimeError) as error:

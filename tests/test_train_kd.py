@@ -326,6 +326,13 @@ def test_composed_modes_train(distil):
     assert {"kd_st", "kd_at", "kd_crd"} <= set(rows[0])
 
 
+@pytest.mark.parametrize("modes", ["sobolev+st", "st+lwm", "lwm+sobolev"])
+def test_second_derivatives_compose(modes):
+    """Each part is tried on the same two images, whose graph the next one needs too."""
+    train = toys.images()
+    assert toys.job(modes, train=train).rehearse(train) == 0
+
+
 def test_all_single_phase_methods_at_once():
     """One step of everything that composes; a flag that several own goes to all of them."""
     modes = [mode for mode, row in METHODS.items() if len(row.phases) == 1]
