@@ -67,14 +67,18 @@ def main(argv: list[str] | None = None) -> dict:
     network.dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
 
-    run.start(machine, meta)
-    run.log(f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters")
-    run.log(
+    lines = [
+        f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters",
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
-        f"{data.train.size} pixels, {data.train.num_class} classes"
-    )
-    for note in data.notes:
-        run.log(note)
+        f"{data.train.size} pixels, {data.train.num_class} classes",
+        *data.notes,
+        utils.describe_recipe(recipe, isinstance(data.train, dataset.Images)),
+    ]
+    if recipe.dry_run:
+        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
+    run.start(machine, meta)
+    for line in lines:
+        run.log(line)
     if not run.saved:
         initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
         start = {"net": net.state_dict(), "meta": meta, "epoch": 0, "prec@1": 0.0, "prec@5": 0.0}

@@ -28,14 +28,15 @@ ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor",
 # --- flags: --kd_mode and --protocol first, then the flags of the method ---------------------------
 
 
-def parse(argv: list[str]):
-    """(flags, {mode: row}): the rows with what protocol and flags change in them."""
+def parse(argv: list[str], t_name: str = "", s_name: str = ""):
+    """(flags, {mode: row}): the rows with what protocol, pair of networks and flags change in them."""
     first = utils.Parser(add_help=False)
     first.add_argument("--kd_mode")
     first.add_argument("--protocol", choices=utils.PROTOCOLS, default="kdzoo")
     early, _ = first.parse_known_args(argv)
     modes = early.kd_mode.split("+") if early.kd_mode else []
     rows = {m: utils.named(METHODS, m, "--kd_mode").under(early.protocol) for m in modes}
+    rows = {m: row.between(t_name, s_name) for m, row in rows.items()}
     if len(rows) < len(modes):
         raise UserError(f"--kd_mode {early.kd_mode}: a method twice")
     if len(rows) > 1:
@@ -334,6 +335,12 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
     return {name: value.detach() for name, value in terms.items()}
 
 
+def planned(phases: tuple[Phase, ...], recipe) -> list[tuple[Phase, int]]:
+    """The phases with their numbers of epochs."""
+    protocol, total = utils.PROTOCOLS[recipe.protocol], recipe.epochs
+    return [(p, utils.scaled(p.epochs, total, protocol) if p.epochs else total) for p in phases]
+
+
 def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
     """The rate of `epoch` (from 1) of a phase of `epochs`."""
     if phase.lr is None:
@@ -373,6 +380,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps
     )
     found_t = found_t or network.Weights(found_s.name, taps=args.t_taps)
+    rows = parse(argv, found_t.name, found_s.name)[1]  # again, now that the pair is known
     recipe = utils.resolve(args, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp)
     names = [network.file_name(found.name) for found in (found_t, found_s)]
@@ -398,14 +406,7 @@ def main(argv: list[str] | None = None) -> dict:
     job = Distillation(snet, tnet, rows, data.train)
     if not any(row.lambda_kd for row in rows.values()) and not all(p.ce for p in job.phases):
         raise UserError("--lambda_kd 0 leaves the first phase of this method nothing to learn from")
-    protocol = utils.PROTOCOLS[recipe.protocol]
-    phases = [
-        (
-            phase,
-            utils.scaled(phase.epochs, recipe.epochs, protocol) if phase.epochs else recipe.epochs,
-        )
-        for phase in job.phases
-    ]
+    phases = planned(job.phases, recipe)
     meta = dict(network=found_s.name, **utils.describe_data(recipe, data))
     methods = {
         mode: dict(
@@ -418,12 +419,17 @@ def main(argv: list[str] | None = None) -> dict:
     }
     teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
     macs = job.rehearse(data.train)
+    lines = announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs)
+    if recipe.dry_run:
+        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
 
     teacher |= dict(network=found_t.name, pretrained=found_t.pretrained)
-    run.start(machine, meta, dict(methods=methods, teacher=teacher))
+    added = network.count_parameters(job.kd)
+    run.start(machine, meta, dict(methods=methods, teacher=teacher, added=added))
+    for line in lines:
+        run.log(line)
     job.to(machine.device)
     data = data.to(machine.device)
-    announce(run, machine, job, data, recipe, phases, methods, found_t, found_s, macs)
     if recipe.compile:
         run.log(job.compile())
     if not trained:
@@ -506,39 +512,34 @@ def restore(saved: dict, job: Distillation, optimizer) -> None:
     utils.set_rng_state(saved["rng"])
 
 
-def announce(run, machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> None:
-    """Log the resolved recipe."""
-    log = run.log
-    log(f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes")
-    log(
+def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> list[str]:
+    """The resolved recipe, as lines of the log."""
+    lines = [
+        f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes",
         f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
-        f"student from {found_s.path or ('library' if found_s.pretrained else 'fresh')} weights"
-    )
-    for line in (*data.notes, *found_t.notes, *found_s.notes):
-        log(line)
-    log(
-        f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
-        f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
-        f"{recipe.weight_decay:g}, batch {recipe.batch_size}"
-        + (f", {recipe.padding} padding" if isinstance(data.train, dataset.Images) else "")
-    )
-    planned = utils.PROTOCOLS[recipe.protocol].epochs
-    if recipe.epochs != planned:
-        log(f"scaled from {planned} epochs to {recipe.epochs}: milestones, phases, warm-ups")
-    log("phases: " + ", ".join(f"{phase.name} {epochs} epoch(s)" for phase, epochs in phases))
+        f"student from {found_s.path or ('library' if found_s.pretrained else 'fresh')} weights",
+        *data.notes,
+        *found_t.notes,
+        *found_s.notes,
+        utils.describe_recipe(recipe, isinstance(data.train, dataset.Images)),
+    ]
+    full = utils.PROTOCOLS[recipe.protocol].epochs
+    if recipe.epochs != full:
+        lines.append(f"scaled from {full} epochs to {recipe.epochs}: milestones, phases, warm-ups")
+    lines.append("phases: " + ", ".join(f"{p.name} {epochs} epoch(s)" for p, epochs in phases))
     for mode, what in methods.items():
-        log(f"{mode}: " + ", ".join(f"{key} {value}" for key, value in what.items()))
+        lines.append(f"{mode}: " + ", ".join(f"{key} {value}" for key, value in what.items()))
         published = {*METHODS[mode].protocols, next(iter(utils.PROTOCOLS))}
         if recipe.protocol not in published:
-            log(f"{mode}: {recipe.protocol} says nothing of it, its weight and flags are the row's")
+            lines.append(
+                f"{mode}: {recipe.protocol} says nothing of it, its weight and flags are the row's"
+            )
     for part in job.kd:
-        for note in part.adapter.notes:
-            log(f"{part.mode}: adapter, {note}")
+        lines += [f"{part.mode}: adapter, {note}" for note in part.adapter.notes]
     added = network.count_parameters(job.kd)
     if added:
-        log(f"the method adds {added:,} parameters and {macs:,} multiply-adds an image")
-    for line in found_t.warnings(data.train) + found_s.warnings(data.train):
-        log(line)
+        lines.append(f"the method adds {added:,} parameters and {macs:,} multiply-adds an image")
+    return lines + found_t.warnings(data.train) + found_s.warnings(data.train)
 
 
 def _staged(row: Method, stages: tuple[int, ...]) -> dict:

@@ -229,6 +229,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--note", metavar="NAME", help="name of the run's folder in save_root")
     add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
     add("--resume", action="store_true", help="go on with the run that is in the folder")
+    add("--dry_run", action="store_true", help="check everything, say the recipe, train nothing")
 
 
 def add_data_flags(parser: Parser, training: bool = False) -> None:
@@ -310,6 +311,16 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
         recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
     recipe.padding = protocol.padding
     return recipe
+
+
+def describe_recipe(recipe: argparse.Namespace, augmented: bool) -> str:
+    """The optimiser of a resolved recipe, in a line. `augmented`: with the protocol's padding."""
+    return (
+        f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
+        f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
+        f"{recipe.weight_decay:g}, batch {recipe.batch_size}"
+        + (f", {recipe.padding} padding" if augmented else "")
+    )
 
 
 def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
@@ -603,7 +614,7 @@ class Run:
     """The folder save_root/note of one run and everything in it.
 
     args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone), timing.csv,
-    curves.png, checkpoint.pth.tar (enough to go on bit for bit) and model_best.pth.tar.
+    curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit for bit) and model_best.pth.tar.
     Nothing is written before `start()`; a folder that holds another run is refused.
     """
 
@@ -631,7 +642,16 @@ class Run:
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
-        free = ("print_freq", "resume", "save_root", "note", "img_root", "cuda", "workers")
+        free = (
+            "print_freq",
+            "resume",
+            "dry_run",
+            "save_root",
+            "note",
+            "img_root",
+            "cuda",
+            "workers",
+        )
         flags = {key: value for key, value in vars(self.recipe).items() if key not in free}
         return json.loads(json.dumps(flags, default=str))
 
@@ -655,7 +675,9 @@ class Run:
         if not self.saved:
             record = dict(
                 command=" ".join(self.argv),
-                recipe={k: v for k, v in vars(self.recipe).items() if k != "resume"},
+                recipe={
+                    k: v for k, v in vars(self.recipe).items() if k not in ("resume", "dry_run")
+                },
                 machine=str(machine),
                 versions=dict(
                     python=platform.python_version(),
@@ -719,16 +741,22 @@ class Run:
             ) from error
 
     def finish(self) -> dict:
-        """Say the result, draw the curves. Returns last and best accuracy, seconds and the folder."""
+        """Say the result, draw the curves, write result.json: last and best accuracy, the peer's too
+        where two networks learned, and the seconds. Returns the same, and the folder."""
         last = self.history[-1]["test_top1"]
         best, seconds = self.best["top1"], sum(row["seconds"] for row in self.timing)
+        result = dict(last=last, best=best, seconds=round(seconds, 3))
+        peer = [row["peer_test_top1"] for row in self.history if "peer_test_top1" in row]
+        if peer:
+            result |= dict(peer_last=peer[-1], peer_best=max(peer))
         self.log(
             f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
             f"{seconds:.0f} s  {self.dir}"
         )
         draw_curves([self.dir], self.dir / "curves.png")
         self.log_file.close()
-        return dict(last=last, best=best, seconds=seconds, dir=str(self.dir))
+        _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
+        return dict(result, dir=str(self.dir))
 
 
 def check_finite(values: dict[str, float], where: str) -> None:

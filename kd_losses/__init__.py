@@ -15,7 +15,7 @@ from .ab import AB
 from .afd import AFD
 from .at import AT
 from .bss import BSS, BSSAttacker, select
-from .cc import CC
+from .cc import CC, NeighbourCC
 from .crd import CRD
 from .dkd import DKD
 from .dml import DML
@@ -179,12 +179,18 @@ def build_crd(s, t, train, **flags):
     return CRD(*widths, n_data=len(train), labels=train.labels, **flags)
 
 
-def build_ft(s, t, train, k, use_bn):
+def build_cc(s, t, train, relation, gamma, P_order, feat_dim):
+    if relation == "kernel":
+        return CC(gamma, P_order)
+    return NeighbourCC(s.feat.shape[1], t.feat.shape[1], feat_dim)
+
+
+def build_ft(s, t, train, k, use_bn, factor):
     """use_bn: 'auto': up to 10 classes, as in KD-Zoo; 'translator': as in the CRD benchmark."""
     few = use_bn == "auto" and train.num_class <= 10
     c_s, c_t = s.stages[0].shape[1], t.stages[0].shape[1]
     kd = nn.Module()
-    kd.loss = FT()
+    kd.loss = FT(factor)
     kd.paraphraser = Paraphraser(c_t, k, few or use_bn == "yes")
     kd.translator = Translator(c_s, c_t, k, few or use_bn in ("yes", "translator"))
     return kd
@@ -254,20 +260,18 @@ ONE_PHASE = (Phase(),)
 BOTH_LEARN = (Phase(learns=("student", "teacher", "kd")),)
 
 
-def init_then_ce(epochs: int):
+def init_then_ce(epochs: int, *lr: tuple[float, float]):
     """The method trains the backbone for `epochs`, then cross-entropy alone trains the student.
 
     As in KD-Zoo, but for two things: there weight decay acts on the idle classifier, and the momentum
     of the first phase is carried into the second.
     """
-    init = Phase(
-        name="init",
-        epochs=epochs,
-        ce=False,
-        learns=("backbone", "kd"),
-        lr=((0.6, 0.1), (0.2, 0.01), (0.2, 0.001)),
-    )
+    init = Phase(name="init", epochs=epochs, ce=False, learns=("backbone", "kd"), lr=lr)
     return (init, Phase(name="train", kd=False, learns=("student",)))
+
+
+ZOO_INIT = init_then_ce(50, (0.6, 0.1), (0.2, 0.01), (0.2, 0.001))
+CRD_INIT = init_then_ce(30, (1.0, 1.0))
 
 
 def paraphrase_first(lr: float):
@@ -318,6 +322,7 @@ class Method:
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
     flags: a tuple lists the choices, the first being the default.
     protocols: fields of the row that a protocol changes; its `flags` are merged into the row's.
+    pairs: the same for a (teacher, student), or for a student with any teacher.
     """
 
     build: Callable
@@ -332,16 +337,47 @@ class Method:
     lambda_ce: float = 1.0
     ramp: Callable = constant
     protocols: dict = field(default_factory=dict)
+    pairs: dict = field(default_factory=dict)
 
     def under(self, protocol: str) -> "Method":
-        """The row as `protocol` has it; of choices, the protocol's comes first."""
-        changes = dict(self.protocols.get(protocol, {}))
+        """The row as `protocol` has it."""
+        return self._with(self.protocols.get(protocol, {}))
+
+    def between(self, t_name: str, s_name: str) -> "Method":
+        """The row as its protocol has it for these two networks."""
+        return self._with(self.pairs.get((t_name, s_name)) or self.pairs.get(s_name, {}))
+
+    def _with(self, changes: dict) -> "Method":
+        """The row with other fields; of choices, theirs comes first."""
         flags = dict(self.flags)
         for flag, value in changes.get("flags", {}).items():
             old = flags[flag]
             flags[flag] = tuple(dict.fromkeys((value, *old))) if isinstance(old, tuple) else value
         return replace(self, **changes | dict(flags=flags))
 
+
+# MDistiller's, where it is not 8
+DKD_BETA = {
+    ("resnet56", "resnet20"): 2.0,
+    ("resnet110", "resnet32"): 2.0,
+    ("wrn_40_2", "wrn_16_2"): 6.0,
+    ("wrn_40_2", "wrn_40_1"): 6.0,
+    ("vgg13", "vgg8"): 6.0,
+    ("vgg13", "MobileNetV2"): 6.0,
+}
+# of ReviewKD's scripts, where it is not 5
+REVIEWKD_WEIGHT = {
+    ("resnet56", "resnet20"): 0.6,
+    ("resnet110", "resnet32"): 1.0,
+    ("resnet32x4", "ShuffleV2"): 8.0,
+}
+DKD_PAIRS = dict(pairs={pair: dict(flags=dict(beta=beta)) for pair, beta in DKD_BETA.items()})
+REVIEWKD_PAIRS = dict(
+    lambda_kd=5.0, pairs={pair: dict(lambda_kd=x) for pair, x in REVIEWKD_WEIGHT.items()}
+)
+# RepDistiller trains the paraphraser at 0.01 for ResNets, at the student's rate for other students
+OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2")
+FT_PAIRS = {student: dict(phases=paraphrase_first(1.0)) for student in OTHERS}
 
 CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"))
 IRG_FLAGS = dict(w_irg_vert=0.1, w_irg_edge=5.0, w_irg_tran=5.0)
@@ -356,14 +392,14 @@ METHODS = {
     "fitnet":   Method(plain(Hint),        stages,            0.1, needs=BOTH, stages=(-1,), protocols=dict(crd=dict(lambda_kd=100.0, stages=(2,), needs="regressor+relu"))),
     "nst":      Method(plain(NST),         stages,           10.0, dict(kernel=("poly", "linear", "gauss")), needs="size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=50.0, stages=None, reduce="sum"))),
     "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0))),
-    "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=init_then_ce(30)))),
-    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator")), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), flags=dict(use_bn="translator")))),
+    "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=CRD_INIT))),
+    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator"), factor=("channels", "spatial")), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), pairs=FT_PAIRS, needs="", flags=dict(use_bn="translator", factor="spatial")))),
     "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0)),
-    "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=init_then_ce(50), protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=init_then_ce(30)))),
+    "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=CRD_INIT))),
     "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,)))),
     "sobolev":  Method(plain(Sobolev),     input_gradient,   20.0, teacher="grad"),
     "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading),
-    "cc":       Method(plain(CC),          feat,            100.0, dict(gamma=0.4, P_order=2)),
+    "cc":       Method(build_cc,           feat,            100.0, dict(relation=("kernel", "neighbours"), gamma=0.4, P_order=2, feat_dim=128), protocols=dict(crd=dict(lambda_kd=0.02, flags=dict(relation="neighbours")))),
     "lwm":      Method(plain(LwM),         class_activation,  0.4, dict(cam=("gradient", "activation")), stages=(-2,), teacher="grad"),
     "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1)),
     "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
@@ -372,8 +408,8 @@ METHODS = {
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols=dict(crd=dict(lambda_kd=0.8, flags=dict(nce_t=0.07)))),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size"),
-    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols=dict(crd=dict(lambda_kd=5.0), reviewkd=dict(lambda_kd=5.0))),
-    "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20)),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols=dict(crd=REVIEWKD_PAIRS, reviewkd=REVIEWKD_PAIRS)),
+    "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols=dict(crd=DKD_PAIRS)),
 }
 # fmt: on
 
@@ -388,6 +424,8 @@ FLAG_HELP = {
     "w_angle": "weight of the angles",
     "m": "margin",
     "attack_size": "images attacked a batch",
+    "factor": "compared channel by channel, or as a map of its mean squares (the CRD benchmark's)",
+    "relation": "of all samples by a Gaussian kernel, or of neighbours in the batch (the CRD benchmark's)",
     "gamma": "of the Gaussian kernel",
     "P_order": "order of its Taylor expansion",
     "cam": "what is weighted by the gradient's mean: the gradient, or the activation (Grad-CAM)",
@@ -408,5 +446,5 @@ FLAG_HELP = {
     "mid_channel": "width of the fused maps, at most the student's last",
     "s_preact": "1: the student's maps before the activation",
     "alpha": "weight of the target class part",
-    "beta": "weight of the other classes' part",
+    "beta": "weight of the other classes' part; under --protocol crd by the pair",
 }

@@ -20,7 +20,7 @@ class CC(nn.Module):
     gamma: of the kernel, above 0 (paper and KD-Zoo 0.4); P_order: P, at least 1 (paper and KD-Zoo
     2).
     Differs from the paper: the correlation alone, as in KD-Zoo, without the soft targets beside it
-    and without the paper's samplers. The CRD benchmark's loss of this name is another one.
+    and without the paper's samplers. The CRD benchmark's loss of this name is `NeighbourCC`.
     """
 
     def __init__(self, gamma: float = 0.4, P_order: int = 2):
@@ -52,3 +52,57 @@ class CC(nn.Module):
         for p in range(self.P_order, -1, -1):
             k = k * c + math.exp(-2 * self.gamma) * (2 * self.gamma) ** p / math.factorial(p)
         return k
+
+
+class NeighbourCC(nn.Module):
+    """Product of the distances at which neighbours in the batch stand from the teacher.
+
+        e     = linear(feat)                  one layer per network, both learned with the student
+        delta = |e_s - e_t|                                                   (B, feat_dim)
+        loss  = 1 / (B - 1) * sum_{b < B} sum_d delta_bd * delta_{b+1,d}
+
+    The CRD benchmark trains by it under the paper's name. A batch of one has no neighbours: 0.
+
+    in_dim_s, in_dim_t: widths of the features, flattened; feat_dim: of the embeddings (the CRD
+    benchmark: 128).
+    Differs from the paper: no correlation between samples is compared at all. The value hangs on
+    the order of the batch, is 0 where of any two neighbours one agrees with the teacher, and the
+    teacher's embedding learns to lower it too.
+    """
+
+    def __init__(self, in_dim_s: int, in_dim_t: int, feat_dim: int = 128):
+        super().__init__()
+        if feat_dim < 1:
+            raise ValueError(f"feat_dim must be at least 1, not {feat_dim}")
+        self.embed_s = nn.Linear(in_dim_s, feat_dim)
+        self.embed_t = nn.Linear(in_dim_t, feat_dim)
+
+    def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        """feat_s (B, in_dim_s), feat_t (B, in_dim_t), or maps of as many entries a sample. Returns a
+        scalar.
+
+        Raises ValueError where the batches differ.
+        """
+        with torch.autocast(feat_s.device.type, enabled=False):
+            return self.neighbours(
+                *(
+                    embed(feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1))
+                    for embed, feat in ((self.embed_s, feat_s), (self.embed_t, feat_t.detach()))
+                )
+            )
+
+    @staticmethod
+    def neighbours(e_s: Tensor, e_t: Tensor) -> Tensor:
+        """The loss of given embeddings (B, feat_dim), a gradient to both.
+
+        Raises ValueError where the shapes differ.
+        """
+        if e_s.shape != e_t.shape:
+            raise ValueError(
+                f"NeighbourCC wants one batch, not {(*e_s.shape,)} and {(*e_t.shape,)}"
+            )
+        with torch.autocast(e_s.device.type, enabled=False):
+            e_s, e_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (e_s, e_t))
+            delta = (e_s - e_t).abs()
+            # a sum, since the mean of no pair is nan
+            return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)

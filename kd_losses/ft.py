@@ -3,40 +3,73 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FT(nn.Module):
     """Mean absolute difference of the normalised factors of student and teacher.
 
-        u    = factor / ||factor||_2                        norm over each sample's C * H * W
-        loss = mean over B, C, H, W of |u_s - u_t|
+        x    = factor                                       'channels': C * H * W entries a sample
+             = 1 / C * sum_c factor_c^p1                    'spatial': H * W entries a sample
+        u    = x / ||x||_2                                  norm over each sample's entries
+        loss = mean over B and the entries of |u_s - u_t|^p2
 
     The teacher's factor comes from a `Paraphraser`, trained first and then frozen in eval mode, the
     student's from a `Translator` that learns with the student.
-    Differs from the paper: a mean stands for the sum, as in KD-Zoo. The CRD benchmark compares
-    normalised maps of the mean over channels of the factor's squares instead.
+
+    factor: 'channels' as in the paper and KD-Zoo, or 'spatial' as in the CRD benchmark, where the
+    larger of two factors is average-pooled to the smaller first and channels may differ; p1: of
+    'spatial', a whole number from 1 on (2), the power keeping its sign where p1 is odd; p2: at
+    least 1 (1).
+    Differs from the paper: a mean stands for the sum, as in KD-Zoo; 'spatial' compares where the
+    factors are strong, not what they are. Differs from the CRD benchmark: maps need not be square,
+    each side is pooled to the smaller of the two.
     """
+
+    def __init__(self, factor: str = "channels", p1: int = 2, p2: float = 1):
+        super().__init__()
+        if factor not in ("channels", "spatial"):
+            raise ValueError(f"factor must be channels or spatial, not {factor!r}")
+        if p1 != int(p1) or p1 < 1:
+            raise ValueError(f"p1 must be a whole number from 1 on, not {p1}")
+        if p2 < 1:
+            raise ValueError(f"p2 must be at least 1, not {p2}")
+        self.factor, self.p1, self.p2 = factor, int(p1), p2
 
     def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
         """factor_s, factor_t: (B, C, H, W). Returns a scalar.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError where the shapes differ, for 'spatial' only where the batches do.
         """
-        if factor_s.shape != factor_t.shape:
+        spatial = self.factor == "spatial"
+        axes = slice(0, 1) if spatial else slice(None)
+        if factor_s.shape[axes] != factor_t.shape[axes]:
             raise ValueError(
-                f"FT wants equal shapes, not {(*factor_s.shape,)} and {(*factor_t.shape,)}"
+                f"FT wants {'one batch' if spatial else 'equal shapes'}, not "
+                f"{(*factor_s.shape,)} and {(*factor_t.shape,)}"
             )
         with torch.autocast(factor_s.device.type, enabled=False):
-            return (self.normalise(factor_s) - self.normalise(factor_t.detach())).abs().mean()
+            factor_s, factor_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32))
+                for x in (factor_s, factor_t.detach())
+            )
+            if factor_s.shape[2:] != factor_t.shape[2:]:
+                size = tuple(min(a, b) for a, b in zip(factor_s.shape[2:], factor_t.shape[2:]))
+                factor_s, factor_t = (F.adaptive_avg_pool2d(x, size) for x in (factor_s, factor_t))
+            distance = (self.normalise(factor_s) - self.normalise(factor_t)).abs()
+            return distance.pow(self.p2).mean() if self.p2 != 1 else distance.mean()
 
-    @staticmethod
-    def normalise(factor: Tensor) -> Tensor:
-        """The factor as a unit row (B, C * H * W)."""
-        factor = factor.to(torch.promote_types(factor.dtype, torch.float32)).flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is
-        square = factor.square().sum(1, keepdim=True)
-        return factor / torch.where(square > 0, square, 1).sqrt()
+    def normalise(self, factor: Tensor) -> Tensor:
+        """The unit row u of each sample, (B, C * H * W) or (B, H * W)."""
+        x = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        if self.factor == "spatial":
+            x = x.pow(self.p1).mean(1)
+        x = x.flatten(1)
+        # the gradient of a square root at 0 is infinite; a zero row stays as it is,
+        # and the clamp keeps that of a tiny one in range
+        square = x.square().sum(1, keepdim=True)
+        return x / torch.where(square > 0, square, 1).clamp(min=1e-24).sqrt()
 
 
 class Paraphraser(nn.Module):

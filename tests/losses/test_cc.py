@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kd_losses.cc import CC
+from kd_losses.cc import CC, NeighbourCC
 from reference import agree, agree_grads, cases
 
 
@@ -106,3 +106,122 @@ def test_bad_input():
         CC(P_order=1.5)
     with pytest.raises(ValueError, match="one batch"):  # not a silent broadcast
         CC()(torch.zeros(3, 4), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("case", [c for c in cases("cc") if "alt_repdistiller/loss" in c])
+def test_neighbours_reference(case):
+    """Without embeddings; with those that change nothing it is the same."""
+    feat_s, feat_t = case.leaf("in/feat_s"), case["in/feat_t"]
+    width = feat_s.shape[1]
+    net = NeighbourCC(width, width, width).double()
+    with torch.no_grad():
+        for embed in (net.embed_s, net.embed_t):
+            embed.weight.copy_(torch.eye(width))
+            embed.bias.zero_()
+    for call in (NeighbourCC.neighbours, net):
+        loss = call(feat_s, feat_t)
+        agree(loss, case["alt_repdistiller/loss"])
+        expected = {"feat_s": case["alt_repdistiller/grad/feat_s"]}
+        agree_grads(loss, {"feat_s": feat_s}, expected)
+
+
+def naive_neighbours(net, feat_s, feat_t):
+    """The definition, neuron by neuron, sample by sample and entry by entry."""
+
+    def embed(linear, feat):
+        weight, bias = linear.weight.tolist(), linear.bias.tolist()
+        return [
+            [sum(w * v for w, v in zip(row, x)) + b for row, b in zip(weight, bias)]
+            for x in feat.flatten(1).tolist()
+        ]
+
+    e_s, e_t = embed(net.embed_s, feat_s), embed(net.embed_t, feat_t)
+    delta = [[abs(p - q) for p, q in zip(s, t)] for s, t in zip(e_s, e_t)]
+    pairs = len(delta) - 1
+    total = 0.0
+    for b in range(pairs):
+        for here, there in zip(delta[b], delta[b + 1]):
+            total += here * there
+    return total / pairs if pairs else 0.0
+
+
+@pytest.mark.parametrize(
+    "shape_s, shape_t, feat_dim",
+    [
+        ((4, 3), (4, 6), 5),
+        ((2, 3), (2, 3), 1),
+        ((1, 3), (1, 2), 4),
+        ((5, 2, 3, 1), (5, 4, 1, 1), 3),
+    ],
+)
+def test_neighbours_naive(shape_s, shape_t, feat_dim):
+    net = NeighbourCC(math.prod(shape_s[1:]), math.prod(shape_t[1:]), feat_dim).double()
+    feat_s, feat_t = torch.randn(shape_s).double(), torch.randn(shape_t).double()
+    expected = naive_neighbours(net, feat_s, feat_t)
+    assert net(feat_s, feat_t).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_neighbours_gradcheck():
+    net = NeighbourCC(4, 3, 2).double()
+    feat_s, feat_t = torch.randn(4, 4).double(), torch.randn(4, 3).double()
+    params = dict(net.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(net, dict(zip(params, values)), (x, feat_t))
+
+    assert torch.autograd.gradcheck(call, (feat_s.requires_grad_(), *params.values()))
+    e_s, e_t = (torch.randn(4, 2).double().requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(NeighbourCC.neighbours, (e_s, e_t))
+
+
+def test_neighbours_both_embeddings_learn_and_the_teacher_is_constant():
+    net = NeighbourCC(4, 4, 3)
+    feat_s, feat_t = (torch.randn(3, 4).requires_grad_() for _ in range(2))
+    net(feat_s, feat_t).backward()
+    assert feat_s.grad.any() and feat_t.grad is None
+    assert all(parameter.grad.any() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name",
+    ["both zero", "student zero", "teacher zero", "zero row", "equal", "tiny", "duplicates"]
+    + ["one sample"],
+)
+def test_neighbours_degenerate(name, dtype):
+    net = NeighbourCC(5, 5, 3).to(dtype)
+    feat_s, feat_t = (feat.to(dtype) for feat in features(name))
+    feat_s = feat_s.clone().requires_grad_()
+    leaves = (feat_s, *net.parameters())
+    loss = net(feat_s, feat_t)
+    grads = torch.autograd.grad(loss, leaves)  # all of them are part of the graph
+    assert loss.isfinite() and all(g.isfinite().all() and g.abs().max() < 100 for g in grads)
+    if name == "one sample":
+        assert loss == 0 and not any(grad.any() for grad in grads)
+    if name == "equal":
+        net.embed_t.load_state_dict(net.embed_s.state_dict())
+        loss = net(feat_s, feat_t)
+        assert loss == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(loss, leaves))
+
+
+def test_neighbours_half_types_and_autocast():
+    net = NeighbourCC(16, 8)
+    feat_s, feat_t = torch.randn(6, 16).bfloat16(), torch.randn(6, 8).bfloat16()
+    expected = naive_neighbours(net.double(), feat_s.double(), feat_t.double())
+    net.float()
+    for active in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=active):
+            loss = net(feat_s, feat_t)
+            alone = NeighbourCC.neighbours(feat_s, feat_s.roll(1, 0))
+        assert loss.dtype == alone.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+    exact = NeighbourCC.neighbours(feat_s.double(), feat_s.double().roll(1, 0))
+    assert alone.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_neighbours_bad_input():
+    with pytest.raises(ValueError, match="feat_dim"):
+        NeighbourCC(4, 4, 0)
+    with pytest.raises(ValueError, match="one batch"):  # not a silent broadcast
+        NeighbourCC(4, 4, 2)(torch.zeros(3, 4), torch.zeros(1, 4))

@@ -7,6 +7,15 @@ import torch.nn.functional as F
 from kd_losses.ft import FT, Paraphraser, Translator
 from reference import agree, agree_grads, cases
 
+VARIANTS = [
+    dict(),
+    dict(p2=2),
+    dict(factor="spatial"),
+    dict(factor="spatial", p2=2),
+    dict(factor="spatial", p1=3),
+    dict(factor="spatial", p1=1, p2=1.5),
+]
+
 
 @pytest.mark.parametrize("case", cases("ft"))
 def test_reference(case):
@@ -14,6 +23,15 @@ def test_reference(case):
     loss = FT()(factor_s, case["in/factor_t"])
     agree(loss, case["loss"])
     agree_grads(loss, {"factor_s": factor_s}, {"factor_s": case["grad/factor_s"]})
+
+
+@pytest.mark.parametrize("name, p1, p2", [("", 2, 1), ("p1_2_p2_2/", 2, 2), ("p1_3_p2_1/", 3, 1)])
+@pytest.mark.parametrize("case", cases("ft"))
+def test_reference_spatial(case, name, p1, p2):
+    factor_s, peer = case.leaf("in/factor_s"), f"alt_repdistiller/{name}"
+    loss = FT("spatial", p1, p2)(factor_s, case["in/factor_t"])
+    agree(loss, case[f"{peer}loss"])
+    agree_grads(loss, {"factor_s": factor_s}, {"factor_s": case[f"{peer}grad/factor_s"]})
 
 
 @pytest.mark.parametrize("case", cases("ft"))
@@ -60,6 +78,64 @@ def naive(factor_s, factor_t):
 def test_naive(shape):
     factor_s, factor_t = torch.randn(shape).double(), torch.randn(shape).double()
     assert FT()(factor_s, factor_t).item() == pytest.approx(naive(factor_s, factor_t), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 5), (1, 1, 1, 1)])
+def test_naive_square(shape):
+    factor_s, factor_t = torch.randn(shape).double(), torch.randn(shape).double()
+    total = 0.0
+    for s, t in zip(factor_s.flatten(1).tolist(), factor_t.flatten(1).tolist()):
+        norm_s, norm_t = (math.sqrt(sum(v * v for v in x)) for x in (s, t))
+        total += sum((a / norm_s - b / norm_t) ** 2 for a, b in zip(s, t))
+    expected = total / factor_s.numel()
+    assert FT(p2=2)(factor_s, factor_t).item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def naive_spatial_row(sample, size, p1):
+    """One sample's map of channel means, entry by entry, each channel pooled to the size before; a
+    window reaches over every entry that it touches."""
+    height, width = len(sample[0]), len(sample[0][0])
+    row = []
+    for i in range(size[0]):
+        rows = range(i * height // size[0], -((i + 1) * height // -size[0]))
+        for j in range(size[1]):
+            columns = range(j * width // size[1], -((j + 1) * width // -size[1]))
+            total = 0.0
+            for channel in sample:
+                entries = [channel[y][x] for y in rows for x in columns]
+                total += (sum(entries) / len(entries)) ** p1
+            row.append(total / len(sample))
+    norm = math.sqrt(sum(v * v for v in row))
+    return [v / norm if norm else v for v in row]
+
+
+def naive_spatial(factor_s, factor_t, p1, p2):
+    size = [min(pair) for pair in zip(factor_s.shape[2:], factor_t.shape[2:])]
+    total = 0.0
+    for sample_s, sample_t in zip(factor_s.tolist(), factor_t.tolist()):
+        rows = (naive_spatial_row(sample, size, p1) for sample in (sample_s, sample_t))
+        total += sum(abs(a - b) ** p2 for a, b in zip(*rows))
+    return total / (len(factor_s) * size[0] * size[1])
+
+
+PAIRS = {  # shapes of both factors
+    "equal": ((3, 4, 2, 5), (3, 4, 2, 5)),
+    "one entry": ((1, 1, 1, 1), (1, 1, 1, 1)),
+    "one sample": ((1, 6, 3, 3), (1, 6, 3, 3)),
+    "channels": ((2, 3, 3, 3), (2, 5, 3, 3)),
+    "larger student": ((2, 3, 6, 6), (2, 3, 3, 3)),
+    "larger teacher": ((2, 3, 3, 3), (2, 3, 7, 7)),
+    "not square": ((2, 3, 5, 2), (2, 4, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("p1, p2", [(2, 1), (2, 2), (3, 1), (1, 1.5), (4, 3)])
+@pytest.mark.parametrize("name", PAIRS)
+def test_naive_spatial(name, p1, p2):
+    factor_s, factor_t = (torch.randn(shape).double() for shape in PAIRS[name])
+    expected = naive_spatial(factor_s, factor_t, p1, p2)
+    loss = FT("spatial", p1, p2)(factor_s, factor_t)
+    assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-15)
 
 
 def naive_layer(conv, bn, x):
@@ -117,6 +193,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: FT()(x, factor_t), factor_s.requires_grad_())
 
 
+@pytest.mark.parametrize("p1, p2", [(2, 1), (2, 2), (3, 1), (1, 1.5)])
+@pytest.mark.parametrize("name", ["channels", "larger student", "larger teacher", "not square"])
+def test_gradcheck_spatial(name, p1, p2):
+    factor_s, factor_t = (torch.randn(shape).double() for shape in PAIRS[name])
+    ft = FT("spatial", p1, p2)
+    assert torch.autograd.gradcheck(lambda x: ft(x, factor_t), factor_s.requires_grad_())
+
+
 @pytest.mark.parametrize("use_bn", [True, False])
 def test_gradcheck_networks(use_bn):
     paraphraser = Paraphraser(2, 0.5, use_bn).double().eval()
@@ -137,15 +221,50 @@ def test_gradcheck_networks(use_bn):
     assert torch.autograd.gradcheck(transfer, (fm_s.requires_grad_(), *params_t.values()))
 
 
+@pytest.mark.parametrize("hyper", VARIANTS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 2, 2), (3, 3, 2, 2)])
-def test_degenerate(shape):
+def test_degenerate(shape, hyper):
+    ft = FT(**hyper)
     some, zero = torch.randn(shape), torch.zeros(shape)
-    for factor_s, factor_t in [(zero, zero), (zero, some), (some, zero), (some, some)]:
+    dead = some.clone()
+    dead[0] = 0
+    for factor_s, factor_t in [
+        (zero, zero),
+        (zero, some),
+        (some, zero),
+        (dead, some),
+        (some, dead),
+        (some, some),
+    ]:
         factor_s, factor_t = (x.clone().requires_grad_() for x in (factor_s, factor_t))
-        loss = FT()(factor_s, factor_t)
+        loss = ft(factor_s, factor_t)
         grad, none = torch.autograd.grad(loss, (factor_s, factor_t), allow_unused=True)
         assert loss.isfinite() and grad.isfinite().all() and none is None
+        assert grad.abs().max() < 100
     assert loss == 0 and not grad.any()  # student == teacher
+
+
+@pytest.mark.parametrize("hyper", VARIANTS, ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 1e-9, 1e-12, 1e-22, 1e-30])
+def test_tiny(scale, hyper):
+    """Squares, and their squares, underflow."""
+    factor_s = (torch.randn(2, 3, 2, 2) * scale).requires_grad_()
+    loss = FT(**hyper)(factor_s, torch.randn(2, 3, 2, 2))
+    (grad,) = torch.autograd.grad(loss, factor_s)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("hyper", VARIANTS, ids=str)
+def test_half_types_and_autocast(hyper):
+    shape = (3, 4, 6, 6)
+    factor_s, factor_t = (torch.randn(shape).bfloat16() for _ in range(2))
+    expected = FT(**hyper)(factor_s.double(), factor_t.double()).item()
+    factor_t = factor_t.contiguous(memory_format=torch.channels_last)
+    for active in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=active):
+            loss = FT(**hyper)(factor_s, factor_t)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_teacher_is_a_constant():
@@ -171,6 +290,16 @@ def test_initialisation():
 def test_bad_input():
     with pytest.raises(ValueError, match="equal shapes"):  # not a silent broadcast
         FT()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))
+    with pytest.raises(ValueError, match="one batch"):
+        FT("spatial")(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="channels or spatial"):
+        FT("space")
+    with pytest.raises(ValueError, match="p1"):  # nan of a negative entry
+        FT("spatial", p1=1.5)
+    with pytest.raises(ValueError, match="p1"):  # a constant: nothing would learn
+        FT("spatial", p1=0)
+    with pytest.raises(ValueError, match="p2"):
+        FT("spatial", p2=0.5)
     with pytest.raises(ValueError, match="at least 1"):
         Paraphraser(4, 0.2)
     with pytest.raises(ValueError, match="at least 1"):

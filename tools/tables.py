@@ -1,0 +1,678 @@
+"""The published tables, each a command: train what it needs, then show it beside the published figures.
+
+    python tools/tables.py list
+    python tools/tables.py run kdzoo-r20-r20 --data cifar10 --methods baseline,st,at --seeds 3
+    python tools/tables.py show kdzoo-r20-r20
+
+`run` trains the missing teacher, then every method and seed through train_base.py and train_kd.py. It
+skips what is finished, goes on with what was interrupted and goes on after a failure; `--dry_run` says
+the commands and their recipes instead. `show` gives last and best epoch, mean and deviation over the
+seeds; the published figures are in published.csv. Runs of other data, epochs or precision are shown
+apart, never in one mean.
+"""
+
+import csv
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import network  # noqa: E402
+import train_base  # noqa: E402
+import train_kd  # noqa: E402
+import utils  # noqa: E402
+from kd_losses import METHODS  # noqa: E402
+from utils import UserError  # noqa: E402
+
+BASE = "baseline"
+NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
+
+# --- the tables ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """protocol: None where its recipe is not there yet. teacher: the epoch of the teacher that teaches,
+    'best' or 'last', as its authors have it. rows: what it consists of, (teacher, student, mode), where
+    nothing is published; else they are those of published.csv."""
+
+    title: str
+    protocol: str | None
+    teacher: str = "best"
+    data: tuple[str, ...] = ("cifar100",)
+    rows: tuple[tuple[str, str, str], ...] = ()
+
+
+CIFAR = ("cifar10", "cifar100")
+SMALL = tuple(("resnet20", "resnet8", mode) for mode in (BASE, *METHODS))
+TABLES = {
+    "kdzoo-r20-r20": Table("KD-Zoo: resnet20 -> resnet20", "kdzoo", data=CIFAR),
+    "kdzoo-r110-r20": Table("KD-Zoo: resnet110 -> resnet20", "kdzoo", data=CIFAR),
+    "kdzoo-r110-r110": Table("KD-Zoo: resnet110 -> resnet110", "kdzoo", data=CIFAR),
+    "kdzoo-dml": Table("KD-Zoo: deep mutual learning", "kdzoo", data=CIFAR),
+    "crd": Table("the CRD benchmark (RepDistiller)", "crd", "last"),
+    "mdistiller": Table("MDistiller on CIFAR-100: KD and DKD", "crd", "last"),
+    "reviewkd": Table("ReviewKD on CIFAR-100", "reviewkd", "last"),
+    "knowledgereview": Table("KnowledgeReview at 224 pixels", None, data=("cifar100@224",)),
+    "imagenet-r34-r18": Table("ImageNet: ResNet34 -> ResNet18", None, data=("imagenet",)),
+    "imagenet-r50-mv1": Table("ImageNet: ResNet50 -> MobileNetV1", None, data=("imagenet",)),
+    "tiny-imagenet": Table("MDistiller on Tiny-ImageNet", None, data=("tiny-imagenet",)),
+    "small": Table("resnet20 -> resnet8, nothing published", "kdzoo", data=(), rows=SMALL),
+}
+
+
+def published(name: str) -> list[dict]:
+    """The published figures of a table; one may be published by several sources."""
+    with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["table"] == name]
+
+
+def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | None) -> list[tuple]:
+    """(teacher, student, mode) of what the table consists of, or of what is asked for."""
+    table = TABLES[name]
+    figures = [f for f in published(name) if f["value"] != "N/A"]
+    home = data if data in table.data else next(iter(table.data), None)
+    found = list(table.rows)
+    for f in figures:
+        if f["data"] == home and f["mode"] not in ("", "teacher"):
+            found.append((f["teacher"], f["student"], f["mode"].split(":")[0]))
+    found = list(dict.fromkeys(found))
+    there = list(dict.fromkeys(f"{t}-{s}" for t, s, mode in found if t))
+    for pair in pairs or []:
+        utils.named(dict.fromkeys(there), pair, f"pair of {name}")
+    for mode in modes or []:
+        utils.named({BASE: None, **METHODS}, mode, "method")
+    wanted = pairs or there
+    if modes:
+        return [(*pair.split("-"), mode) for pair in wanted for mode in modes]
+    students = {pair.split("-")[1] for pair in wanted}
+    return [(t, s, m) for t, s, m in found if (f"{t}-{s}" in wanted if t else s in students)]
+
+
+# --- what is to be run -----------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One training: its script and flags, the folder that it fills, the epochs it takes, the folder of
+    the teacher that it waits for, and its recipe in a line."""
+
+    script: str
+    argv: list[str]
+    folder: Path
+    epochs: int
+    needs: Path | None
+    recipe: str
+
+    def __str__(self) -> str:
+        return shlex.join(["python", self.script, *self.argv])
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+
+def setting(args, table: Table) -> str:
+    """The folder for runs under the same settings."""
+    data = Path(args.img_root).name if args.data == "imagefolder" else args.data
+    epochs = args.epochs or utils.PROTOCOLS[table.protocol].epochs
+    parts = [data, f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
+    if args.teacher:
+        parts.append(f"teacher{utils.sha256(args.teacher)[:8]}")
+    return "-".join(parts)
+
+
+def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
+    """The trainings of the rows, teachers first, then seed by seed."""
+    home = Path(args.runs) / table.protocol / setting(args, table)
+    common = ["--data_name", args.data, "--protocol", table.protocol]
+    for flag in ("img_root", "epochs", "cuda", "workers"):
+        if getattr(args, flag) is not None:
+            common += [f"--{flag}", str(getattr(args, flag))]
+    common += ["--amp", args.amp] if args.amp != "auto" else []
+    jobs = {}
+
+    def base(net: str, seed: int) -> Path:
+        folder = home / f"base-{net}-{seed}"
+        argv = ["--net_name", net, *common, *place(folder, seed)]
+        recipe = utils.resolve(train_base.parse(argv), net, {})
+        jobs.setdefault(
+            folder, Job("train_base.py", argv, folder, recipe.epochs, None, plain(recipe))
+        )
+        return folder
+
+    def distil(t: str, s: str, mode: str, seed: int) -> None:
+        folder = home / f"{t}-{s}" / f"{mode}-{seed}"
+        argv = ["--kd_mode", mode, "--t_name", t, "--s_name", s]
+        needs = None
+        if METHODS[mode].teacher != "trained":
+            teacher = args.teacher
+            if not teacher:
+                needs = base(t, 1)
+                teacher = needs / dict(best="model_best", last="checkpoint")[table.teacher]
+                teacher = f"{teacher}.pth.tar"
+            argv += ["--t_model", teacher]
+        argv += [*common, *place(folder, seed)]
+        flags, rows = train_kd.parse(argv, t, s)
+        row = rows[mode]
+        recipe = utils.resolve(flags, s, {})
+        phases = train_kd.planned(row.phases, recipe)
+        jobs[folder] = Job(
+            "train_kd.py",
+            argv,
+            folder,
+            sum(epochs for _, epochs in phases),
+            needs,
+            f"{plain(recipe)}; {compared(row, phases, args.data)}",
+        )
+
+    distilled = [row for row in rows if row[2] != BASE]
+    if not args.teacher:
+        for t in dict.fromkeys(t for t, _, mode in distilled if METHODS[mode].teacher != "trained"):
+            base(t, 1)
+    for seed in range(1, args.seeds + 1):
+        for t, s, mode in rows:
+            base(s, seed) if mode == BASE else distil(t, s, mode, seed)
+    return list(jobs.values())
+
+
+def place(folder: Path, seed: int) -> list[str]:
+    return ["--seed", str(seed), "--save_root", str(folder.parent), "--note", folder.name]
+
+
+def plain(recipe) -> str:
+    return f"{recipe.epochs} epochs, {utils.describe_recipe(recipe, True)}"
+
+
+def compared(row, phases: list[tuple], data: str) -> str:
+    """A method's weights and flags, in a line."""
+    weight = row.lambda_kd
+    if callable(weight):
+        weight = weight(NUM_CLASS[data]) if data in NUM_CLASS else "by the number of classes"
+    what = dict(lambda_kd=weight, lambda_ce=row.lambda_ce, **row.flags)
+    if {"stages", "preacts"} & set(row.compare.wants):
+        what |= dict(stages=row.stages or "all", reduce=row.reduce)
+    if len(phases) > 1:
+        what["phases"] = " + ".join(f"{phase.name} {epochs}" for phase, epochs in phases)
+    return ", ".join(f"{key} {value}" for key, value in what.items())
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def run(args) -> None:
+    table = TABLES[args.table]
+    if table.protocol is None:
+        raise UserError(f"{args.table} cannot be run yet, its recipe is not there; `show` shows it")
+    args.data = args.data or (table.data[0] if table.data else None)
+    if args.data is None:
+        raise UserError(f"--data is needed: {utils.DATA_NAMES}")
+    if args.data == "imagefolder" and not args.img_root:
+        raise UserError("--data imagefolder needs --img_root DIR")
+    rows = rows_of(args.table, args.data, args.pairs, args.methods)
+    if args.teacher:
+        knows = network.find_weights(None, args.teacher, "t_name", "teacher").name
+        others = {t for t, _, mode in rows if mode != BASE} - {knows}
+        if others:
+            raise UserError(
+                f"--teacher {args.teacher} is a {knows}, the table wants {', '.join(others)}: "
+                "choose with --pairs"
+            )
+    jobs = jobs_of(args, table, rows)
+    if args.dry_run:
+        for job in jobs:
+            print(f"# {job.recipe}\n{job}")
+        return
+    todo = [job for job in jobs if not job.finished]
+    print(f"{len(jobs)} trainings, {len(jobs) - len(todo)} of them finished", flush=True)
+    if todo:
+        check(todo[0])
+    failed = work(todo, jobs, args.jobs, args.cuda)
+    show(args)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} trainings failed, see above")
+
+
+def check(job: Job) -> None:
+    """A wrong flag or missing data is said before anything starts."""
+    if job.folder.exists():
+        return
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        # a first job has no teacher to wait for, or one that is there
+        dict(zip(("train_base.py", "train_kd.py"), (train_base, train_kd)))[job.script].main(
+            [*job.argv, "--dry_run"]
+        )
+
+
+def work(todo: list[Job], jobs: list[Job], side_by_side: int, cuda) -> list[Job]:
+    """Run the jobs, some side by side. Returns those that failed."""
+    gpus = torch.cuda.device_count() if cuda != 0 else 0
+    waiting, running, failed = list(todo), [], []
+    slots = list(range(side_by_side))
+    try:
+        while waiting or running:
+            busy = {job.folder for job in (*waiting, *(job for job, *_ in running))}
+            ready = [job for job in waiting if job.needs not in busy]
+            if ready and slots:
+                job, slot = ready[0], slots.pop(0)
+                waiting.remove(job)
+                try:
+                    if job.needs in [other.folder for other in failed]:
+                        raise UserError("not run, its teacher failed")
+                    running.append((job, start(job, slot, side_by_side, gpus), slot))
+                except UserError as error:
+                    slots.append(slot)
+                    failed.append(job)
+                    print(f"{job.folder}: {error}", flush=True)
+                continue
+            time.sleep(0.1)
+            for entry in [e for e in running if e[1].poll() is not None]:
+                running.remove(entry)
+                job, process, slot = entry
+                slots.append(slot)
+                says = output(job).read_text(encoding="utf-8").strip().splitlines()[-1:]
+                if process.returncode or not job.finished:
+                    failed.append(job)
+                    print(f"{job.folder}: failed: {' '.join(says)}\n  {job}", flush=True)
+                    continue
+                output(job).unlink()
+                left = [*waiting, *(job for job, *_ in running)]
+                done = len([job for job in jobs if job.finished])
+                ahead = time_left(jobs, left, side_by_side)
+                print(f"{done} of {len(jobs)}  {' '.join(says)}{ahead}", flush=True)
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
+    return failed
+
+
+def start(job: Job, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen:
+    """Begin a training, or go on with one that was interrupted."""
+    more = []
+    if job.folder.exists():
+        try:
+            made = json.loads((job.folder / "args.json").read_text())["command"]
+        except (OSError, ValueError, KeyError):
+            made = None
+        if made and shlex.join([job.script, *job.argv]) != made.removesuffix(" --resume"):
+            raise UserError(f"made by another command: {made}; remove it or give another --runs")
+        if (job.folder / "checkpoint.pth.tar").exists():
+            more = ["--resume"]
+        else:  # interrupted before its first epoch ended
+            shutil.rmtree(job.folder)
+    env = dict(os.environ)
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    elif side_by_side > 1:  # threads of several processes stall each other
+        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // side_by_side))
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(output(job), "w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / job.script), *job.argv, *more],
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    """No training outlives a `run` that was killed: the next one would find its folder in use."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def output(job: Job) -> Path:
+    """What a training prints, kept where it fails."""
+    return job.folder.with_name(job.folder.name + ".out")
+
+
+def time_left(jobs: list[Job], left: list[Job], side_by_side: int) -> str:
+    """How long the rest may take, from the seconds an epoch of the same method or of any took."""
+    rates = {}
+    for job in jobs:
+        if job.finished:
+            rates.setdefault(job.folder.name.rsplit("-", 1)[0], []).append(
+                json.loads((job.folder / "result.json").read_text())["seconds"] / job.epochs
+            )
+    if not left or not rates:
+        return ""
+    usual = mean(mean(rate) for rate in rates.values())
+    seconds = sum(
+        job.epochs * mean(rates.get(job.folder.name.rsplit("-", 1)[0], [usual])) for job in left
+    )
+    return f"  about {seconds / side_by_side / 60:.0f} min left"
+
+
+# --- showing ---------------------------------------------------------------------------------------
+
+RECORD = "protocol setting data teacher student mode seed epochs last best seconds added precision"
+COLUMNS = (
+    "setting data epochs teacher student mode method metric seeds last_mean last_std best_mean best_std "
+    "published reported difference added seconds precision source also note"
+)
+
+
+def collect(runs: Path, protocol: str) -> list[dict]:
+    """A record of every finished run of a protocol; mutual learning gives one for each network."""
+    records = []
+    for path in sorted(runs.glob(f"{protocol}/*/**/result.json")):
+        folder = path.parent
+        result = json.loads(path.read_text())
+        args = json.loads((folder / "args.json").read_text())
+        recipe, meta = args["recipe"], args["meta"]
+        mode, seed = folder.name.rsplit("-", 1)
+        common = dict(
+            protocol=protocol,
+            setting=folder.relative_to(runs / protocol).parts[0],
+            data=recipe["data_name"],
+            teacher="",
+            student=meta["network"],
+            mode=BASE,
+            seed=int(seed),
+            epochs=recipe["epochs"],
+            last=result["last"],
+            best=result["best"],
+            seconds=round(result["seconds"]),
+            added=args.get("added", 0),
+            precision="bf16" if "bfloat16" in args["machine"] else "fp32",
+        )
+        if not mode.startswith("base-"):
+            common |= dict(mode=mode, teacher=args["teacher"]["network"])
+        records.append(common)
+        if "peer_last" in result:
+            peer = dict(last=result["peer_last"], best=result["peer_best"])
+            records.append(common | peer | dict(mode=f"{mode}:net1"))
+    return records
+
+
+def merge(path: Path, records: list[dict]) -> list[dict]:
+    """The records with those that the file remembers of runs that are not here, and back into it."""
+    known = {}
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                row |= {k: float(row[k]) for k in ("last", "best")}
+                row |= {k: int(row[k]) for k in ("seed", "epochs", "seconds", "added")}
+                known[_key(row)] = row
+    known |= {_key(record): record for record in records}
+    records = [known[key] for key in sorted(known)]
+    if records:
+        write_csv(path, records)
+    return records
+
+
+def _key(record: dict) -> tuple:
+    return tuple(record[k] for k in ("setting", "teacher", "student", "mode", "seed"))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summarise(name: str, records: list[dict]) -> list[dict]:
+    """The table's rows, a block for every setting and pair: ours beside what is published. What was
+    not run under the published setting stands there alone."""
+    table, figures = TABLES[name], published(name)
+    full = utils.PROTOCOLS[table.protocol].epochs if table.protocol else None
+    pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
+    pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
+    settings = dict.fromkeys((r["setting"], r["data"], r["epochs"]) for r in records)
+    there = {(data, epochs) for _, data, epochs in settings}
+    homes = [("published", data, full) for data in table.data if (data, full) not in there]
+    rows = []
+    for where, data, epochs in [*settings, *homes]:
+        mine = [r for r in records if r["setting"] == where]
+        at_home = epochs == full and data in table.data
+        theirs = [f for f in figures if at_home and f["data"] == data]
+        for pair in pairs:
+            rows += block(where, data, epochs, pair, mine, theirs)
+    return rows
+
+
+def block(
+    where: str, data: str, epochs: int, pair: tuple, records: list, figures: list
+) -> list[dict]:
+    """The rows of one pair under one setting."""
+    lines = {}  # (mode or method, metric) -> our runs, published figures
+    for side, items in enumerate((records, figures)):
+        for item in items:
+            for mode in roles(item, *pair):
+                key = mode or item["method"], item.get("metric", "top1")
+                lines.setdefault(key, ([], []))[side].append(item)
+    if not any(not key[0].startswith(("teacher", BASE)) for key in lines):
+        return []
+    # the published order, then ours; above all the two networks as they are without distillation
+    order = [key for key, line in lines.items() if line[1]]
+    order += [(mode, "top1") for mode in METHODS if (mode, "top1") in lines]
+    order += list(lines)
+    first = [("teacher", "top1"), (BASE, "top1")]
+    columns = dict.fromkeys(COLUMNS.split(), "")
+    rows = []
+    for key in sorted(lines, key=[*first, *order].index):
+        runs, same = lines[key]
+        row = columns | dict(setting=where, data=data, epochs=epochs, mode=key[0], metric=key[1])
+        row |= dict(teacher=pair[0], student=pair[1], method=key[0])
+        if runs:
+            row |= dict(seeds=len(runs), added=runs[0]["added"])
+            for what in ("last", "best"):
+                values = [r[what] for r in runs]
+                row[f"{what}_mean"] = round(mean(values), 2)
+                row[f"{what}_std"] = round(stdev(values), 2) if len(values) > 1 else ""
+            row["seconds"] = round(mean(r["seconds"] for r in runs))
+            row["precision"] = "+".join(sorted({r["precision"] for r in runs}))
+        if same:
+            row |= beside(same)
+        if key[0] == "teacher":
+            row["method"] = "teacher"
+        if runs and same and same[0]["value"] != "N/A":
+            ours = row[f"{row['reported']}_mean"]
+            row["difference"] = round(ours - float(row["published"]), 2)
+        rows.append(row)
+    return rows
+
+
+def roles(item: dict, t: str, s: str) -> list[str]:
+    """The rows of a pair that a run or a figure belongs to, by their modes."""
+    if item["mode"] == BASE:
+        return [BASE] * (item["student"] == s) + ["teacher"] * (item["student"] == t != s)
+    return [item["mode"]] * ((item["teacher"], item["student"]) == (t, s))
+
+
+def beside(same: list[dict]) -> dict:
+    """One row's published figures: the first source's, and the others' beside it."""
+    first, *others = same
+    also = "; ".join(f"{f['value']} ({f['method']}, {f['source']})" for f in others)
+    return dict(
+        method=first["method"],
+        metric=first["metric"],
+        published=first["value"],
+        reported=first["epoch"],
+        source=first["source"],
+        also=also,
+        note=first["note"],
+    )
+
+
+def markdown(name: str, rows: list[dict]) -> str:
+    """The table, a part for every setting and pair."""
+    table = TABLES[name]
+    full = utils.PROTOCOLS[table.protocol].epochs if table.protocol else None
+    text = [f"**{table.title}**"]
+    for (where, data, t, s), part in parts_of(rows).items():
+        ours = any(r["seeds"] for r in part)
+        title = f"{t} -> {s}, {data if where == 'published' else where}"
+        if not ours:
+            title += ": published, not run here"
+        elif part[0]["epochs"] != full or data not in table.data:
+            title += f": {part[0]['epochs']} epochs (the protocol has {full})"
+            title += ", not a published setting" if table.data else ""
+        theirs = any(r["published"] for r in part)
+        text += [title, *lines_of(part, ours, theirs)]
+        text += [f"{r['method']}: {r['note']}" for r in part if r["note"]]
+    return "\n\n".join(_paragraphs(text)) + "\n"
+
+
+def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
+    """A block as a Markdown table, without the columns that it has nothing for."""
+    head = ["method"]
+    head += ["last epoch", "best epoch", "seeds"] if ours else []
+    head += ["published", "its epoch"] if theirs else []
+    head += ["difference"] if ours and theirs else []
+    head += ["added parameters", "seconds"] if ours else []
+    head += ["others"] if any(r["also"] for r in part) else []
+    lines = [head, ["---"] * len(head)]
+    for r in part:
+        cells = dict(r, method=r["method"] + ("" if r["metric"] == "top1" else f" ({r['metric']})"))
+        cells |= {f"{what} epoch": spread(r, what) for what in ("last", "best")}
+        cells |= {"its epoch": r["reported"], "added parameters": r["added"], "others": r["also"]}
+        cells["difference"] = f"{r['difference']:+.2f}" if r["difference"] != "" else ""
+        lines.append([str(cells[name]) for name in head])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def parts_of(rows: list[dict]) -> dict:
+    """The rows of every block."""
+    parts = {}
+    for row in rows:
+        place = row["setting"], row["data"], row["teacher"], row["student"]
+        parts.setdefault(place, []).append(row)
+    return parts
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Lines of a table stay together."""
+    blocks = []
+    for line in lines:
+        if line.startswith("|") and blocks and blocks[-1].startswith("|"):
+            blocks[-1] += "\n" + line
+        else:
+            blocks.append(line)
+    return blocks
+
+
+def spread(row: dict, what: str) -> str:
+    if not row["seeds"]:
+        return ""
+    deviation = row[f"{what}_std"]
+    return f"{row[f'{what}_mean']:.2f}" + (f" ± {deviation:.2f}" if deviation != "" else "")
+
+
+def draw(rows: list[dict], path: Path, title: str) -> bool:
+    """Ours (last epoch, mean and deviation; best epoch hollow) and the published figures (crosses)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figure drawn: pip install matplotlib")
+        return False
+    parts = parts_of(r for r in rows if r["metric"] == "top1" and r["published"] != "N/A")
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    tallest = max(len(part) for part in parts.values())
+    figure = Figure(figsize=(4.6 * columns, lines * (1.2 + 0.24 * tallest)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, ((where, data, t, s), part) in zip(axes, parts.items()):
+        part = part[::-1]
+        for i, row in enumerate(part):
+            if row["seeds"]:
+                deviation = row["last_std"] or 0
+                axis.errorbar(row["last_mean"], i, xerr=deviation, fmt="o", color="tab:blue")
+                axis.plot(row["best_mean"], i, "o", mfc="none", color="tab:blue")
+            if row["published"]:
+                axis.plot(float(row["published"]), i, "x", color="tab:orange")
+        axis.set_yticks(range(len(part)), [row["method"] for row in part], fontsize=8)
+        what = data if where == "published" else where
+        axis.set_title(f"{t} -> {s}, {what}", fontsize=9)
+        axis.set_xlabel("test top-1 (%)", fontsize=8)
+        axis.grid(alpha=0.3, axis="x")
+    for axis in list(axes):
+        axis.set_axis_off()
+    figure.suptitle(f"{title}: last epoch (dots), best (circles), published (crosses)", fontsize=10)
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def show(args) -> None:
+    table = TABLES[args.table]
+    records = collect(Path(args.runs), table.protocol) if table.protocol else []
+    out = Path(args.out) if args.out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        records = merge(out / f"{args.table}.runs.csv", records)
+    rows = summarise(args.table, records)
+    if not rows:
+        raise UserError(f"nothing to show of {args.table}: no run in {args.runs}, none published")
+    text = markdown(args.table, rows)
+    if out:
+        write_csv(out / f"{args.table}.csv", rows)
+        (out / f"{args.table}.md").write_text(text, encoding="utf-8")
+        draw(rows, out / f"{args.table}.png", table.title)
+    print(text)
+
+
+def overview(args) -> None:
+    print("table             protocol  pairs  published  methods")
+    for name, table in TABLES.items():
+        figures = published(name)
+        rows = rows_of(name, next(iter(table.data), ""), None, None)
+        pairs = len({row[:2] for row in rows if row[0]})
+        modes = ",".join(dict.fromkeys(mode for *_, mode in rows)) or "-"
+        print(f"{name:<17} {table.protocol or 'not yet':<10}{pairs:>5}  {len(figures):>9}  {modes}")
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+COMMANDS = dict(list=overview, run=run, show=show)
+
+
+def parse(argv: list[str]):
+    first = utils.Parser(prog="tables.py", description=__doc__)
+    first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
+    command = first.parse_args(argv[:1]).command
+    parser = utils.Parser(prog=f"tables.py {command}")
+    parser.set_defaults(command=command)
+    add = parser.add_argument
+    if command != "list":
+        add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+        add("--runs", default="runs/tables", metavar="DIR", help="(default runs/tables)")
+        add("--out", metavar="DIR", help="also write CSV, Markdown and a figure there")
+    if command == "run":
+        add("--methods", type=utils.comma(str), metavar="M,M", help="(default: the table's)")
+        add("--pairs", type=utils.comma(str), metavar="T-S,T-S", help="(default: the table's)")
+        add("--seeds", type=utils.number(int, 1), default=1, metavar="N", help="1 to N (default 1)")
+        add("--epochs", type=utils.number(int, 1), metavar="N", help="(default: the protocol's)")
+        add("--data", metavar="NAME", help="(default: the table's) " + utils.DATA_NAMES)
+        add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+        add("--teacher", metavar="FILE", help="a trained teacher (default: trained first)")
+        add("--jobs", type=utils.number(int, 1), default=1, metavar="J", help="side by side")
+        add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
+        utils.add_machine_flags(parser)
+    return parser.parse_args(argv[1:])
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else list(argv))
+    COMMANDS[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
