@@ -80,6 +80,11 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
             metavar="M[,M]",
             help=f"modules that give the {who}'s maps, the shallowest first (default: found)",
         )
+    add(
+        "--cuda_graph",
+        action="store_true",
+        help="capture the whole step as a CUDA graph, for the methods that allow it",
+    )
     weight = utils.number(float, 0)
     add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
     add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy")
@@ -335,6 +340,51 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
     return {name: value.detach() for name, value in terms.items()}
 
 
+class Captured:
+    """`train_step` as a CUDA graph: recorded once, then replayed on the batches that follow, without
+    a kernel launch from Python.
+
+    What a graph has fixed - phase, learning rate, weights, the batch's shape - decides when to record
+    anew. The first steps of a phase, and a last batch of another size, go the ordinary way.
+    """
+
+    WARM = 3  # ordinary steps in which libraries choose kernels and the optimizer makes its state
+
+    def __init__(self):
+        self.phase, self.warm, self.key, self.graph = None, 0, None, None
+
+    def __call__(self, job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine):
+        step = (job, phase, optimizer)
+        key = optimizer.param_groups[0]["lr"], tuple(weights), batch.img.shape
+        if phase is not self.phase:
+            self.phase, self.warm, self.key, self.graph = phase, 0, None, None
+        if self.warm < self.WARM or batch.img.shape != self.shape:
+            if self.warm == 0:
+                self.shape = batch.img.shape
+            self.warm += 1
+            return self._aside(lambda: train_step(*step, batch, weights, machine))
+        if key != self.key:
+            self.key, self.graph = key, torch.cuda.CUDAGraph()
+            self.batch = Batch(batch.img.clone(), batch.target.clone(), batch.index.clone())
+            with torch.cuda.graph(self.graph):
+                self.terms = train_step(*step, self.batch, weights, machine)
+        with torch.no_grad():  # the images may require gradients
+            for name, value in vars(batch).items():
+                getattr(self.batch, name).copy_(value)
+        self.graph.replay()
+        return self.terms
+
+    @staticmethod
+    def _aside(run):
+        """On a stream of its own, as what comes before a capture has to be."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = run()
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+
 def planned(phases: tuple[Phase, ...], recipe) -> list[tuple[Phase, int]]:
     """The phases with their numbers of epochs."""
     protocol, total = utils.PROTOCOLS[recipe.protocol], recipe.epochs
@@ -383,6 +433,11 @@ def main(argv: list[str] | None = None) -> dict:
     rows = parse(argv, found_t.name, found_s.name)[1]  # again, now that the pair is known
     recipe = utils.resolve(args, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp)
+    if args.cuda_graph:
+        if machine.device.type != "cuda":
+            raise UserError("--cuda_graph needs a CUDA device, and this runs on the CPU")
+        for mode in [mode for mode, row in rows.items() if not row.graph]:
+            raise UserError(f"--cuda_graph: {mode} reads values from the device in every step")
     names = [network.file_name(found.name) for found in (found_t, found_s)]
     note = args.note or "-".join([args.kd_mode, recipe.data_name, *names])
     run = utils.Run(recipe, note, ["train_kd.py", *argv])
@@ -437,6 +492,7 @@ def main(argv: list[str] | None = None) -> dict:
         run.log(f"teacher test_top1 {score['test_top1']:.2f}")
     utils.seed_everything(recipe.seed)
 
+    step = Captured() if recipe.cuda_graph else train_step
     done = len(run.history)
     for phase, epochs in phases:
         if done >= epochs:  # of a resumed run
@@ -448,12 +504,12 @@ def main(argv: list[str] | None = None) -> dict:
             restore(run.saved, job, optimizer if done else None)
             run.saved = None
         for epoch in range(done + 1, epochs + 1):
-            train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer)
+            train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step)
         done = 0
     return run.finish()
 
 
-def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer):
+def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step=train_step):
     """One epoch of a phase of `epochs`: train, evaluate, record, save."""
     began = time.perf_counter()
     lr = learning_rate(phase, epoch, epochs, recipe)
@@ -466,16 +522,16 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     batches = dataset.train_batches(
         data.train, recipe.batch_size, recipe.seed, len(run.history) + 1, padding=recipe.padding
     )
-    for step, batch in enumerate(batches, 1):
-        weights = kd_weights(job, (epoch - 1 + (step - 1) / steps) / epochs, recipe)
-        terms = train_step(job, phase, optimizer, Batch(*batch), weights, machine)
+    for i, batch in enumerate(batches, 1):
+        weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
+        terms = step(job, phase, optimizer, Batch(*batch), weights, machine)
         meter.add(terms, len(batch[1]))
-        if step % recipe.print_freq == 0:
+        if i % recipe.print_freq == 0:
             now = meter.read()
-            utils.check_finite(now, f"{where}, step {step}")
+            utils.check_finite(now, f"{where}, step {i}")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             speed = meter.count / (time.perf_counter() - began)
-            run.log(f"  {where} step {step:4d}  {shown}  {speed:.0f} img/s")
+            run.log(f"  {where} step {i:4d}  {shown}  {speed:.0f} img/s")
     now = meter.read()
     utils.check_finite(now, where)
     speed = meter.count / (time.perf_counter() - began)

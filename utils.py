@@ -228,6 +228,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--save_root", default="./runs", metavar="DIR", help="(default ./runs)")
     add("--note", metavar="NAME", help="name of the run's folder in save_root")
     add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
+    add("--tensorboard", action="store_true", help="write the epochs' metrics as events too")
     add("--resume", action="store_true", help="go on with the run that is in the folder")
     add("--dry_run", action="store_true", help="check everything, say the recipe, train nothing")
 
@@ -336,7 +337,7 @@ def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) ->
     if recipe.img_size is None:
         recipe.img_size = IMG_SIZE.get(recipe.data_name)
     if recipe.workers is None:
-        recipe.workers = min(8, _cpus())
+        recipe.workers = min(8, cpus())
     recipe.img_root = recipe.img_root or knows.get("img_root") or "./datasets"
     constants = recipe.mean_std
     if constants is None and "mean" in knows:
@@ -346,7 +347,7 @@ def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) ->
     recipe.mean_std = None if constants == "measured" else constants
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -623,7 +624,9 @@ class Run:
         self.recipe, self.argv = recipe, argv
         self.history, self.timing = [], []
         self.best = dict(epoch=0, top1=-1.0)
-        self.saved = None
+        self.saved = self.events = None
+        if recipe.tensorboard:
+            summary_writer()  # or say what to install, before anything is written
         checkpoint = self.dir / "checkpoint.pth.tar"
         for parent in [self.dir, *self.dir.parents]:
             if parent.exists() and not parent.is_dir():
@@ -644,6 +647,7 @@ class Run:
         """The flags that decide the result, as plain values."""
         free = (
             "print_freq",
+            "tensorboard",
             "resume",
             "dry_run",
             "save_root",
@@ -690,6 +694,8 @@ class Run:
             )
             text = json.dumps(record, indent=1, default=str) + "\n"
             _write(self.dir / "args.json", text.encode())
+        if self.recipe.tensorboard:
+            self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
         self.began = time.perf_counter()
 
     def log(self, text: str) -> None:
@@ -711,6 +717,11 @@ class Run:
             dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))
         )
         self.log(_line(row) + f"  {seconds:6.1f} s  {speed:6.0f} img/s")
+        if self.events:
+            for name, value in row.items():
+                if not isinstance(value, str):
+                    self.events.add_scalar(name, value, len(self.history))
+            self.events.flush()
         weights = state.pop("weights")
         scores = {"epoch": len(self.history)}
         if "test_top1" in row:
@@ -755,8 +766,19 @@ class Run:
         )
         draw_curves([self.dir], self.dir / "curves.png")
         self.log_file.close()
+        if self.events:
+            self.events.close()
         _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
         return dict(result, dir=str(self.dir))
+
+
+def summary_writer():
+    """TensorBoard's, or a UserError that says what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def check_finite(values: dict[str, float], where: str) -> None:

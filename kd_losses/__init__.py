@@ -321,6 +321,7 @@ class Method:
     supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
     flags: a tuple lists the choices, the first being the default.
+    graph: whether a step never asks the device for a value, so that CUDA can capture it.
     protocols: fields of the row that a protocol changes; its `flags` are merged into the row's.
     pairs: the same for a (teacher, student), or for a student with any teacher.
     """
@@ -336,6 +337,7 @@ class Method:
     reduce: str = "mean"
     lambda_ce: float = 1.0
     ramp: Callable = constant
+    graph: bool = True
     protocols: dict = field(default_factory=dict)
     pairs: dict = field(default_factory=dict)
 
@@ -398,7 +400,7 @@ METHODS = {
     "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=CRD_INIT))),
     "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,)))),
     "sobolev":  Method(plain(Sobolev),     input_gradient,   20.0, teacher="grad"),
-    "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading),
+    "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading, graph=False),
     "cc":       Method(build_cc,           feat,            100.0, dict(relation=("kernel", "neighbours"), gamma=0.4, P_order=2, feat_dim=128), protocols=dict(crd=dict(lambda_kd=0.02, flags=dict(relation="neighbours")))),
     "lwm":      Method(plain(LwM),         class_activation,  0.4, dict(cam=("gradient", "activation")), stages=(-2,), teacher="grad"),
     "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1)),
@@ -407,7 +409,7 @@ METHODS = {
     "afd":      Method(build_afd,          stages,          500.0, dict(att_f=1.0, attention=("se", "paper")), needs=BOTH),
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols=dict(crd=dict(lambda_kd=0.8, flags=dict(nce_t=0.07)))),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
-    "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size"),
+    "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
     "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols=dict(crd=REVIEWKD_PAIRS, reviewkd=REVIEWKD_PAIRS)),
     "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols=dict(crd=DKD_PAIRS)),
 }

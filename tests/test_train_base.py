@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_a_run_and_its_folder(tmp_path, capsys):
         "metrics.csv",
         "timing.csv",
         "curves.png",
+        "result.json",
         "checkpoint.pth.tar",
         "model_best.pth.tar",
         "initial_r8.pth.tar",
@@ -33,6 +35,8 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     assert out.strip() == (folder / "log.txt").read_text().strip()
     args = json.loads((folder / "args.json").read_text())
     assert args["recipe"]["lr"] == 0.1 and args["command"].startswith("train_base.py --net_name")
+    written = json.loads((folder / "result.json").read_text())
+    assert written == {key: result[key] for key in ("last", "best", "seconds")}
     rows = utils.read_metrics(folder)
     assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["ce"] > rows[1]["ce"]
 
@@ -108,3 +112,43 @@ def test_a_run_is_never_written_over(tmp_path, capsys):
         run(tmp_path, "--epochs", "1")
     assert "holds another run" in capsys.readouterr().err
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_says_the_recipe_and_writes_nothing(tmp_path, capsys):
+    assert run(tmp_path / "runs", "--epochs", "20", "--protocol", "crd", "--dry_run") is None
+    out = capsys.readouterr().out
+    assert "lr 0.05, falls after (12, 15, 18), momentum 0.9, weight decay 0.0005" in out
+    assert "nothing trained, nothing written" in out and not (tmp_path / "runs").exists()
+
+
+def test_events_for_tensorboard(tmp_path, monkeypatch):
+    """What TensorBoard reads is metrics.csv, also after an interruption."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    saved = utils.Run.epoch
+
+    def interrupted(self, row, *args):
+        saved(self, row, *args)
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.Run, "epoch", interrupted)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--epochs", "2", "--tensorboard")
+    monkeypatch.setattr(utils.Run, "epoch", saved)
+    folder = run(tmp_path, "--epochs", "2", "--tensorboard", "--resume")["dir"]
+    reader = events.EventAccumulator(folder)
+    reader.Reload()
+    rows = utils.read_metrics(folder)
+    assert {"ce", "train_top1", "test_loss", "test_top1", "lr"} <= set(reader.Tags()["scalars"])
+    for name in reader.Tags()["scalars"]:
+        found = [(event.step, event.value) for event in reader.Scalars(name)]
+        wanted = [(i, pytest.approx(row[name], rel=1e-3)) for i, row in enumerate(rows, 1)]
+        assert found == wanted
+
+
+def test_tensorboard_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "runs", "--tensorboard")
+    assert capsys.readouterr().err.strip().endswith("pip install tensorboard")
+    assert not (tmp_path / "runs").exists()

@@ -378,6 +378,14 @@ def test_every_mode_under_every_protocol(mode, protocol):
     assert all(value.isfinite() for value in terms.values())
 
 
+def test_a_dry_run_says_the_recipe_and_writes_nothing(distil, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert distil("fsp", "--dry_run", "--protocol", "crd") is None
+    out = capsys.readouterr().out
+    assert "lambda_kd 50" in out and "phases: init 30 epoch(s), train 240 epoch(s)" in out
+    assert "nothing trained, nothing written" in out and sorted(tmp_path.rglob("*")) == before
+
+
 def test_stages_and_reduce():
     batch = toys.batch(dtype=torch.float32)
     one, two = (toys.job("at", argv=["--stages", s, "--reduce", "sum"]) for s in ("1,3", "2"))
@@ -474,6 +482,7 @@ T, S = "--t_model={t}", "--s_init={s}"
         (["--kd_mode", "at", T, S, "--p", "two"], "a number"),
         (["--kd_mode", "crd", T, S, "--mode", "loose"], "exact"),
         (["--kd_mode", "vid", T, S, "--init_var", "0"], "--kd_mode vid: init_var must be above"),
+        (["--kd_mode", "at", T, S, "--cuda_graph"], "--cuda_graph needs a CUDA device"),
         (["--kd_mode", "at+at", T, S], "a method twice"),
         (["--kd_mode", "st+fsp", T, S], "fsp has phases of its own"),
         (["--kd_mode", "st+at", T, S, "--lambda_kd", "1"], "2 weight(s) wanted"),

@@ -320,7 +320,7 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     elif side_by_side > 1:  # threads of several processes stall each other
-        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // side_by_side))
+        env["OMP_NUM_THREADS"] = str(max(1, utils.cpus() // side_by_side))
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(output(job), "w", encoding="utf-8") as file:
         return subprocess.Popen(
@@ -625,7 +625,20 @@ def show(args) -> None:
         write_csv(out / f"{args.table}.csv", rows)
         (out / f"{args.table}.md").write_text(text, encoding="utf-8")
         draw(rows, out / f"{args.table}.png", table.title)
+    if args.into:
+        insert(Path(args.into), args.table, text)
     print(text)
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put the table between its two marks in a page."""
+    begin, end = f"<!-- tables.py show {name} -->", "<!-- end of the table -->"
+    try:
+        before, rest = path.read_text(encoding="utf-8").split(begin)
+        after = rest[rest.index(end) :]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no place for the table: {begin} ... {end}") from error
+    path.write_text(f"{before}{begin}\n{text}{after}", encoding="utf-8")
 
 
 def overview(args) -> None:
@@ -654,6 +667,7 @@ def parse(argv: list[str]):
         add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
         add("--runs", default="runs/tables", metavar="DIR", help="(default runs/tables)")
         add("--out", metavar="DIR", help="also write CSV, Markdown and a figure there")
+        add("--into", metavar="FILE", help="also put it between its marks in this page")
     if command == "run":
         add("--methods", type=utils.comma(str), metavar="M,M", help="(default: the table's)")
         add("--pairs", type=utils.comma(str), metavar="T-S,T-S", help="(default: the table's)")

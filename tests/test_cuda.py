@@ -1,0 +1,66 @@
+"""What only a GPU can show: a step without a host sync, and the step as a CUDA graph."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+import network
+import toys
+import train_kd
+import utils
+from kd_losses import METHODS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+GRAPHED = [mode for mode, row in METHODS.items() if row.graph]
+RECIPE = Namespace(lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=1)
+
+
+def steps(mode, step, machine, count=8):
+    """The losses and final weights of a few steps, the last on a smaller batch."""
+    torch.manual_seed(0)
+    nets = [network.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
+    images = toys.images(size=16)
+    job = toys.job(mode, *nets, images)
+    job.to(machine.device)
+    phase = job.phases[0]
+    optimizer = utils.sgd(job.learners(phase), RECIPE, phase.nesterov)
+    torch.manual_seed(1)
+    losses = []
+    for i in range(count):
+        n = 4 if i == count - 1 else 6
+        batch = toys.batch(n, dtype=torch.float32, size=16)
+        batch = train_kd.Batch(*(x.to(machine.device) for x in vars(batch).values()))
+        terms = step(job, phase, optimizer, batch, [1e-3], machine)
+        losses.append({name: value.clone() for name, value in terms.items()})
+    return losses, [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize("mode", GRAPHED)
+def test_a_captured_step_is_the_step(mode):
+    machine = utils.machine(1, "off")
+    plain, weights = steps(mode, train_kd.train_step, machine)
+    replayed, others = steps(mode, train_kd.Captured(), machine)
+    random = mode == "crd"  # draws its negatives
+    for one, other in zip(plain, replayed):
+        for name in one:
+            assert other[name].isfinite()
+            if not random:
+                torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3)
+    if not random:
+        for one, other in zip(weights, others):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", GRAPHED)
+def test_no_host_sync_in_a_step(mode):
+    machine = utils.machine(1, "bf16")
+
+    def strict(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return train_kd.train_step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    steps(mode, strict, machine, count=3)

@@ -1,0 +1,394 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_base
+import train_kd
+import utils
+from tools import tables
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ["--data", "digits", "--cuda", "0", "--epochs", "2"]
+
+
+# --- published.csv -----------------------------------------------------------------------------------
+
+
+def figure(table, teacher, student, method, data="cifar100"):
+    return [
+        row["value"]
+        for row in tables.published(table)
+        if (row["teacher"], row["student"], row["method"]) == (teacher, student, method)
+        and (row["data"], row["metric"]) == (data, "top1")
+    ]
+
+
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        (("kdzoo-r20-r20", "resnet20", "resnet20", "AT", "cifar10"), "92.89"),
+        (("kdzoo-dml", "resnet110", "resnet20", "DML (net1)", "cifar10"), "94.45"),
+        (("kdzoo-dml", "resnet110", "resnet20", "DML (net2)", "cifar10"), "92.92"),
+        (("crd", "wrn_40_2", "wrn_16_2", "CRD"), "75.48"),
+        (("crd", "wrn_40_2", "wrn_40_1", "FSP"), "N/A"),
+        (("crd", "resnet32x4", "resnet8x4", "Teacher"), "79.42"),
+        (("mdistiller", "resnet32x4", "ShuffleV2", "DKD"), "77.07"),  # MobileNet-V2 is a misprint
+        (
+            ("knowledgereview", "ResNet50", "ResNet18", "ReviewKD, weight 10", "cifar100@224"),
+            "83.130",
+        ),
+        (("imagenet-r50-mv1", "ResNet50", "MobileNetV1", "ReviewKD", "imagenet"), "72.56"),
+    ],
+)
+def test_published_figures(where, value):
+    assert figure(*where)[0] == value
+
+
+def test_a_row_that_repeats_another_is_corrected_and_said():
+    pair = "ResNeXt101_32x8d", "MobileNetV2", "ReviewKD, weight 6"
+    assert figure("knowledgereview", *pair, "cifar100@224")[0] == "84.200"
+    rows = tables.published("knowledgereview")
+    rows = [r for r in rows if (r["value"], r["teacher"]) == ("84.520", pair[0])]
+    assert rows and all("repeats" in row["note"] for row in rows)
+
+
+def test_the_numbers_of_pairs():
+    pairs = {
+        name: len({row[:2] for row in tables.rows_of(name, "cifar100", None, None) if row[0]})
+        for name in ("crd", "mdistiller", "knowledgereview")
+    }
+    assert pairs == dict(crd=13, mdistiller=11, knowledgereview=6)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_show_prints_every_published_figure(name, tmp_path, capsys):
+    figures = tables.published(name)
+    if not figures:
+        with pytest.raises(SystemExit):
+            tables.main(["show", name, "--runs", str(tmp_path)])
+        assert "nothing to show" in capsys.readouterr().err
+        return
+    tables.main(["show", name, "--runs", str(tmp_path / "none"), "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    with open(tmp_path / f"{name}.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for f in figures:
+        assert any(f["value"] in line for line in lines if line.startswith("|")), f
+        assert any(f["value"] == row["published"] or f["value"] in row["also"] for row in rows), f
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+# --- recipes -----------------------------------------------------------------------------------------
+
+
+def dry(capsys, name, *flags) -> dict:
+    """{folder: (recipe, command)} of `run --dry_run`."""
+    tables.main(["run", name, "--dry_run", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line.split() for line in lines[1::2]]
+    notes = [c[c.index("--save_root") + 1].split("/")[-1] + "/" + c[-1] for c in commands]
+    return {n: (recipe, " ".join(c)) for n, recipe, c in zip(notes, lines[::2], commands)}
+
+
+KDZOO = ["lr 0.1, falls after (100, 150)", "(Nesterov)", "weight decay 0.0001", "batch 128"]
+CRD = [
+    "240 epochs",
+    "falls after (150, 180, 210), momentum 0.9,",
+    "weight decay 0.0005",
+    "batch 64",
+]
+
+
+@pytest.mark.parametrize(
+    "table, row, parts",
+    [
+        ("kdzoo-r20-r20", "cifar10-200ep/base-resnet20-1", ["200 epochs", *KDZOO, "reflect"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/st-1", ["lambda_kd 0.1, lambda_ce 1.0, T 4.0"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/at-1", ["1000.0", "stages all, reduce mean"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/crd-1", ["lambda_kd 0.2", "nce_t 0.1", "nce_n 16384"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/sp-1", ["3000.0", "stages all, reduce mean"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/fitnet-1", ["lambda_kd 0.1", "stages (-1,)"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/fsp-1", ["phases init 50 + train 200"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/ft-1", ["phases paraphrase 30 + distil 200"]),
+        ("kdzoo-r20-r20", "resnet20-resnet20/bss-1", ["lambda_kd 2.0", "T 3.0", "attack_size 32"]),
+        (
+            "crd",
+            "resnet32x4-resnet8x4/st-1",
+            [*CRD, "lr 0.05", "lambda_kd 0.9, lambda_ce 0.1", "zero"],
+        ),
+        ("crd", "resnet32x4-ShuffleV1/st-1", [*CRD, "lr 0.01"]),
+        ("crd", "vgg13-MobileNetV2/crd-1", [*CRD, "lr 0.01", "lambda_kd 0.8", "nce_t 0.07"]),
+        ("crd", "resnet56-resnet20/sp-1", ["3000.0", "stages (-1,)"]),
+        ("crd", "resnet56-resnet20/at-1", ["1000.0", "absolute False", "stages all, reduce sum"]),
+        ("crd", "resnet56-resnet20/nst-1", ["lambda_kd 50.0", "stages all, reduce sum"]),
+        ("crd", "resnet56-resnet20/fitnet-1", ["lambda_kd 100.0", "stages (2,)"]),
+        ("crd", "resnet56-resnet20/pkt-1", ["lambda_kd 30000.0"]),
+        (
+            "crd",
+            "resnet56-resnet20/cc-1",
+            ["lambda_kd 0.02", "relation neighbours", "feat_dim 128"],
+        ),
+        ("crd", "resnet56-resnet20/ft-1", ["factor spatial", "paraphrase 30 + distil 240"]),
+        ("crd", "resnet56-resnet20/ab-1", ["init 30 + train 240", "m 1.0", "reduce sum"]),
+        ("mdistiller", "resnet56-resnet20/dkd-1", ["alpha 1.0, beta 2.0, T 4.0"]),
+        ("mdistiller", "resnet32x4-resnet8x4/dkd-1", ["beta 8.0"]),
+        ("mdistiller", "vgg13-MobileNetV2/dkd-1", ["lr 0.01", "beta 6.0"]),
+        ("mdistiller", "ResNet50-MobileNetV2/dkd-1", ["beta 8.0"]),
+        (
+            "reviewkd",
+            "resnet56-resnet20/reviewkd-1",
+            ["lambda_kd 0.6", "(151, 181, 211)", "batch 128"],
+        ),
+        ("reviewkd", "resnet32x4-ShuffleV2/reviewkd-1", ["lambda_kd 8.0", "lr 0.02", "(Nesterov)"]),
+        ("reviewkd", "wrn_40_2-wrn_16_2/reviewkd-1", ["lambda_kd 5.0", "lr 0.1", "0.0005"]),
+    ],
+)
+def test_recipes_as_published(table, row, parts, capsys):
+    recipe, _ = dry(capsys, table)[row]
+    for part in parts:
+        assert part in recipe
+
+
+def test_crd_lacks_nesterov_and_teaches_from_the_last_epoch(capsys):
+    recipe, command = dry(capsys, "crd")["resnet56-resnet20/st-1"]
+    assert "Nesterov" not in recipe and "base-resnet56-1/checkpoint.pth.tar" in command
+    _, command = dry(capsys, "kdzoo-r110-r20")["resnet110-resnet20/st-1"]
+    assert "base-resnet110-1/model_best.pth.tar" in command
+
+
+def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
+    """RepDistiller: 0.01 for ResNets, the student's rate for others."""
+    for student, lr in (("resnet8x4", 0.01), ("ShuffleV1", 0.01), ("vgg8", 0.05)):
+        argv = ["--kd_mode", "ft", "--protocol", "crd", "--data_name", "cifar100"]
+        args, rows = train_kd.parse(argv, "resnet32x4", student)
+        recipe = utils.resolve(args, student, {})
+        phase = rows["ft"].phases[0]
+        assert train_kd.learning_rate(phase, 3, 30, recipe) == pytest.approx(lr)
+        args, rows = train_kd.parse([*argv[:1], "ab", *argv[2:]], "resnet32x4", student)
+        rate = train_kd.learning_rate(rows["ab"].phases[0], 29, 30, recipe)
+        assert rate == recipe.lr  # constant there, where KD-Zoo's falls
+
+
+def test_every_command_of_a_dry_run_is_one_that_the_scripts_take(capsys):
+    for name, table in tables.TABLES.items():
+        flags = [] if table.data else ["--data", "digits"]
+        if table.protocol is None:
+            continue
+        for _, command in dry(capsys, name, *flags).values():
+            script, *argv = command.split()[1:]
+            (train_kd if script == "train_kd.py" else train_base).parse(argv)
+
+
+def test_given_flags_beat_the_pair_s():
+    argv = ["--kd_mode", "dkd", "--protocol", "crd", "--beta", "3"]
+    assert train_kd.parse(argv, "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 3
+    argv = ["--kd_mode", "reviewkd", "--protocol", "crd", "--lambda_kd", "2"]
+    assert train_kd.parse(argv, "resnet56", "resnet20")[1]["reviewkd"].lambda_kd == 2
+    assert train_kd.parse(["--kd_mode", "dkd"], "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 8
+
+
+# --- running -----------------------------------------------------------------------------------------
+
+
+def undated(path):
+    """A table's rows without their times."""
+    with open(path, encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_killed_and_started_again_equals_undisturbed(tmp_path):
+    """Two methods, two seeds, two epochs from nothing, and the same with the whole of it killed."""
+    argv = ["run", "small", *DIGITS, "--methods", "baseline,st", "--seeds", "2", "--jobs", "2"]
+    tables.main([*argv, "--runs", str(tmp_path / "a"), "--out", str(tmp_path / "a")])
+    rows = undated(tmp_path / "a" / "small.csv")
+    found = [(row["mode"], row["seeds"], row["epochs"]) for row in rows]
+    assert found == [("teacher", "1", "2"), ("baseline", "2", "2"), ("st", "2", "2")]
+    assert rows[2]["setting"] == "digits-2ep" and rows[2]["last_std"]
+
+    command = [sys.executable, "tools/tables.py", *argv]
+    command += ["--runs", str(tmp_path / "b"), "--out", str(tmp_path / "b")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    # in the midst of a student's training
+    folder = tmp_path / "b" / "kdzoo" / "digits-2ep" / "resnet20-resnet8"
+    wait(lambda: list(folder.glob("*/checkpoint.pth.tar")) or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait(lambda: not running(tmp_path / "b"))  # its trainings end with it
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert undated(tmp_path / "b" / "small.csv") == rows
+
+
+def wait(until, seconds=600):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def running(folder: Path) -> bool:
+    return subprocess.run(["pgrep", "-f", f"train_.*{folder}"], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Make Jobs whose script does what it is told: finish, fail, or be interrupted once."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "folder.mkdir(exist_ok='--resume' in sys.argv)\n"
+        "command = ' '.join(sys.argv[:3])\n"
+        "(folder / 'args.json').write_text(json.dumps(dict(command=command)))\n"
+        "if what == 'fail': sys.exit('error: it broke')\n"
+        "(folder / 'result.json').write_text(json.dumps(dict(seconds=1.0)))\n"
+        "print('went on' if '--resume' in sys.argv else 'done')\n"
+    )
+
+    def make(name, what="finish", needs=None):
+        folder = tmp_path / name
+        needs = tmp_path / needs if needs else None
+        return tables.Job(str(script), [str(folder), what], folder, 1, needs, "")
+
+    return make
+
+
+def test_a_failure_stops_what_depends_on_it_alone(fake, capsys):
+    jobs = [fake("t-1", "fail"), fake("a-1", needs="t-1"), fake("b-1"), fake("c-1", needs="b-1")]
+    failed = tables.work(jobs, jobs, 2, 0)
+    out = capsys.readouterr().out
+    assert [job.folder.name for job in failed] == ["t-1", "a-1"]
+    assert "failed: error: it broke" in out and "a-1: not run, its teacher failed" in out
+    assert jobs[2].finished and jobs[3].finished and "min left" in out
+
+
+def test_a_run_of_another_command_is_left_alone(fake, capsys):
+    job = fake("a-1")
+    job.folder.mkdir()
+    (job.folder / "args.json").write_text('{"command": "train_kd.py --other"}')
+    assert tables.work([job], [job], 1, 0) == [job]
+    assert "made by another command: train_kd.py --other" in capsys.readouterr().out
+    assert [p.name for p in job.folder.iterdir()] == ["args.json"]
+
+
+def test_an_interrupted_run_goes_on_or_starts_afresh(fake, capsys):
+    begun, bare = fake("a-1"), fake("b-1")
+    for job in (begun, bare):
+        job.folder.mkdir()
+        (job.folder / "old").touch()
+    (begun.folder / "checkpoint.pth.tar").touch()
+    assert tables.work([begun, bare], [begun, bare], 1, 0) == []
+    assert "went on" in capsys.readouterr().out
+    assert (begun.folder / "old").exists() and not (bare.folder / "old").exists()
+
+
+# --- showing -----------------------------------------------------------------------------------------
+
+
+def record(**what):
+    common = dict(protocol="kdzoo", setting="cifar10-200ep", data="cifar10", teacher="resnet20")
+    common |= dict(student="resnet20", mode="at", seed=1, epochs=200, last=92.0, best=93.0)
+    return common | dict(seconds=10, added=0, precision="bf16") | what
+
+
+def test_means_deviations_and_differences():
+    records = [record(), record(seed=2, last=93.0, best=93.5, precision="fp32")]
+    records += [record(mode="baseline", teacher="", last=91.0, best=92.0)]
+    rows = tables.summarise("kdzoo-r20-r20", records)
+    ours = {row["mode"]: row for row in rows if row["setting"] == "cifar10-200ep"}
+    at = ours["at"]
+    assert (at["last_mean"], at["last_std"], at["best_mean"]) == (92.5, 0.71, 93.25)
+    assert (at["published"], at["reported"], at["difference"]) == ("92.89", "best", 0.36)
+    assert (at["seeds"], at["precision"]) == (2, "bf16+fp32")
+    assert ours["baseline"]["difference"] == -0.37 and ours["baseline"]["last_std"] == ""
+    assert ours["st"]["published"] == "93.12" and ours["st"]["seeds"] == ""  # not run
+
+
+def test_the_last_epoch_is_compared_with_a_published_last_one():
+    setting = dict(protocol="crd", setting="cifar100-240ep", data="cifar100", epochs=240)
+    what = record(**setting, teacher="resnet56", mode="st", last=70.0, best=71.0)
+    row = next(r for r in tables.summarise("crd", [what]) if r["seeds"])
+    assert (row["published"], row["reported"], row["difference"]) == ("70.66", "last", -0.66)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(setting="cifar10-100ep", epochs=100),
+        dict(setting="digits-200ep", data="digits"),
+        dict(setting="cifar10-200ep-off"),
+    ],
+)
+def test_other_settings_are_apart(other):
+    rows = tables.summarise("kdzoo-r20-r20", [record(), record(**other, last=50.0)])
+    ours = [row for row in rows if row["mode"] == "at" and row["seeds"]]
+    assert sorted((row["seeds"], row["last_mean"]) for row in ours) == [(1, 50.0), (1, 92.0)]
+    compared = [row["setting"] for row in ours if row["published"]]
+    assert other["setting"] in compared or compared == ["cifar10-200ep"]
+    if "epochs" in other:
+        assert "not a published setting" in tables.markdown("kdzoo-r20-r20", rows)
+
+
+def test_records_outlive_their_runs(tmp_path):
+    path = tmp_path / "x.csv"
+    tables.merge(path, [record(), record(seed=2, last=93.0)])
+    again = tables.merge(path, [record(last=94.0)])
+    assert [(r["seed"], r["last"]) for r in again] == [(1, 94.0), (2, 93.0)]
+
+
+def test_into_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- tables.py show kdzoo-dml -->\nold\n<!-- end of the table -->\nb\n")
+    argv = ["show", "kdzoo-dml", "--runs", str(tmp_path), "--into", str(page)]
+    tables.main(argv)
+    once = page.read_text()
+    assert "94.45" in once and "old" not in once
+    assert once.startswith("a\n<!--") and once.endswith("<!-- end of the table -->\nb\n")
+    tables.main(argv)
+    assert page.read_text() == once
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ([], "the following arguments are required"),
+        (["show"], "the following arguments are required: TABLE"),
+        (["run", "crdd"], "invalid choice: 'crdd'"),
+        (["run", "crd", "--methods", "att"], "no method 'att': did you mean at"),
+        (["run", "crd", "--pairs", "resnet56-resnet21"], "did you mean resnet56-resnet20"),
+        (["run", "knowledgereview"], "cannot be run yet"),
+        (["run", "small"], "--data is needed"),
+        (["run", "small", "--data", "imagefolder"], "needs --img_root DIR"),
+        (["run", "small", "--data", "digit"], "digit"),
+        (["run", "small", "--data", "digits", "--seeds", "0"], "of at least 1"),
+        (["run", "small", "--data", "digits", "--teacher", "nowhere"], "nowhere"),
+        (["run", "small", "--data", "imagefolder", "--img_root", "nowhere"], "nowhere"),
+        (["show", "crd", "--seeds", "2"], "unknown flag --seeds"),
+        (["show", "crd", "--into", "nowhere.md"], "nowhere.md has no place"),
+    ],
+)
+def test_bad_input_is_one_line(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "start", lambda *args: pytest.fail("a training was started"))
+    runs = ["--runs", str(tmp_path / "runs")] if argv[1:] else []
+    with pytest.raises(SystemExit) as error:
+        tables.main([*argv, *runs])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and says in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_is_another_network(tmp_path, capsys):
+    argv = ["--net_name", "resnet14", "--data_name", "digits", "--epochs", "1", "--note", "t"]
+    teacher = train_base.main([*argv, "--save_root", str(tmp_path)])["dir"] + "/model_best.pth.tar"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        tables.main(["run", "small", *DIGITS, "--teacher", teacher])
+    assert "is a resnet14, the table wants resnet20" in capsys.readouterr().err

@@ -1,0 +1,363 @@
+"""Figures of runs and networks, as PNG.
+
+    python tools/plot.py curves runs/base runs/st runs/at --metric test_top1 --out curves.png
+    python tools/plot.py tsne runs/*/model_best.pth.tar --out tsne.png
+    python tools/plot.py correlation --t_model teacher.pth runs/at/model_best.pth.tar --out corr.png
+    python tools/plot.py attention runs/at/model_best.pth.tar --images 3,17,42 --out attention.png
+
+A RUN is a run's folder, a MODEL a checkpoint: ours, a .safetensors file, or a public one. What the
+checkpoints know (network, dataset, normalisation) need not be said again; of several, the first
+that knows the dataset says which.
+"""
+
+import argparse
+import csv
+import io
+import math
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dataset  # noqa: E402
+import network  # noqa: E402
+import utils  # noqa: E402
+from tools.eval import build  # noqa: E402
+from utils import UserError  # noqa: E402
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "figure.titlesize": 12,
+    "savefig.dpi": 110,
+    "grid.alpha": 0.3,
+}
+WORDS = dict(  # columns of metrics.csv
+    ce="training cross-entropy",
+    kd="distillation loss, unweighted",
+    lr="learning rate",
+    train_top1="training top-1 (%)",
+    test_loss="test cross-entropy",
+    test_top1="test top-1 (%)",
+    test_top5="test top-5 (%)",
+)
+OF_A_RUN = ("checkpoint.pth.tar", "model_best.pth.tar")  # the folder's name says more than theirs
+BATCH = 100
+MANY = 20  # classes whose names stand at an axis
+LEGEND = 100  # names in one
+
+
+# --- what all figures share ------------------------------------------------------------------------
+
+
+def colors(count: int) -> np.ndarray:
+    """As many colours, as far apart as they can be."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return np.array(colormaps["tab10"].colors[:count])
+    return colormaps["turbo"](np.linspace(0, 1, count))[:, :3]
+
+
+def panels(head: str, titles: list[str], width: float, height: float, columns=3, legend=()):
+    """A figure and its axes, one of width x height inches for each of `titles`, in rows; beside
+    them the names of `legend` with their colours."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.lines import Line2D
+
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    legend = legend if len(legend) <= LEGEND else ()
+    high = rows * height + 0.5
+    beside = math.ceil(len(legend) / int(4.4 * high))  # columns of names
+    over = columns * width
+    wide = over + beside * (0.6 + 0.085 * max(map(len, legend), default=0))
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    figure.suptitle(textwrap.fill(head, int(10 * over)), x=over / wide / 2)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(titles) :]:
+        axis.axis("off")
+    for axis, title in zip(axes, titles):
+        axis.set_title("\n".join(textwrap.fill(x, int(10 * width)) for x in title.split("\n")))
+    if legend:
+        dots = [Line2D([], [], color=c, marker="o", linestyle="") for c in colors(len(legend))]
+        figure.legend(dots, legend, loc="outside right upper", ncols=beside, frameon=False)
+    return figure, axes[: len(titles)]
+
+
+def short(paths: list[str]) -> list[str]:
+    """What to call runs and checkpoints: by their folders, where those differ."""
+    full = [Path(path).absolute() for path in paths]
+    found = [path.parent.name if path.name in OF_A_RUN else path.name for path in full]
+    return found if len(set(found)) == len(found) else paths
+
+
+def titled(paths: list[str], found: list[network.Weights]) -> list[str]:
+    """The same with the networks' names."""
+    kinds = [network.file_name(weights.name) for weights in found]
+    return [f"{name} ({kind})" for name, kind in zip(short(paths), kinds)]
+
+
+def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | None = None):
+    """(networks' weights, networks, test images, machine) of args.what, then of `t_model`."""
+    given = args.net_name or [None]
+    given = given * len(args.what) if len(given) == 1 else given
+    if len(given) != len(args.what):
+        raise UserError(f"{len(given)} --net_name for {len(args.what)} networks: one, or one each")
+    found = [network.find_weights(*pair, "net_name", "MODEL") for pair in zip(given, args.what)]
+    if t_model:
+        found.append(network.find_weights(t_name, t_model, "t_name", "t_model"))
+    knows = {}
+    for weights in reversed(found):
+        knows |= weights.meta
+    recipe = argparse.Namespace(**vars(args))
+    utils.resolve_data(recipe, knows, utils.PROTOCOLS["kdzoo"])
+    machine = utils.machine(args.cuda, args.amp)
+    data = utils.load_data(recipe)
+    nets = []
+    for weights in found:
+        net = build(weights, data, "cpu")
+        network.ensure_taps(net, weights.name, data.test.num_class, data.test.size)
+        nets.append(net.eval().to(machine.device))
+    return found, nets, data.test, machine
+
+
+def pick(images: dataset.Images | dataset.Stream, index: np.ndarray):
+    """Those of the images."""
+    part = "items" if isinstance(images, dataset.Stream) else "pixels"
+    kept = {key: getattr(images, key)[index] for key in (part, "labels")}
+    return replace(images, **kept)
+
+
+@torch.no_grad()
+def look(net: nn.Module, name: str, images, machine: utils.Machine, tap: str) -> list[Tensor]:
+    """The logits of all the images, then what the tap 'feat' or 'stages' gives ('out': nothing
+    else), in float32 on the CPU."""
+    tapped, parts = network.Tapped(net, (tap,)), []
+    for img, *_ in dataset.test_batches(images.to(machine.device), BATCH):
+        with machine.autocast():
+            seen = tapped(img)
+        more = dict(out=[], feat=[seen.feat], stages=seen.stages)[tap]
+        parts.append([x.float().cpu() for x in (seen.out, *more)])
+    parts = [torch.cat(part) for part in zip(*parts)]
+    if not all(part.isfinite().all() for part in parts):
+        raise UserError(f"{name}: what it gives is not finite, so there is nothing to draw")
+    return parts
+
+
+# --- the figures -----------------------------------------------------------------------------------
+
+
+def rows_of(folder: str) -> list[dict]:
+    """The epochs of a run."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such run: the folder of one is wanted")
+    if not (Path(folder) / "metrics.csv").is_file():
+        raise UserError(f"{folder} holds no metrics.csv, so it is no run or has no epoch yet")
+    try:
+        return utils.read_metrics(folder)
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        reason = utils.first_line(error)
+        raise UserError(f"{folder}/metrics.csv is damaged or cut short ({reason})") from error
+
+
+def curves(args: argparse.Namespace):
+    """Metrics of several runs, epoch by epoch: a panel a metric, a line a run."""
+    from matplotlib.ticker import MaxNLocator
+
+    runs, legend = [rows_of(folder) for folder in args.what], args.labels or short(args.what)
+    numbers = {k: v for rows in runs for row in rows for k, v in row.items() if v != str(v)}
+    for metric in args.metric:
+        utils.named(numbers, metric, "metric")
+    titles = [WORDS.get(metric, metric) for metric in args.metric]
+    figure, axes = panels("Training, epoch by epoch", titles, 4.4, 3.4, legend=legend)
+    for metric, axis in zip(args.metric, axes):
+        for rows, name, color in zip(runs, legend, colors(len(runs))):
+            points = [(i, row[metric]) for i, row in enumerate(rows, 1) if metric in row]
+            axis.plot(*zip(*points or [(math.nan,) * 2]), ".-", color=color, label=name)
+        axis.set(xlabel="epoch, all phases", ylabel=metric)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid()
+    return figure
+
+
+def tsne(args: argparse.Namespace):
+    """t-SNE of the pooled features of test images, coloured by class: a panel a network."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise UserError("tsne needs scikit-learn: pip install scikit-learn") from None
+
+    found, nets, images, machine = load(args)
+    legend, titles = images.classes, args.labels or titled(args.what, found)
+    order = np.random.default_rng(args.seed).permutation(len(images))[: args.images]
+    images = pick(images, order)
+    head = f"t-SNE of the pooled features of {len(order)} test images, coloured by class"
+    figure, axes = panels(head, titles, 4, 4, legend=legend)
+    color = colors(len(legend))[images.labels.numpy()]
+    perplexity = min(30, (len(order) - 1) / 3)
+    for net, title, axis in zip(nets, titles, axes):
+        _, feat = look(net, title, images, machine, "feat")
+        try:
+            places = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(feat.numpy())
+        except ValueError as error:  # one image, one feature
+            raise UserError(f"{title}: no t-SNE ({utils.first_line(error)})") from error
+        axis.scatter(*places.T, c=color, s=7, linewidths=0)
+        axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    return figure
+
+
+def correlations(logits: Tensor) -> np.ndarray:
+    """How the logits (N, K) of each two classes correlate, (K, K); one that never changes: 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.corrcoef(logits.double().numpy(), rowvar=False))
+
+
+def correlation(args: argparse.Namespace):
+    """Correlation matrix of a student's logits, less the teacher's: a heat map a student."""
+    found, nets, images, machine = load(args, args.t_model, args.t_name)
+    titles = args.labels or titled(args.what, found[:-1])
+    *seen, teacher = (
+        correlations(look(net, weights.path, images, machine, "out")[0])
+        for net, weights in zip(nets, found)
+    )
+    off = [matrix - teacher for matrix in seen]
+    limit = max(np.abs(matrix).max() for matrix in off) or 1.0
+    titles = [
+        f"{title}\nmean absolute difference {np.abs(matrix).mean():.4f}"
+        for title, matrix in zip(titles, off)
+    ]
+    head = (
+        f"Correlation of the classes' logits over {len(images)} test images: "
+        f"student less teacher, {titled([args.t_model], found[-1:])[0]}"
+    )
+    figure, axes = panels(head, titles, 4.2, 4.2)
+    for axis, matrix in zip(axes, off):
+        shown = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set(xlabel="class", ylabel="class")
+        if len(matrix) <= MANY:
+            axis.set_xticks(range(len(matrix)), images.classes, rotation=90)
+            axis.set_yticks(range(len(matrix)), images.classes)
+    figure.colorbar(shown, ax=axes, label="difference of the correlations", shrink=0.7)
+    return figure
+
+
+def attention_maps(fm: Tensor, size: int) -> Tensor:
+    """Mean over channels of the squared maps (B, C, H, W), enlarged: (B, size, size)."""
+    fm = fm.square().mean(1, keepdim=True)
+    return F.interpolate(fm, size=(size, size), mode="bilinear")[:, 0]
+
+
+def attention(args: argparse.Namespace):
+    """Where the stages of networks look in test images: a row an image and network."""
+    found, nets, images, machine = load(args)
+    for i in args.images:
+        if i >= len(images):
+            raise UserError(f"--images {i}: there are 0 to {len(images) - 1}")
+    images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
+    seen = [look(net, name, images, machine, "stages") for net, name in zip(nets, titles)]
+    img, target, _ = next(dataset.test_batches(images, len(images)))
+    mean, std = (torch.tensor(x) for x in (images.mean, images.std))
+    pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
+    columns = max(map(len, seen))  # the image stands in the place of the logits
+    heads = ["image", *(f"stage {i}" for i in range(1, columns))]
+    heads += [""] * (columns * (len(images) * len(nets) - 1))
+    head = (
+        "Attention maps: mean over channels of the squared activation, each from its least (blue) "
+        "to its greatest (red) value"
+    )
+    aside = 0.08 * max(map(len, titles))  # inches, for what stands left of the rows
+    figure, axes = panels(head, heads, 1.5 + aside / columns, 1.75, columns)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    rows = zip(*[iter(axes)] * columns)
+    for i, number in enumerate(args.images):
+        for name, (logits, *maps) in zip(titles, seen):
+            first, *others = next(rows)
+            first.imshow(pixels[i])
+            chance = logits[i].softmax(0).max()
+            said, is_a = images.classes[logits[i].argmax()], images.classes[target[i]]
+            text = f"image {number}: {is_a}\n{name}\npredicted: {said}, {chance:.0%}"
+            first.set_ylabel(text, rotation=0, ha="right", va="center")
+            for axis, fm in zip(others, maps):
+                axis.imshow(pixels[i].mean(2), cmap="gray", vmin=0, vmax=1)
+                over = attention_maps(fm[i : i + 1], images.size)[0].numpy()
+                axis.imshow(over, cmap="jet", alpha=0.5)
+                axis.set_xlabel(f"{fm.shape[2]} x {fm.shape[3]}", fontsize=8)
+    return figure
+
+
+COMMANDS = dict(curves=curves, tsne=tsne, correlation=correlation, attention=attention)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    first = utils.Parser(prog="plot.py", description=__doc__)
+    first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
+    command = first.parse_args(argv[:1]).command
+    parser = utils.Parser(prog=f"plot.py {command}", description=COMMANDS[command].__doc__)
+    parser.set_defaults(command=command, flip=None)  # of training images
+    add = parser.add_argument
+    add("what", nargs="+", metavar="RUN" if command == "curves" else "MODEL")
+    add("--out", required=True, metavar="FILE.png")
+    add("--force", action="store_true", help="write over a file that is there")
+    add("--labels", nargs="+", metavar="NAME", help="one for each (default: names of folders)")
+    if command == "curves":
+        add("--metric", nargs="+", default=["ce", "test_top1"], help="(default ce test_top1)")
+    elif command == "tsne":
+        few = utils.number(int, 5)
+        add("--images", type=few, default=2000, metavar="N", help="drawn by chance (default 2000)")
+        seed = utils.number(int, 0, 2**32 - 1)
+        add("--seed", type=seed, default=2, metavar="N", help="(default 2)")
+    elif command == "correlation":
+        add("--t_model", required=True, metavar="FILE", help="the teacher's checkpoint")
+        add("--t_name", metavar="NAME", help="its network, where the file does not know it")
+    else:
+        several = utils.comma(utils.number(int, 0))
+        add("--images", type=several, required=True, metavar="N,N", help="of the test, from 0")
+    if command != "curves":
+        what = "network of the files that do not know it: one, or one for each"
+        add("--net_name", nargs="+", metavar="NAME", help=what)
+        utils.add_data_flags(parser)
+        utils.add_machine_flags(parser)
+    args = parser.parse_args(argv[1:])
+    if args.labels and len(args.labels) != len(args.what):
+        raise UserError(f"{len(args.labels)} --labels for {len(args.what)}: give one for each")
+    return args
+
+
+@utils.command
+def main(argv: list[str] | None = None):
+    args = parse(sys.argv[1:] if argv is None else list(argv))
+    out = Path(args.out)
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: a name that ends in .png is wanted")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder, or in none that is there")
+    if out.exists() and not args.force:
+        raise UserError(f"{out} is there already: --force writes over it, --out FILE beside it")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    with matplotlib.rc_context(STYLE):
+        figure, png = COMMANDS[args.command](args), io.BytesIO()
+        try:
+            figure.savefig(png, format="png")
+            out.write_bytes(png.getvalue())
+        except (OSError, ValueError) as error:  # also of too many pixels
+            reason = utils.first_line(error)
+            raise UserError(f"{out} cannot be written ({reason})") from error
+    print(out)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
