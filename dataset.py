@@ -11,6 +11,7 @@ every device and with any number of workers.
 """
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -321,6 +322,12 @@ def _tensor(item: bytes | np.ndarray) -> Tensor:
     return torch.from_numpy(item).permute(2, 0, 1)
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the workers too: they read on until the step at work is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
     """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
     training where there is a seed for each place of `order`."""
@@ -332,6 +339,7 @@ def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int 
         sampler=[(order[start:stop], draws[start:stop]) for start, stop in bounds],
         num_workers=min(workers, len(bounds)) if len(bounds) > 1 else 0,
         pin_memory=images.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # or it would draw from torch's own
     )
     for pixels in loader:

@@ -76,53 +76,69 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
-    run.start(machine, meta)
-    for line in lines:
-        run.log(line)
-    if not run.saved:
-        initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
-        start = {"net": net.state_dict(), "meta": meta, "epoch": 0, "prec@1": 0.0, "prec@5": 0.0}
-        utils.save_checkpoint(start, initial)
-    net.to(machine.device, memory_format=torch.channels_last)
-    if recipe.compile:
-        net.compile()  # in place: the state dict keeps its keys
-    data = data.to(machine.device)
-    optimizer = utils.sgd(net.parameters(), recipe)
-    if run.saved:
-        net.load_state_dict(run.saved["net"])
-        optimizer.load_state_dict(run.saved["optimizer"])
-        utils.set_rng_state(run.saved["rng"])
+    with run.start(machine, meta):
+        for line in lines:
+            run.log(line)
+        if not run.saved:
+            initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
+            start = {
+                "net": net.state_dict(),
+                "meta": meta,
+                "epoch": 0,
+                "prec@1": 0.0,
+                "prec@5": 0.0,
+            }
+            utils.save_checkpoint(start, initial)
+        net.to(machine.device, memory_format=torch.channels_last)
+        if recipe.compile:
+            net.compile()  # in place: the state dict keeps its keys
+        data = data.to(machine.device)
+        optimizer = utils.sgd(net.parameters(), recipe)
+        if run.saved:
+            net.load_state_dict(run.saved["net"])
+            optimizer.load_state_dict(run.saved["optimizer"])
+            utils.set_rng_state(run.saved["rng"])
+            run.saved = None
+        for epoch in range(len(run.history) + 1, recipe.epochs + 1):
+            train_epoch(run, machine, net, data, recipe, epoch, optimizer)
+        return run.finish()
 
-    for epoch in range(len(run.history) + 1, recipe.epochs + 1):
-        began = time.perf_counter()
-        lr = utils.step_decay(recipe.lr, epoch, recipe.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        net.train()
-        meter = utils.Meter()
-        batches = dataset.train_batches(
-            data.train, recipe.batch_size, recipe.seed, epoch, padding=recipe.padding
-        )
-        for step, (img, target, _) in enumerate(batches, 1):
-            out, loss = train_step(net, optimizer, img, target, machine)
-            meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
-            if step % recipe.print_freq == 0:
-                now = meter.read()
-                utils.check_finite(now, f"epoch {epoch}, step {step}")
-                speed = meter.count / (time.perf_counter() - began)
-                run.log(
-                    f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
-                    f"top1 {now['train_top1']:.2f}  {speed:.0f} img/s"
-                )
-        now = meter.read()
-        utils.check_finite(now, f"epoch {epoch}")
-        speed = meter.count / (time.perf_counter() - began)
-        row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
-        state = dict(
-            weights=dict(net=net.state_dict(), meta=meta), optimizer=optimizer.state_dict()
-        )
-        run.epoch(row, speed, state)
-    return run.finish()
+
+def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
+    """One epoch: train, evaluate, record, save."""
+    began = time.perf_counter()
+    lr = utils.step_decay(recipe.lr, epoch, recipe.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    net.train()
+
+    def state():
+        weights = dict(net=net.state_dict(), meta=run.meta)
+        return dict(weights=weights, optimizer=optimizer.state_dict())
+
+    meter, done = run.begin()
+    batches = dataset.train_batches(
+        data.train, recipe.batch_size, recipe.seed, epoch, padding=recipe.padding, skip=done
+    )
+    already = meter.count
+    for step, (img, target, _) in enumerate(batches, done + 1):
+        out, loss = train_step(net, optimizer, img, target, machine)
+        meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
+        if step % recipe.print_freq == 0:
+            now = meter.read()
+            utils.check_finite(now, f"epoch {epoch}, step {step}")
+            speed = (meter.count - already) / (time.perf_counter() - began)
+            run.log(
+                f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
+                f"top1 {now['train_top1']:.2f}  {speed:.0f} img/s"
+            )
+        if run.due():
+            run.pause(state, meter, step, f"epoch {epoch}, step {step}")
+    now = meter.read()
+    utils.check_finite(now, f"epoch {epoch}")
+    speed = (meter.count - already) / (time.perf_counter() - began)
+    row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
+    run.epoch(row, speed, state())
 
 
 if __name__ == "__main__":

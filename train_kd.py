@@ -480,33 +480,32 @@ def main(argv: list[str] | None = None) -> dict:
 
     teacher |= dict(network=found_t.name, pretrained=found_t.pretrained)
     added = network.count_parameters(job.kd)
-    run.start(machine, meta, dict(methods=methods, teacher=teacher, added=added))
-    for line in lines:
-        run.log(line)
-    job.to(machine.device)
-    data = data.to(machine.device)
-    if recipe.compile:
-        run.log(job.compile())
-    if not trained:
-        score = utils.evaluate(tnet, data.test, machine)
-        run.log(f"teacher test_top1 {score['test_top1']:.2f}")
-    utils.seed_everything(recipe.seed)
+    with run.start(machine, meta, dict(methods=methods, teacher=teacher, added=added)):
+        for line in lines:
+            run.log(line)
+        job.to(machine.device)
+        data = data.to(machine.device)
+        if recipe.compile:
+            run.log(job.compile())
+        if not trained:
+            score = utils.evaluate(tnet, data.test, machine)
+            run.log(f"teacher test_top1 {score['test_top1']:.2f}")
+        utils.seed_everything(recipe.seed)
 
-    step = Captured() if recipe.cuda_graph else train_step
-    done = len(run.history)
-    for phase, epochs in phases:
-        if done >= epochs:  # of a resumed run
-            done -= epochs
-            continue
-        parameters = job.learners(phase)
-        optimizer = utils.sgd(parameters, recipe, phase.nesterov)
-        if run.saved:
-            restore(run.saved, job, optimizer if done else None)
-            run.saved = None
-        for epoch in range(done + 1, epochs + 1):
-            train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step)
-        done = 0
-    return run.finish()
+        step = Captured() if recipe.cuda_graph else train_step
+        done = len(run.history)
+        for phase, epochs in phases:
+            if done >= epochs:  # of a resumed run
+                done -= epochs
+                continue
+            optimizer = utils.sgd(job.learners(phase), recipe, phase.nesterov)
+            if run.saved:
+                restore(run.saved, job, optimizer if done or run.inside else None)
+                run.saved = None
+            for epoch in range(done + 1, epochs + 1):
+                train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step)
+            done = 0
+        return run.finish()
 
 
 def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step=train_step):
@@ -516,13 +515,23 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     for group in optimizer.param_groups:
         group["lr"] = lr
     job.learners(phase)  # evaluation has put the networks into eval mode
+    snet, tnet = job.student.net, job.teacher.net
+
+    def state():
+        weights = dict(snet=snet.state_dict(), meta=run.meta)
+        if "teacher" in phase.learns:  # KD-Zoo's names for two networks that learn
+            weights |= dict(net1=tnet.state_dict(), net2=weights["snet"])
+        return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
+
     where = f"{phase.name} epoch {epoch}"
-    meter = utils.Meter()
+    meter, done = run.begin()
+    already = meter.count
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size))
+    number = len(run.history) + 1
     batches = dataset.train_batches(
-        data.train, recipe.batch_size, recipe.seed, len(run.history) + 1, padding=recipe.padding
+        data.train, recipe.batch_size, recipe.seed, number, padding=recipe.padding, skip=done
     )
-    for i, batch in enumerate(batches, 1):
+    for i, batch in enumerate(batches, done + 1):
         weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
         terms = step(job, phase, optimizer, Batch(*batch), weights, machine)
         meter.add(terms, len(batch[1]))
@@ -530,31 +539,24 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
             now = meter.read()
             utils.check_finite(now, f"{where}, step {i}")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
-            speed = meter.count / (time.perf_counter() - began)
+            speed = (meter.count - already) / (time.perf_counter() - began)
             run.log(f"  {where} step {i:4d}  {shown}  {speed:.0f} img/s")
+        if run.due():
+            run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
     utils.check_finite(now, where)
-    speed = meter.count / (time.perf_counter() - began)
+    speed = (meter.count - already) / (time.perf_counter() - began)
 
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
-    snet, tnet = job.student.net, job.teacher.net
-    state = dict(snet=snet.state_dict(), meta=run.meta)
     extra = {}
     if phase.student_learns:
         row |= utils.evaluate(snet, data.test, machine)
     if "teacher" in phase.learns:
         peer = utils.evaluate(tnet, data.test, machine)
         row |= {f"peer_{name}": value for name, value in peer.items()}
-        # KD-Zoo's names for two networks that learn
-        state |= dict(net1=tnet.state_dict(), net2=state["snet"])
         for i, score in ((1, peer), (2, row)):
             extra |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
-    run.epoch(
-        row,
-        speed,
-        dict(weights=state, kd=job.kd.state_dict(), optimizer=optimizer.state_dict(), **extra),
-        keep_best="student" in phase.learns,
-    )
+    run.epoch(row, speed, state() | extra, keep_best="student" in phase.learns)
 
 
 def restore(saved: dict, job: Distillation, optimizer) -> None:

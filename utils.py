@@ -11,11 +11,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,14 @@ from torch import Tensor, nn
 
 class UserError(ValueError):
     """What is wrong and what to do, in one line for the person at the keyboard."""
+
+
+class Stopped(Exception):
+    """A run that a signal stopped, its checkpoint written."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}: --resume goes on")
+        self.signal = number
 
 
 def command(main):
@@ -45,6 +55,9 @@ def command(main):
                 raise
             line = " ".join(str(error).split()).rstrip(".")
             print(f"error: {line}: give fewer --workers, or --workers 0", file=sys.stderr)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(128 + stopped.signal) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
@@ -230,6 +243,12 @@ def add_common_flags(parser: Parser) -> None:
     add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
     add("--tensorboard", action="store_true", help="write the epochs' metrics as events too")
     add("--resume", action="store_true", help="go on with the run that is in the folder")
+    add(
+        "--save_every",
+        type=number(float, 0),
+        metavar="MIN",
+        help="a checkpoint inside an epoch too, after this many minutes",
+    )
     add("--dry_run", action="store_true", help="check everything, say the recipe, train nothing")
 
 
@@ -485,6 +504,15 @@ class Meter:
                 count[name] = count.get(name, 0) + self.counts[names]
         return {name: total[name] / count[name] for name in total}
 
+    def state(self) -> list:
+        """What `load` takes."""
+        return [(list(names), sums, self.counts[names]) for names, sums in self.sums.items()]
+
+    def load(self, state: list) -> None:
+        """Go on with what another meter had added."""
+        self.sums = {tuple(names): sums for names, sums, _ in state}
+        self.counts = {tuple(names): count for names, _, count in state}
+
     @property
     def count(self) -> int:
         """Samples added."""
@@ -591,12 +619,24 @@ def sha256(path: str | Path) -> str:
 
 
 def _write(path: Path, data) -> None:
+    """All of it or nothing, also when the machine stops: aside, to the disk, then in its place."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def to_cpu(x):
@@ -615,8 +655,14 @@ class Run:
     """The folder save_root/note of one run and everything in it.
 
     args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone), timing.csv,
-    curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit for bit) and model_best.pth.tar.
-    Nothing is written before `start()`; a folder that holds another run is refused.
+    curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit for bit) and
+    model_best.pth.tar. Nothing is written before `start()`; a folder that holds another run, or that
+    another process writes into, is refused.
+
+        with run.start(...):        # signals are caught from here on
+            meter, done = run.begin()
+            if run.due(): run.pause(state, meter, step, where)    # inside an epoch
+            run.epoch(row, speed, state())                        # at its end
     """
 
     def __init__(self, recipe: argparse.Namespace, note: str, argv: list[str]):
@@ -624,7 +670,8 @@ class Run:
         self.recipe, self.argv = recipe, argv
         self.history, self.timing = [], []
         self.best = dict(epoch=0, top1=-1.0)
-        self.saved = self.events = None
+        self.saved = self.inside = self.events = self.signal = None
+        self.handlers, self.where = {}, "before its first step"
         if recipe.tensorboard:
             summary_writer()  # or say what to install, before anything is written
         checkpoint = self.dir / "checkpoint.pth.tar"
@@ -632,22 +679,34 @@ class Run:
             if parent.exists() and not parent.is_dir():
                 raise UserError(f"{parent} is a file: give another --save_root or --note")
         if recipe.resume:
-            if not checkpoint.exists():
-                raise UserError(f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)")
-            self.saved = read_checkpoint(checkpoint)
-            self._same_flags(self.saved["flags"])
-            self.history, self.timing = self.saved["history"], self.saved["timing"]
-            self.best = self.saved["best"]
+            if checkpoint.exists():
+                self.saved = read_checkpoint(checkpoint)
+                self._same_flags(self.saved["flags"])
+                self.history, self.timing = self.saved["history"], self.saved["timing"]
+                self.best, self.inside = self.saved["best"], self.saved["inside"]
+            else:  # stopped before its first checkpoint
+                self._same_flags(self._recorded())
         elif self.dir.exists() and any(self.dir.iterdir()):
             raise UserError(
                 f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
             )
+
+    def _recorded(self) -> dict:
+        """The flags that args.json remembers."""
+        try:
+            recipe = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)"
+            ) from error
+        return {key: recipe.get(key) for key in self._flags()}
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
         free = (
             "print_freq",
             "tensorboard",
+            "save_every",
             "resume",
             "dry_run",
             "save_root",
@@ -667,48 +726,155 @@ class Run:
                     f"--resume: --{key} is {now.get(key)}, the run was started with {saved.get(key)}"
                 )
 
-    def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> None:
+    def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> "Run":
         """Make the folder and write args.json. `meta`: what checkpoints remember of network and data;
         `notes`: what else belongs into args.json."""
         self.meta = meta
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
             self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
+            if not self.saved:
+                self._write_args(machine, notes or {})
+            elif self.history:  # it may have been stopped between the checkpoint and these
+                self._write_rows()
         except OSError as error:
             raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
-        if not self.saved:
-            record = dict(
-                command=" ".join(self.argv),
-                recipe={
-                    k: v for k, v in vars(self.recipe).items() if k not in ("resume", "dry_run")
-                },
-                machine=str(machine),
-                versions=dict(
-                    python=platform.python_version(),
-                    torch=torch.__version__,
-                    numpy=np.__version__,
-                ),
-                commit=_commit(),
-                meta=meta,
-                **(notes or {}),
-            )
-            text = json.dumps(record, indent=1, default=str) + "\n"
-            _write(self.dir / "args.json", text.encode())
         if self.recipe.tensorboard:
             self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
-        self.began = time.perf_counter()
+        self.began = self.kept = time.perf_counter()
+        if self.inside:
+            self.began -= self.inside["seconds"]
+        return self
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, however it ends."""
+        self.lock = open(self.dir / ".lock", "w")
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.dir} is in use: another process trains there") from error
+
+    def _write_args(self, machine: Machine, notes: dict) -> None:
+        record = dict(
+            command=" ".join(self.argv),
+            recipe={k: v for k, v in vars(self.recipe).items() if k not in ("resume", "dry_run")},
+            machine=str(machine),
+            versions=dict(
+                python=platform.python_version(),
+                torch=torch.__version__,
+                numpy=np.__version__,
+            ),
+            commit=_commit(),
+            meta=self.meta,
+            **notes,
+        )
+        text = json.dumps(record, indent=1, default=str) + "\n"
+        _write(self.dir / "args.json", text.encode())
+
+    def __enter__(self) -> "Run":
+        """Catch the signals that ask for an end. Only a program's main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._stop)
+        return self
+
+    def _stop(self, number: int, frame) -> None:
+        """The step at work is finished and everything is saved; a second signal ends at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.log_file.close()
+        self.lock.close()
+        if self.events:
+            self.events.close()
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         print(text, flush=True)
-        self.log_file.write(text + "\n")
+        try:
+            self.log_file.write(text + "\n")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
+            "make room and go on with --resume"
+        )
+
+    def begin(self) -> tuple[Meter, int]:
+        """An epoch begins, or is gone on with: its meter and the number of its steps that are done."""
+        meter, inside, self.inside = Meter(), self.inside, None
+        if not inside:
+            return meter, 0
+        meter.load(inside["meter"])
+        return meter, inside["step"]
+
+    def due(self) -> bool:
+        """Whether to save inside an epoch: a signal wants an end, or --save_every is over."""
+        minutes = self.recipe.save_every
+        late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
+        return late or self.signal is not None
+
+    def pause(self, state, meter: Meter, step: int, where: str) -> None:
+        """Save inside an epoch, after `step` of it, what `state()` gives; and stop where a signal
+        asked for it. A checkpoint with numbers that are none is not written."""
+        check_finite(meter.read(), where)
+        self.where = f"after {where}"
+        self.save(state(), dict(step=step, meter=meter.state()))
+
+    def save(self, state: dict, inside: dict | None = None, better: bool = False) -> None:
+        """Write a checkpoint. `state`: what it holds, `state['weights']` also being what model_best
+        holds; `inside`: how far the epoch at work is, if it is."""
+        weights = state.pop("weights")
+        scores = {"epoch": len(self.history)}
+        row = self.history[-1] if self.history else {}
+        if "test_top1" in row:
+            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
+        if inside:
+            inside |= dict(seconds=time.perf_counter() - self.began)
+        everything = dict(
+            weights,
+            **scores,
+            **state,
+            rng=rng_state(),
+            flags=self._flags(),
+            history=self.history,
+            timing=self.timing,
+            best=self.best,
+            inside=inside,
+        )
+        try:
+            if better:
+                save_checkpoint(to_cpu(dict(weights, **scores)), self.dir / "model_best.pth.tar")
+            save_checkpoint(to_cpu(everything), self.dir / "checkpoint.pth.tar")
+            if not inside:
+                self._write_rows()
+        except OSError as error:
+            raise self._full(error) from error
+        self.kept = time.perf_counter()
+        if self.signal:
+            raise Stopped(self.signal, self.where)
+
+    def _write_rows(self) -> None:
+        for name, rows in (("metrics", self.history), ("timing", self.timing)):
+            _write(self.dir / f"{name}.csv", _csv(rows).encode())
 
     def epoch(self, row: dict, speed: float, state: dict, keep_best: bool = True) -> None:
         """An epoch is done: log it, save everything.
 
-        `row`: its metrics; `speed`: training images a second; `state`: what a
-        checkpoint holds, `state['weights']` also being what model_best holds; `keep_best`: whether
-        the epoch may be the best one.
+        `row`: its metrics; `speed`: training images a second; `state`: as for `save`; `keep_best`:
+        whether the epoch may be the best one.
         """
         now = time.perf_counter()
         seconds, self.began = now - self.began, now
@@ -722,34 +888,11 @@ class Run:
                 if not isinstance(value, str):
                     self.events.add_scalar(name, value, len(self.history))
             self.events.flush()
-        weights = state.pop("weights")
-        scores = {"epoch": len(self.history)}
-        if "test_top1" in row:
-            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
         better = keep_best and row["test_top1"] > self.best["top1"]
         if better:
             self.best = dict(epoch=len(self.history), top1=row["test_top1"])
-        everything = dict(
-            weights,
-            **scores,
-            **state,
-            rng=rng_state(),
-            flags=self._flags(),
-            history=self.history,
-            timing=self.timing,
-            best=self.best,
-        )
-        try:
-            if better:
-                save_checkpoint(to_cpu(dict(weights, **scores)), self.dir / "model_best.pth.tar")
-            save_checkpoint(to_cpu(everything), self.dir / "checkpoint.pth.tar")
-            for name, rows in (("metrics", self.history), ("timing", self.timing)):
-                _write(self.dir / f"{name}.csv", _csv(rows).encode())
-        except OSError as error:
-            raise UserError(
-                f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
-                "make room and go on with --resume"
-            ) from error
+        self.where = f"after epoch {len(self.history)}"
+        self.save(state, better=better)
 
     def finish(self) -> dict:
         """Say the result, draw the curves, write result.json: last and best accuracy, the peer's too
@@ -764,11 +907,11 @@ class Run:
             f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
             f"{seconds:.0f} s  {self.dir}"
         )
-        draw_curves([self.dir], self.dir / "curves.png")
-        self.log_file.close()
-        if self.events:
-            self.events.close()
-        _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
+        try:
+            draw_curves([self.dir], self.dir / "curves.png")
+            _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
+        except OSError as error:
+            raise self._full(error) from error
         return dict(result, dir=str(self.dir))
 
 

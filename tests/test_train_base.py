@@ -22,6 +22,7 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     assert "epoch 1 step    4" in out and "chosen on the test set" in out
     folder = Path(result["dir"])
     assert {p.name for p in folder.iterdir()} == {
+        ".lock",
         "args.json",
         "log.txt",
         "metrics.csv",
