@@ -781,8 +781,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
 class Weights:
     """A network's name, its weights (None: fresh ones) and what its checkpoint knows of the data.
 
-    pretrained: with its library's weights; taps: stages named by hand; notes: lines about it; make:
-    what `constructor` gives for the name. Raises UserError where there is no such network.
+    pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was trained
+    for, as its file says; notes: lines about it; make: what `constructor` gives for the name. Raises UserError where there is no such network.
     """
 
     name: str
@@ -791,6 +791,7 @@ class Weights:
     path: str | None = None
     pretrained: bool = False
     taps: tuple[str, ...] | None = None
+    epoch: int = 0
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -849,7 +850,9 @@ def find_weights(
         raise UserError(f"{path} holds a network of your own: say so with --{flag} {known}")
     if known not in (None, name or known) and ".py:" not in name:
         raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
-    return Weights(name or known, state, meta, path, taps=taps)
+    epoch = checkpoint.get("epoch")
+    epoch = epoch if isinstance(epoch, int) else 0
+    return Weights(name or known, state, meta, path, taps=taps, epoch=epoch)
 
 
 # --- feature maps --------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
         if recipe.compile:
             net.compile()  # in place: the state dict keeps its keys
         data = data.to(machine.device)
-        optimizer = utils.sgd(net.parameters(), recipe)
+        optimizer = run.watch(utils.sgd(net.parameters(), recipe))
         if run.saved:
             net.load_state_dict(run.saved["net"])
             optimizer.load_state_dict(run.saved["optimizer"])

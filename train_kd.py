@@ -436,6 +436,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.cuda_graph:
         if machine.device.type != "cuda":
             raise UserError("--cuda_graph needs a CUDA device, and this runs on the CPU")
+        if args.on_nan == "skip":
+            raise UserError("--cuda_graph excludes --on_nan skip, which looks at every step")
         for mode in [mode for mode, row in rows.items() if not row.graph]:
             raise UserError(f"--cuda_graph: {mode} reads values from the device in every step")
     names = [network.file_name(found.name) for found in (found_t, found_s)]
@@ -490,6 +492,10 @@ def main(argv: list[str] | None = None) -> dict:
         if not trained:
             score = utils.evaluate(tnet, data.test, machine)
             run.log(f"teacher test_top1 {score['test_top1']:.2f}")
+            if utils.by_chance(score["test_top1"], len(data.test), num_class):
+                run.warn("the teacher is no better than chance on the test images")
+        if found_s.epoch and not run.saved:
+            run.warn(f"--s_init {found_s.path} is no start: trained for {found_s.epoch} epoch(s)")
         utils.seed_everything(recipe.seed)
 
         step = Captured() if recipe.cuda_graph else train_step
@@ -498,7 +504,7 @@ def main(argv: list[str] | None = None) -> dict:
             if done >= epochs:  # of a resumed run
                 done -= epochs
                 continue
-            optimizer = utils.sgd(job.learners(phase), recipe, phase.nesterov)
+            optimizer = run.watch(utils.sgd(job.learners(phase), recipe, phase.nesterov))
             if run.saved:
                 restore(run.saved, job, optimizer if done or run.inside else None)
                 run.saved = None
@@ -538,6 +544,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         if i % recipe.print_freq == 0:
             now = meter.read()
             utils.check_finite(now, f"{where}, step {i}")
+            balance(run, job, phase, weights, now)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             speed = (meter.count - already) / (time.perf_counter() - began)
             run.log(f"  {where} step {i:4d}  {shown}  {speed:.0f} img/s")
@@ -545,6 +552,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
             run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
     utils.check_finite(now, where)
+    balance(run, job, phase, weights, now)
     speed = (meter.count - already) / (time.perf_counter() - began)
 
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
@@ -557,6 +565,14 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         for i, score in ((1, peer), (2, row)):
             extra |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
     run.epoch(row, speed, state() | extra, keep_best="student" in phase.learns)
+
+
+def balance(run, job: Distillation, phase: Phase, weights: list[float], now: dict) -> None:
+    """Warn where a method drowns the cross-entropy."""
+    ce = job.lambda_ce * now.get("ce", 0.0)
+    for name, weight in zip(job.names, weights):
+        if phase.ce and weight * now.get(name, 0.0) > 1000 * ce > 0:
+            run.warn(f"{name} times its weight is more than a thousand times the cross-entropy")
 
 
 def restore(saved: dict, job: Distillation, optimizer) -> None:

@@ -230,6 +230,12 @@ def add_common_flags(parser: Parser) -> None:
     add("--weight_decay", type=number(float, 0), metavar="X")
     add("--nesterov", type=number(int, 0, 1), metavar="0|1")
     add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
+    add(
+        "--on_nan",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a loss that is no number stops the run (default), or its steps are left out",
+    )
     add("--seed", type=number(int, 0, 2**32 - 1), default=2, metavar="N", help="(default 2)")
     add(
         "--compile",
@@ -483,15 +489,21 @@ def step_decay(lr: float, epoch: int, milestones: tuple[int, ...]) -> float:
 
 
 class Meter:
-    """Means over the samples of an epoch, summed on the device and read only when asked for."""
+    """Means over the samples of an epoch, summed on the device and read only when asked for.
 
-    def __init__(self):
+    finite: leave out what holds a value that is none, which asks the device at every step.
+    """
+
+    def __init__(self, finite: bool = False):
+        self.finite = finite
         self.sums, self.counts = {}, {}  # by the names that came together: a term may come later
 
     def add(self, values: dict[str, Tensor], n: int) -> None:
         """Add the means `values`, 0-dim tensors by name, over `n` samples."""
         names = tuple(values)
         total = n * torch.stack([value.detach().float() for value in values.values()])
+        if self.finite and not total.isfinite().all():
+            return
         self.sums[names] = self.sums[names] + total if names in self.sums else total
         self.counts[names] = self.counts.get(names, 0) + n
 
@@ -517,6 +529,12 @@ class Meter:
     def count(self) -> int:
         """Samples added."""
         return sum(self.counts.values())
+
+
+def by_chance(top1: float, n: int, num_class: int) -> bool:
+    """Whether an accuracy (percent) on n images lies within three deviations of guessing."""
+    chance = 1 / num_class
+    return top1 / 100 <= chance + 3 * (chance * (1 - chance) / n) ** 0.5
 
 
 def top1(out: Tensor, target: Tensor) -> Tensor:
@@ -671,7 +689,7 @@ class Run:
         self.history, self.timing = [], []
         self.best = dict(epoch=0, top1=-1.0)
         self.saved = self.inside = self.events = self.signal = None
-        self.handlers, self.where = {}, "before its first step"
+        self.handlers, self.where, self.warned = {}, "before its first step", set()
         if recipe.tensorboard:
             summary_writer()  # or say what to install, before anything is written
         checkpoint = self.dir / "checkpoint.pth.tar"
@@ -806,6 +824,26 @@ class Run:
         except OSError as error:
             raise self._full(error) from error
 
+    def warn(self, text: str) -> None:
+        """A warning, once."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self.log(f"warning: {text}")
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Under --on_nan skip, the optimizer leaves out the steps whose gradients are no numbers."""
+
+        def leave_out(optimizer, *args):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+            if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+                optimizer.zero_grad(set_to_none=True)
+                self.log("a step without finite gradients is left out")
+
+        if self.recipe.on_nan == "skip":
+            optimizer.register_step_pre_hook(leave_out)
+        return optimizer
+
     def _full(self, error: OSError) -> UserError:
         return UserError(
             f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
@@ -814,7 +852,7 @@ class Run:
 
     def begin(self) -> tuple[Meter, int]:
         """An epoch begins, or is gone on with: its meter and the number of its steps that are done."""
-        meter, inside, self.inside = Meter(), self.inside, None
+        meter, inside, self.inside = Meter(self.recipe.on_nan == "skip"), self.inside, None
         if not inside:
             return meter, 0
         meter.load(inside["meter"])
@@ -926,6 +964,8 @@ def summary_writer():
 
 def check_finite(values: dict[str, float], where: str) -> None:
     """Stop a run whose loss is no number, naming the term."""
+    if not values:
+        raise UserError(f"{where}: every step was left out, none had finite losses: lower --lr")
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise UserError(

@@ -556,3 +556,80 @@ def test_a_diverging_run_stops_with_the_term(distil, capsys):
         distil("fitnet", *FEW, "--lr", "1e30", "--print_freq", "1")
     assert stop.value.code == 2
     assert "is not finite" in capsys.readouterr().err
+
+
+# --- what goes wrong is said -------------------------------------------------------------------------
+
+
+def warnings(capsys):
+    return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
+
+
+def test_a_teacher_no_better_than_chance_is_said(distil, capsys):
+    distil("st", "--epochs", "1")
+    assert "warning: the teacher is no better than chance on the test images" in warnings(capsys)
+
+
+@pytest.mark.parametrize(
+    "top1, n, classes, says", [(10.4, 500, 10, True), (15, 500, 10, False), (1.2, 10000, 100, True)]
+)
+def test_chance(top1, n, classes, says):
+    assert utils.by_chance(top1, n, classes) is says
+
+
+def test_an_initial_student_that_is_trained_is_said(base, distil, capsys):
+    trained = base / "resnet8" / "model_best.pth.tar"
+    distil("st", "--epochs", "1", "--s_init", trained)
+    assert f"warning: --s_init {trained} is no start: trained for 1 epoch(s)" in warnings(capsys)
+    distil("st", "--epochs", "1", note="other")
+    assert "s_init" not in " ".join(warnings(capsys))
+
+
+def test_a_term_that_drowns_the_cross_entropy_is_said_once(distil, capsys):
+    argv = ["--epochs", "2", "--lr", "1e-9", "--print_freq", "2"]
+    distil("st", *argv, "--lambda_kd", "1e6")
+    drowned = [line for line in warnings(capsys) if "a thousand times the cross-entropy" in line]
+    assert drowned == [
+        "warning: kd times its weight is more than a thousand times the cross-entropy"
+    ]
+    distil("st", *argv, note="other")
+    assert "thousand" not in " ".join(warnings(capsys))
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Soft targets whose every third loss is no number."""
+    forward, calls = METHODS["st"].build(None, None, None, T=4.0).__class__.forward, [0]
+
+    def sometimes(self, *args):
+        calls[0] += 1
+        return forward(self, *args) * (float("nan") if calls[0] % 3 == 0 else 1)
+
+    monkeypatch.setattr("kd_losses.st.SoftTarget.forward", sometimes)
+
+
+def test_steps_without_a_number_can_be_left_out(broken, distil, capsys):
+    folder = distil("st", "--epochs", "2", "--on_nan", "skip")["dir"]
+    assert capsys.readouterr().out.count("a step without finite gradients is left out") >= 6
+    for row in utils.read_metrics(folder):
+        assert all(value == value for value in row.values()) and row["kd"] > 0
+    saved = utils.read_checkpoint(f"{folder}/checkpoint.pth.tar")
+    assert all(x.isfinite().all() for x in saved["snet"].values())
+
+
+def test_steps_without_a_number_stop_the_run(broken, distil, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        distil("st", "--epochs", "2", "--print_freq", "1")
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: distil epoch 1, step 2: kd is not finite") and "\n" not in line
+    assert not (tmp_path / "r" / "checkpoint.pth.tar").exists()
+
+
+def test_no_number_at_all_stops_the_run_that_leaves_them_out(distil, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "kd_losses.st.SoftTarget.forward", lambda self, s, t: s.sum() * float("nan")
+    )
+    with pytest.raises(SystemExit):
+        distil("st", "--epochs", "1", "--on_nan", "skip", "--print_freq", "100")
+    assert "every step was left out" in capsys.readouterr().err
