@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# tests side by side, of one thread each: threads of several processes stall each other
+JOBS ?= 2
 
 .PHONY: demo test test-all
 
@@ -10,10 +12,10 @@ demo: $(VENV)/ready
 	$(PY) tools/demo.py
 
 test: $(VENV)/ready
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests
 
 test-all: $(VENV)/ready
-	$(PY) -m pytest -q tests --slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests --slow
 
 $(VENV)/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,12 +1,12 @@
 """Every dataset, by name: small images, decoded once and kept on the training device as one tensor,
-and larger ones, which worker processes read when they are wanted.
+enlarged there if need be, and files of larger ones, which worker processes read when wanted.
 
     data = load("cifar100", "./datasets")
     for img, target, index in train_batches(data.train, 128, seed=2, epoch=1): ...
     for img, target, index in test_batches(data.test, 512): ...
 
-All the randomness of an epoch (order, crops, flips; a seed for each image that is read) is drawn up
-front from a generator seeded by (seed, epoch), so batch k of an epoch is a function of the two, on
+All the randomness of an epoch (order, crops, flips, AutoAugment; a seed for each image read) is drawn
+up front from a generator seeded by (seed, epoch), so batch k of an epoch is a function of the two, on
 every device and with any number of workers.
 """
 
@@ -14,6 +14,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import IMG_SIZE, UserError, first_line, named
+from augment import AutoAugment
+from utils import IMG_SIZE, SIZES, UserError, first_line, named
 
-RESIDENT = 96  # pixels: images up to here stay on the device, larger ones are read batch by batch
-SAMPLE = 2000  # training images on which the normalisation of a streamed set is measured
+RESIDENT = 96  # pixels: images up to here stay on the device, files of larger ones are streamed
+PIECE = 16  # images that a CPU enlarges at a time: less memory to and fro
+SAMPLE = 2000  # training images on which the normalisation of larger ones is measured
 
 
 class Split:
@@ -48,6 +51,8 @@ class Images(Split):
     """One split, resident: `pixels` uint8 (N, H, W, 3), `labels` int64 (N,); `pixels[i]` is RGB.
 
     `mean`, `std`: per channel, of pixels scaled to 0..1; `flip`: whether training mirrors images.
+    `img_size`: side to which they are enlarged, batch by batch; None: as they are. `autoaugment`:
+    whether training applies AutoAugment's CIFAR-10 policy to enlarged ones.
     """
 
     pixels: Tensor
@@ -56,10 +61,16 @@ class Images(Split):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     flip: bool = True
+    img_size: int | None = None
+    autoaugment: bool = False
 
     @property
     def size(self) -> int:
-        return self.pixels.shape[1]
+        return self.img_size or self.pixels.shape[1]
+
+    @property
+    def enlarged(self) -> bool:
+        return self.size != self.pixels.shape[1]
 
     def to(self, device) -> "Images":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
@@ -67,11 +78,10 @@ class Images(Split):
 
 @dataclass
 class Stream(Split):
-    """One split whose images, of `size` pixels, are made when wanted, by `workers` processes.
+    """One split whose images, of `size` pixels, are read when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
-    reference count by reference count), or small images, uint8 (N, H, W, 3). `autoaugment`: whether
-    training applies AutoAugment's CIFAR-10 policy. The rest as in Images.
+    reference count by reference count). The rest as in Images.
     """
 
     items: np.ndarray
@@ -81,7 +91,6 @@ class Stream(Split):
     std: tuple[float, float, float]
     size: int
     flip: bool = True
-    autoaugment: bool = False
     workers: int = 0
 
     def to(self, device) -> "Stream":
@@ -112,8 +121,8 @@ def load(
     """The dataset `name`, read from `root`; see DATASETS for the names.
 
     `mean_std`: normalisation; None: measured on the training split. `img_size`: side to which
-    images are resized and cropped, streamed by `workers` processes above RESIDENT; None: what they
-    have, and the images of a folder must have one size. `flip`: mirror in training; None: what
+    images are resized and cropped, files streamed by `workers` processes above RESIDENT; None: what
+    they have, and the images of a folder must have one size. `flip`: mirror in training; None: what
     suits the dataset. Raises UserError where the data cannot be had.
     """
     read = named(DATASETS, name, "dataset")
@@ -121,30 +130,41 @@ def load(
     *parts, classes, options, notes = read(Path(root), img_size)
     if len(parts[0][1]) < 2:
         raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
+    if len(classes) < 2:
+        raise UserError(f"{name}: {classes[0]} is the only class: at least two are needed")
     if flip is not None:
         options["flip"] = flip
     mean, std = map(tuple, mean_std or ((0.0,) * 3, (1.0,) * 3))
     splits = []
     for items, labels in parts:
         labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-        if _streams(img_size):
-            split = Stream(items, labels, classes, mean, std, img_size, workers=workers, **options)
+        if items.ndim == 1:
+            split = Stream(items, labels, classes, mean, std, img_size, options["flip"], workers)
         else:
             pixels = torch.from_numpy(np.ascontiguousarray(items))
-            split = Images(pixels, labels, classes, mean, std, options["flip"])
+            if pixels.shape[1] < SIZES[0]:
+                raise UserError(
+                    f"{name}: images of {pixels.shape[1]} pixels: give --img_size, at least {SIZES[0]}"
+                )
+            split = Images(pixels, labels, classes, mean, std, img_size=img_size, **options)
         splits.append(split)
-    if _streams(img_size):
-        where = "disk" if splits[0].items.ndim == 1 else "memory"
-        steps = [type(step).__name__ for step in transform(splits[0], train=True).transforms]
-        notes.append(f"{workers} workers, streamed from {where}; in training {', '.join(steps)}")
+    train = splits[0]
+    if isinstance(train, Stream):
+        steps = [type(step).__name__ for step in transform(train, train=True).transforms]
+        notes.append(f"{workers} workers, streamed from disk; in training {', '.join(steps)}")
+    elif train.enlarged:
+        steps = ["Resize", "RandomCrop"] + ["RandomHorizontalFlip"] * train.flip
+        steps += ["AutoAugment"] * train.autoaugment
+        pixels = train.pixels.shape[1]
+        notes.append(f"{pixels} pixels, enlarged on the device; in training {', '.join(steps)}")
     if mean_std is None:
-        n = count = len(splits[0])
-        if _streams(img_size):
-            count = min(n, SAMPLE)
-            places = torch.arange(count) * n // count
-            pixels = _read(splits[0], places, _parts(count, 50))
+        n = len(train)
+        count, part = (min(n, SAMPLE), 50) if _large(img_size) else (n, 4096)
+        places, bounds = torch.arange(count) * n // count, _parts(count, part)
+        if isinstance(train, Stream):
+            pixels = _read(train, places, bounds)
         else:
-            pixels = splits[0].pixels.split(4096)
+            pixels = (_shown(train, places[start:stop]) for start, stop in bounds)
         mean, std = measure(pixels)
         splits = [replace(split, mean=mean, std=std) for split in splits]
         notes.append(
@@ -153,7 +173,7 @@ def load(
     return Data(name, *splits, notes)
 
 
-def _streams(img_size: int | None) -> bool:
+def _large(img_size: int | None) -> bool:
     return img_size is not None and img_size > RESIDENT
 
 
@@ -175,17 +195,25 @@ def measure(parts: Iterable[Tensor]) -> tuple[tuple, tuple]:
 # --- batches -------------------------------------------------------------------------------------
 
 
-def batch_bounds(n: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where each training batch begins and ends. A single image left over joins the last batch:
-    batch norm and the relational losses need two."""
+def batch_bounds(n: int, batch_size: int, world: int = 1) -> list[tuple[int, int]]:
+    """Where each training batch begins and ends. What is left over joins the last batch where it is
+    less than two images for each of `world` processes: batch norm and the relational losses need two.
+    """
     starts = list(range(0, n, batch_size))
-    if n % batch_size == 1 and len(starts) > 1:
+    if 0 < n % batch_size < 2 * world and len(starts) > 1:
         starts.pop()
     return list(zip(starts, starts[1:] + [n]))
 
 
 def _parts(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _share(bounds: list[tuple[int, int]], rank: int, world: int) -> list[tuple[int, int]]:
+    """The part of each batch that is one process's. All have as many images: up to world - 1 of a
+    batch are left out."""
+    each = [(start, (stop - start) // world) for start, stop in bounds]
+    return [(start + rank * n, start + (rank + 1) * n) for start, n in each]
 
 
 def train_batches(
@@ -196,12 +224,16 @@ def train_batches(
     pad: int = 4,
     padding: str = "reflect",
     skip: int = 0,
+    share: tuple[int, int] = (0, 1),
 ):
-    """Yield (img, target, index) over one shuffled, augmented epoch, from batch `skip` on.
+    """Yield (img, target, index) over one shuffled, augmented epoch, from batch `skip` on; of every
+    batch the `share` (rank, world) of one process.
 
     img: float32 (B, 3, H, W) in channels_last, normalised; target, index: int64 (B,).
     Images: a crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then
-    a mirror image with probability 1/2 where the dataset allows it. Stream: see `transform`.
+    a mirror image with probability 1/2 where the dataset allows it. Enlarged, as KnowledgeReview
+    trains CIFAR at 224 pixels: resized to 256/224 of the size, a crop at a random place, the mirror
+    image, AutoAugment. Stream: see `transform`.
     """
     if padding not in ("reflect", "zero"):
         raise UserError(f"padding must be reflect or zero, not {padding!r}")
@@ -209,35 +241,51 @@ def train_batches(
     mix = np.random.SeedSequence([seed, epoch]).generate_state(1)
     generator = torch.Generator().manual_seed(int(mix[0]))
     order = torch.randperm(n, generator=generator)
-    bounds = batch_bounds(n, batch_size)[skip:]
+    bounds = _share(batch_bounds(n, batch_size, share[1])[skip:], *share)
     if isinstance(images, Stream):
         seeds = torch.randint(2**63 - 1, (n,), generator=generator)
         yield from _stream(images, order, bounds, seeds)
         return
-    shift = torch.randint(-pad, pad + 1, (2, n), generator=generator)
+    size, side = images.size, round(images.size * 256 / 224)
+    low, high = (0, side - size) if images.enlarged else (-pad, pad)
+    shift = torch.randint(low, high + 1, (2, n), generator=generator)
     flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
+    augment = None
+    if images.enlarged and images.autoaugment:
+        augment = AutoAugment(n, size, bounds, generator, device)
     order, shift, flip = (x.to(device, non_blocking=True) for x in (order, shift, flip))
     scale_shift = _scale_shift(images)
-    arange = torch.arange(images.size, device=device)
-    for start, stop in bounds:
+    arange = torch.arange(size, device=device)
+    for k, (start, stop) in enumerate(bounds):
         index = order[start:stop]
         rows = arange + shift[0, start:stop, None]
         columns = torch.where(flip[start:stop, None], arange.flip(0), arange)
         columns = columns + shift[1, start:stop, None]
-        pixels = _gather(images, index, rows, columns, padding)
+        if images.enlarged:
+            pixels = _enlarge(images.pixels[index], rows, columns, side)
+            pixels = _interleave(augment(k, pixels) if augment else pixels)
+        else:
+            pixels = _gather(images, index, rows, columns, padding)
         yield _normalise(pixels, *scale_shift), images.labels[index], index
 
 
-def test_batches(images: Images | Stream, batch_size: int, workers: int | None = None):
-    """Yield (img, target, index) in order, normalised and otherwise untouched; of a Stream resized
-    and cropped by `workers` processes (None: its own number)."""
-    index = torch.arange(len(images))
+def test_batches(
+    images: Images | Stream,
+    batch_size: int,
+    workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
+):
+    """Yield (img, target, index) in order, normalised and otherwise untouched, or enlarged; of a
+    Stream resized and cropped by `workers` processes (None: its own number). share: (rank, world),
+    for every world-th batch."""
+    index, (rank, world) = torch.arange(len(images)), share
     if isinstance(images, Stream):
-        yield from _stream(images, index, _parts(len(index), batch_size), workers=workers)
+        bounds = _parts(len(index), batch_size)[rank::world]
+        yield from _stream(images, index, bounds, workers=workers)
         return
     scale_shift = _scale_shift(images)
-    for i in index.to(images.device).split(batch_size):
-        yield _normalise(images.pixels[i], *scale_shift), images.labels[i], i
+    for i in index.to(images.device).split(batch_size)[rank::world]:
+        yield _normalise(_shown(images, i), *scale_shift), images.labels[i], i
 
 
 def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
@@ -257,6 +305,47 @@ def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, paddin
     return pixels
 
 
+def _shown(images: Images, index: Tensor) -> Tensor:
+    """What the test shows of images `index`, uint8 (B, H, W, 3)."""
+    pixels = images.pixels[index]
+    if images.enlarged:
+        place = torch.arange(images.size, device=images.device).expand(len(index), -1)
+        pixels = _interleave(_enlarge(pixels, place, place, images.size))
+    return pixels
+
+
+def _enlarge(pixels: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """Pixels (rows[b, i], columns[b, j]) of image b resized to `side`, uint8 (B, 3, H, W).
+
+    Bilinear, as torchvision does it on a GPU; on a CPU it rounds twice, to up to one more or less.
+    """
+    if pixels.device.type == "cpu" and len(pixels) > PIECE:
+        pieces = zip(*(x.split(PIECE) for x in (pixels, rows, columns)))
+        return torch.cat([_enlarge(*piece, side) for piece in pieces])
+    n, size = pixels.shape[:2]
+    x = pixels.permute(0, 3, 1, 2).float()
+    one, two, share = _neighbours(columns, size, side)
+    one, two = (x.gather(3, i[:, None, None].expand(-1, 3, size, -1)) for i in (one, two))
+    x = one.lerp_(two, share[:, None, None]).flatten(0, 2)
+    one, two, share = _neighbours(rows, size, side)
+    first = torch.arange(3 * n, device=x.device).view(n, 3, 1) * size
+    one, two = (x.index_select(0, (first + i[:, None]).flatten()) for i in (one, two))  # whole rows
+    x = one.lerp_(two, share[:, None].expand(-1, 3, -1).reshape(-1, 1))
+    return x.round_().to(torch.uint8).view(n, 3, rows.shape[1], -1)
+
+
+def _neighbours(place: Tensor, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two of `size` pixels between which a place among `side` lies, and the second's share."""
+    source = ((place + 0.5) * (size / side) - 0.5).clamp(0, size - 1)
+    one = source.long()
+    return one, (one + 1).clamp(max=size - 1), source - one
+
+
+def _interleave(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, W, 3)."""
+    return torch.stack(pixels.unbind(1), -1)
+
+
 def _scale_shift(images: Images | Stream) -> tuple[Tensor, Tensor]:
     """What normalises a row of pixels, channel by channel: the inner loop is long instead of three."""
     mean, std = (torch.tensor(x, device=images.device) for x in (images.mean, images.std))
@@ -265,7 +354,8 @@ def _scale_shift(images: Images | Stream) -> tuple[Tensor, Tensor]:
 
 def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), stored as channels_last."""
-    flat = torch.addcmul(shift, pixels.flatten(2).float(), scale)
+    flat = pixels.flatten(2).float()
+    torch.addcmul(shift, flat, scale, out=flat)
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
@@ -275,22 +365,16 @@ def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def transform(images: Stream, train: bool):
     """The torchvision transform that makes (3, size, size) of an image's uint8 (3, H, W).
 
-    Files, as for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of
-    the resized image. Small images, as KnowledgeReview trains CIFAR at 224 pixels: resized to 256,
-    a random crop, mirrored, AutoAugment; in the test resized. (256 and 224 stand for their ratio.)
+    As for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of the image
+    resized to 256 where the size is 224.
     """
     from torchvision.transforms import v2
 
-    size, larger = images.size, round(images.size * 256 / 224)
-    files = images.items.ndim == 1
-    if not train:
-        steps = [v2.Resize(larger), v2.CenterCrop(size)] if files else [v2.Resize((size, size))]
-        return v2.Compose(steps)
-    steps = [v2.RandomResizedCrop(size)] if files else [v2.Resize(larger), v2.RandomCrop(size)]
-    if images.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if images.autoaugment:
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+    size = images.size
+    if train:
+        steps = [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
+    else:
+        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
     return v2.Compose(steps)
 
 
@@ -304,22 +388,17 @@ class Reader:
 
     def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> Tensor | str:
         pixels = []
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
         try:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                 for i, seed in zip(*batch):
                     torch.default_generator.manual_seed(int(seed))
-                    pixels.append(self.transform(_tensor(self.items[i])).permute(1, 2, 0))
+                    image = pil_to_tensor(_open(os.fsdecode(self.items[i])))
+                    pixels.append(self.transform(image).permute(1, 2, 0))
         except UserError as error:
             return str(error)
         return torch.stack(pixels).contiguous()
-
-
-def _tensor(item: bytes | np.ndarray) -> Tensor:
-    if isinstance(item, bytes):
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
-        return pil_to_tensor(_open(os.fsdecode(item)))
-    return torch.from_numpy(item).permute(2, 0, 1)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -366,12 +445,17 @@ def _cifar(kind: str):
 
         reader = getattr(torchvision.datasets, kind)
         splits = []
+        _no_file(root)
+        missing = [x for x in (root / reader.filename, root, *root.parents) if not x.exists()]
         try:
             here = (root / reader.base_folder).is_dir()
             for train in (True, False):
                 split = reader(str(root), train=train, download=not here)
                 splits.append((split.data, split.targets))
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except Exception as error:  # what a broken archive or network raises
+            for path in missing:  # a failed download leaves nothing behind
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
             raise UserError(
                 f"{kind} is not to be had in {root} ({first_line(error)}): put the folder "
                 f"{reader.base_folder} there, or a network connection"
@@ -382,8 +466,17 @@ def _cifar(kind: str):
     return read
 
 
+def _no_file(root: Path) -> None:
+    for path in (root, *root.parents):
+        try:
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--img_root {root}: {path} is a file, a folder is wanted")
+        except OSError as error:
+            raise UserError(f"--img_root {root}: {error.strerror}") from error
+
+
 def _resize_all(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    if size in (None, pixels.shape[1]) or _streams(size):
+    if size in (None, pixels.shape[1]) or _large(size):
         return pixels
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     parts = [
@@ -402,7 +495,7 @@ def _digits(root: Path, img_size: int | None):
         raise UserError("--data_name digits needs scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    size = 32 if img_size is None or _streams(img_size) else img_size
+    size = 32 if img_size is None or _large(img_size) else img_size
     pixels = _resize_all(np.repeat(grey[..., None], 3, axis=3), size)
     order = np.random.RandomState(0).permutation(len(pixels))
     train, test = order[:1297], order[1297:]
@@ -420,6 +513,7 @@ def _folder(*tests: str):
     """ROOT/train/<class>/* and ROOT/<the first of `tests` that is there>/<class>/*."""
 
     def read(root: Path, img_size: int | None):
+        _no_file(root)
         train = root / "train"
         test = next((root / name for name in tests if (root / name).is_dir()), None)
         if not train.is_dir() or test is None:
@@ -438,7 +532,7 @@ def _folder(*tests: str):
                 f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}"
             )
         items = [np.array([os.fsencode(path) for path in paths]) for paths in (files, second[1])]
-        if not _streams(img_size):
+        if not _large(img_size):
             items = [_decode(x, img_size, folder) for x, folder in zip(items, (train, test))]
             sizes = [x.shape[1] for x in items]
             if sizes[0] != sizes[1]:
@@ -488,6 +582,8 @@ def _open(path: str):
     from PIL import Image
 
     try:
+        if not os.path.isfile(path):  # one that never ends, perhaps
+            raise ValueError("no file")
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
                 grey = np.asarray(image).clip(0, 65535) / 257
@@ -507,7 +603,7 @@ def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray
     from tqdm import tqdm
 
     pixels, first = None, None
-    bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False)
+    bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False, disable=None)
     for i, path in enumerate(map(os.fsdecode, bar)):
         image = _open(path)
         if img_size:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError, first_line, named, read_checkpoint, seed_everything
+from utils import SIZES, UserError, first_line, named, read_checkpoint, seed_everything
 
 # --- what the families share ---------------------------------------------------------------------
 
@@ -600,7 +600,9 @@ def _of_torchvision(name: str):
             if name.startswith("vit_") and img_size:
                 fresh = dict(image_size=img_size)
             return models.get_model(name, weights=None, num_classes=num_class, **wishes, **fresh)
-        weights = models.get_model_weights(name).DEFAULT
+        known = models.get_model_weights(name)
+        # the first ones: those of the published tables
+        weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
         net = _downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
         if num_class != len(weights.meta["categories"]):
             _new_classifier(net, len(weights.meta["categories"]), num_class)
@@ -712,9 +714,10 @@ def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Te
         dicts = [value for value in checkpoint.values() if _only_tensors(value)]
         if len(dicts) == 1:
             (checkpoint,) = dicts
-    state = {key: value for key, value in checkpoint.items() if torch.is_tensor(value)}
+    state = {k: v for k, v in checkpoint.items() if isinstance(k, str) and torch.is_tensor(v)}
     if not state:
-        raise UserError(f"{path} holds no weights, only: {', '.join(map(str, checkpoint))}")
+        found = [str(key)[:50] for key in checkpoint][:10]
+        raise UserError(f"{path} holds no weights, only: {', '.join(found) or 'nothing at all'}")
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -740,16 +743,26 @@ def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
     return next(((n, num_class) for n in NETWORKS if shapes == _shapes_of(n, num_class)), None)
 
 
+def _shapes_of(name: str, num_class: int) -> dict[str, tuple[int, ...]]:
+    shapes = _shapes_with_marks(name).items()
+    return {k: tuple(num_class if n == MARK else n for n in shape) for k, shape in shapes}
+
+
+MARK = 99991  # no width of any network: stands for the number of classes
+
+
 @functools.cache
-def _shapes_of(name: str, num_class: int) -> dict[str, torch.Size]:
+def _shapes_with_marks(name: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return _shapes(build(name, num_class).state_dict())
+        return _shapes(build(name, MARK).state_dict())
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes that tell networks apart; files older than torch 0.4.1 have none of the counters."""
     return {
-        key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")
+        key: tuple(value.shape)
+        for key, value in state.items()
+        if not key.endswith("num_batches_tracked")
     }
 
 
@@ -764,17 +777,31 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
     state = counters | state
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
-    shape = [key for key in own if key in state and own[key].shape != state[key].shape]
-    wrong = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shape))
-        if keys
-    ]
+    both = [key for key in own if key in state]
+    shape = [key for key in both if own[key].shape != state[key].shape]
+    kind = [key for key in both if key not in shape and not _like(state[key], own[key])]
+    reasons = {
+        "missing": missing,
+        "unknown": extra,
+        "of another shape": shape,
+        "of another type": kind,
+    }
+    wrong = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in reasons.items() if keys]
     if wrong:
         fits = identify(state)
         hint = f"; the file fits {fits[0]} with {fits[1]} classes" if fits else ""
         raise UserError(f"{path} is not a {name}: entries {', '.join(wrong)}{hint}")
     net.load_state_dict(state)
+
+
+def _like(x: Tensor, own: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor that can stand for `own`."""
+    plain = x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_complex())
+    return plain and (x.is_floating_point() or not own.is_floating_point())
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 @dataclass
@@ -808,6 +835,10 @@ class Weights:
         """The network, frozen, its weights loaded, its feature maps found."""
         seed_everything(seed)
         net = self.load(num_class, img_size).requires_grad_(False)
+        entries = net.state_dict() if self.state is not None else {}
+        spoilt = [key for key, x in entries.items() if not x.isfinite().all()]
+        if spoilt:
+            raise UserError(f"{self.path}: {len(spoilt)} entries are not finite ({_few(spoilt)})")
         self.notes = ensure_taps(net, self.name, num_class, img_size, self.taps)
         return net
 
@@ -824,6 +855,33 @@ class Weights:
         return lines
 
 
+def read_meta(checkpoint: dict, path: str) -> dict:
+    """What a checkpoint of ours knows of network and data; {} of other files. Raises UserError where
+    it is not what `utils.describe_data` writes."""
+    meta = checkpoint.get("meta")
+    if not isinstance(meta, dict):
+        return {}
+    least, most = SIZES
+
+    def three(values) -> bool:
+        fine = isinstance(values, (list, tuple)) and len(values) == 3
+        return fine and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+
+    tests = dict(
+        network=lambda x: isinstance(x, str),
+        data_name=lambda x: isinstance(x, str),
+        img_root=lambda x: isinstance(x, str),
+        num_class=lambda x: isinstance(x, int) and x > 1,
+        img_size=lambda x: isinstance(x, int) and least <= x <= most,
+        mean=lambda x: three(x) and meta.get("std") is not None,
+        std=lambda x: three(x) and min(x) > 0,
+    )
+    for key, fits in tests.items():
+        if meta.get(key) is not None and not fits(meta[key]):
+            raise UserError(f"{path} is damaged: its {key} cannot be {str(meta[key])[:50]}")
+    return {key: value for key, value in meta.items() if value is not None}
+
+
 def find_weights(
     name: str | None, path: str | None, flag: str, file_flag: str, pretrained=False, taps=None
 ) -> Weights:
@@ -838,8 +896,8 @@ def find_weights(
     if pretrained:
         raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
     checkpoint = read_checkpoint(path)
-    state, meta = read_weights(checkpoint, path), checkpoint.get("meta")
-    if not isinstance(meta, dict):
+    state, meta = read_weights(checkpoint, path), read_meta(checkpoint, path)
+    if not meta:
         fits = identify(state)
         meta = dict(network=fits[0], num_class=fits[1]) if fits else {}
     known = meta.get("network")
@@ -966,6 +1024,10 @@ def align(s_net: nn.Module, t_net: nn.Module, stages: tuple[int, ...] | None) ->
     if stages is None:
         return tuple(range(-common, 0))
     picked = tuple(i - depth_s - 1 if i > 0 else i for i in stages)
+    if any(i >= j for i, j in zip(picked, picked[1:])):
+        raise UserError(
+            f"--stages {','.join(map(str, stages))}: from the shallowest to the deepest, each once"
+        )
     for number, i in zip(stages, picked):
         if not -common <= i <= -1:
             raise UserError(
@@ -1229,6 +1291,11 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
         ends = [(call.path, call, call.out, call.out_version) for call in picked]
     else:
         ends = [_named_end(path, every_call, name, net) for path in stages]
+        order = [every_call.index(call) for path, call, *_ in ends if not path.endswith(":in")]
+        if order != sorted(set(order)) or len(set(stages)) < len(stages):
+            raise UserError(
+                f"{name}: {','.join(stages)}: taps are named from the shallowest on, each once"
+            )
     taps["stages"] = [path for path, *_ in ends]
     if stem is None:
         lacks["stem"] = "its first feature map was not found"
@@ -1338,13 +1405,15 @@ def _named_end(path: str, calls: list[_Call], name: str, net: nn.Module):
     modules = dict(net.named_modules())
     try:
         module, number, end = split_tap(path)
+        if number is not None and number < 1 or end not in ("", "in"):
+            raise ValueError
     except ValueError:
         raise UserError(
             f"{path}: a tap is MODULE, MODULE#2 (its second call) or MODULE:in"
         ) from None
     named(modules, module, f"module in {name} called")
     hits = [call for call in calls if call.path.split("#")[0] == module]
-    if not hits or (number or 1) > len(hits) or end not in ("", "in"):
+    if not hits or (number or 1) > len(hits):
         raise UserError(f"{name}: {path} is not a feature map: it is called {len(hits)} times")
     call = hits[-1 if number is None else number - 1]
     x, version = (call.x, call.x_version) if end else (call.out, call.out_version)

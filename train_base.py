@@ -22,6 +22,7 @@ def parse(argv: list[str]):
     parser = utils.Parser(prog="train_base.py", description=__doc__)
     parser.add_argument(
         "--net_name",
+        type=utils.filled,
         required=True,
         metavar="NAME",
         help="one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
@@ -31,8 +32,22 @@ def parse(argv: list[str]):
         action="store_true",
         help="start from the library's weights (torchvision, timm)",
     )
+    parser.add_argument(
+        "--label_smoothing",
+        type=utils.number(float, 0, 1),
+        metavar="X",
+        help="(default: the protocol's)",
+    )
     utils.add_common_flags(parser)
     return parser.parse_args(argv)
+
+
+def resolve(args):
+    """`utils.resolve`, and the label smoothing."""
+    recipe = utils.resolve(args, args.net_name, {})
+    if recipe.label_smoothing is None:
+        recipe.label_smoothing = utils.PROTOCOLS[recipe.protocol].label_smoothing
+    return recipe
 
 
 def short_name(net_name: str) -> str:
@@ -40,16 +55,21 @@ def short_name(net_name: str) -> str:
     return re.sub(r"^resnet(?=\d)", "r", network.file_name(net_name))
 
 
-def train_step(net, optimizer, img, target, machine):
+def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, pieces=1):
     """One step of plain training. Returns the logits and the cross-entropy, still on the device."""
-    with machine.autocast():
-        out = net(img)
-    out = out.float()
-    loss = F.cross_entropy(out, target)
+    outs, losses = [], []
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for (x, y), share in utils.pieces(pieces, img, target):
+        with machine.autocast():
+            out = net(x)
+        out = out.float()
+        loss = share * F.cross_entropy(out, y, label_smoothing=label_smoothing)
+        loss.backward()
+        outs.append(out.detach())
+        losses.append(loss.detach())
+    utils.average_gradients(optimizer)
     optimizer.step()
-    return out.detach(), loss.detach()
+    return torch.cat(outs), torch.stack(losses).sum()
 
 
 @utils.command
@@ -57,11 +77,11 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
     make = network.constructor(args.net_name)
-    recipe = utils.resolve(args, args.net_name, {})
-    machine = utils.machine(args.cuda, args.amp)
+    recipe = resolve(args)
+    machine = utils.machine(args.cuda, args.amp, ranks=True)
     note = args.note or f"base-{recipe.data_name}-{network.file_name(args.net_name)}"
     run = utils.Run(recipe, note, ["train_base.py", *argv])
-    data = utils.load_data(recipe)
+    data = utils.load_data(recipe, args.batch_size)
     utils.seed_everything(recipe.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     network.dry_pass(net, args.net_name, data.train.num_class, data.train.size)
@@ -74,6 +94,9 @@ def main(argv: list[str] | None = None) -> dict:
         *data.notes,
         utils.describe_recipe(recipe, isinstance(data.train, dataset.Images)),
     ]
+    if run.saved:
+        with run.intact():  # or say so before anything is written
+            restore(run.saved, net, utils.sgd(net.parameters(), recipe))
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
     with run.start(machine, meta):
@@ -95,10 +118,9 @@ def main(argv: list[str] | None = None) -> dict:
         data = data.to(machine.device)
         optimizer = run.watch(utils.sgd(net.parameters(), recipe))
         if run.saved:
-            net.load_state_dict(run.saved["net"])
-            optimizer.load_state_dict(run.saved["optimizer"])
-            utils.set_rng_state(run.saved["rng"])
+            restore(run.saved, net, optimizer)
             run.saved = None
+        utils.same_everywhere(net)
         for epoch in range(len(run.history) + 1, recipe.epochs + 1):
             train_epoch(run, machine, net, data, recipe, epoch, optimizer)
         return run.finish()
@@ -107,27 +129,36 @@ def main(argv: list[str] | None = None) -> dict:
 def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
     """One epoch: train, evaluate, record, save."""
     began = time.perf_counter()
-    lr = utils.step_decay(recipe.lr, epoch, recipe.milestones)
+    lr = utils.step_decay(recipe.lr, epoch, recipe.milestones, recipe.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
     net.train()
 
     def state():
+        utils.average_batch_norms(net)
         weights = dict(net=net.state_dict(), meta=run.meta)
         return dict(weights=weights, optimizer=optimizer.state_dict())
 
     meter, done = run.begin()
     batches = dataset.train_batches(
-        data.train, recipe.batch_size, recipe.seed, epoch, padding=recipe.padding, skip=done
+        data.train,
+        recipe.batch_size,
+        recipe.seed,
+        epoch,
+        padding=recipe.padding,
+        skip=done,
+        share=(utils.rank(), utils.world()),
     )
     already = meter.count
     for step, (img, target, _) in enumerate(batches, done + 1):
-        out, loss = train_step(net, optimizer, img, target, machine)
+        out, loss = train_step(
+            net, optimizer, img, target, machine, recipe.label_smoothing, recipe.accumulate
+        )
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
         if step % recipe.print_freq == 0:
             now = meter.read()
             utils.check_finite(now, f"epoch {epoch}, step {step}")
-            speed = (meter.count - already) / (time.perf_counter() - began)
+            speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
             run.log(
                 f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
                 f"top1 {now['train_top1']:.2f}  {speed:.0f} img/s"
@@ -136,9 +167,17 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
             run.pause(state, meter, step, f"epoch {epoch}, step {step}")
     now = meter.read()
     utils.check_finite(now, f"epoch {epoch}")
-    speed = (meter.count - already) / (time.perf_counter() - began)
+    speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
+    utils.average_batch_norms(net)
     row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
     run.epoch(row, speed, state())
+
+
+def restore(saved: dict, net, optimizer) -> None:
+    """Put a checkpoint's state back."""
+    net.load_state_dict(saved["net"])
+    utils.load_optimizer(optimizer, saved["optimizer"])
+    utils.set_rng_state(saved["rng"])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor",
 def parse(argv: list[str], t_name: str = "", s_name: str = ""):
     """(flags, {mode: row}): the rows with what protocol, pair of networks and flags change in them."""
     first = utils.Parser(add_help=False)
-    first.add_argument("--kd_mode")
+    first.add_argument("--kd_mode", type=utils.filled)
     first.add_argument("--protocol", choices=utils.PROTOCOLS, default="kdzoo")
     early, _ = first.parse_known_args(argv)
     modes = early.kd_mode.split("+") if early.kd_mode else []
@@ -54,20 +54,22 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         metavar="MODE",
         help="one of, or several joined by +: " + ", ".join(METHODS),
     )
-    add("--t_model", "--net1_init", metavar="FILE", help="the teacher's checkpoint")
+    name = dict(type=utils.filled, metavar="NAME")
+    file = dict(type=utils.filled, metavar="FILE")
+    add("--t_model", "--net1_init", **file, help="the teacher's checkpoint")
     add(
         "--s_init",
         "--net2_init",
-        metavar="FILE",
+        **file,
         help="the student's first weights (default: fresh)",
     )
     add(
         "--t_name",
         "--net1_name",
-        metavar="NAME",
+        **name,
         help="teacher network, where FILE does not know it",
     )
-    add("--s_name", "--net2_name", metavar="NAME", help="student network, the same")
+    add("--s_name", "--net2_name", **name, help="student network, the same")
     for side, who in (("t", "teacher"), ("s", "student")):
         add(
             f"--{side}_pretrained",
@@ -76,7 +78,7 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         )
         add(
             f"--{side}_taps",
-            type=utils.comma(str),
+            type=utils.comma(utils.filled),
             metavar="M[,M]",
             help=f"modules that give the {who}'s maps, the shallowest first (default: found)",
         )
@@ -84,6 +86,12 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         "--cuda_graph",
         action="store_true",
         help="capture the whole step as a CUDA graph, for the methods that allow it",
+    )
+    add(
+        "--gather",
+        action="store_true",
+        help="of several processes: compare the images of all, not each its own, where the method "
+        "compares images with each other",
     )
     weight = utils.number(float, 0)
     add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
@@ -118,6 +126,12 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
     return args, {m: _override(row, args, i, len(rows)) for i, (m, row) in enumerate(rows.items())}
 
 
+def resolve(args, rows: dict[str, Method], s_name: str, knows: dict):
+    """`utils.resolve`, with the batch size that a protocol has for the method."""
+    own = [row.batch_size for row in rows.values() if row.batch_size]
+    return utils.resolve(args, s_name, knows, min(own, default=None))
+
+
 def _plain(value):
     return int(value) if isinstance(value, bool) else value
 
@@ -125,7 +139,7 @@ def _plain(value):
 def _flag_type(default):
     if isinstance(default, bool):
         return lambda text: bool(utils.number(int, 0, 1)(text))
-    return utils.number(type(default))
+    return utils.number(type(default), 0, 100_000 if isinstance(default, int) else 1e6)
 
 
 def _owner(flag: str, rows: dict) -> str | None:
@@ -162,14 +176,14 @@ class Part(nn.Module):
 
     def __init__(self, mode: str, row: Method, picked: list[int], s, t, train):
         super().__init__()
-        self.mode, self.row, self.picked = mode, row, picked
+        self.mode, self.row, self.picked, self.gathers = mode, row, picked, False
         s, t = self._pick(s), self._pick(t)
         self.adapter = network.Adapter(row.needs, row.compare.wants, s, t)
         s, t = self.adapter.eval()(s, t)
         try:
             self.loss = row.build(s, t, train, **row.flags)
-        except ValueError as error:
-            raise UserError(f"--kd_mode {mode}: {error}") from error
+        except (ValueError, RuntimeError, MemoryError) as error:  # too large for the memory
+            raise UserError(f"--kd_mode {mode}: {utils.first_line(error)}") from error
 
     def _pick(self, x):
         lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
@@ -183,10 +197,18 @@ class Part(nn.Module):
         t = self._pick(t)
         if s is not None:
             s, t = self.adapter(self._pick(s), t)
+        if self.gathers:
+            s, t = gathered(s), gathered(t)
         value = compare(self.loss, s, t, batch)
         if isinstance(value, list):
             value = sum(value) / (len(value) if self.row.reduce == "mean" else 1)
         return value
+
+
+def gathered(x):
+    """Features of the images of all ranks, for losses that compare images with each other."""
+    kinds = ("out", "stem", "stages", "preacts", "feat")
+    return replace(x, **{kind: utils.gather(getattr(x, kind)) for kind in kinds})
 
 
 @dataclass
@@ -251,11 +273,16 @@ class Distillation:
 
                         def call():
                             loss = part(compare, s, t, batch)
+                            if not (part.row.lambda_kd * loss).isfinite().all():
+                                raise ValueError(
+                                    f"its loss for two training images is {loss.item():g}, its weight "
+                                    f"{part.row.lambda_kd:g}: change the method's flags"
+                                )
                             if self.image_grad:  # the parts share the networks' graphs
                                 loss.backward(retain_graph=True)
 
                         added = network.count_macs(part, call)
-                    except (ValueError, RuntimeError) as error:
+                    except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
                         reason = utils.first_line(error)
                         if "not have been used in the graph" in reason:
                             reason = (
@@ -294,18 +321,36 @@ class Distillation:
     def to(self, device) -> None:
         for net in (self.student.net, self.teacher.net):
             net.to(device, memory_format=torch.channels_last)
-        self.kd.to(device)
+        self.kd.to(device, memory_format=torch.channels_last)
 
 
 # --- a step ----------------------------------------------------------------------------------------
 
 
-def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine):
+def train_step(
+    job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine, pieces: int = 1
+) -> dict[str, Tensor]:
     """One step: loss = lambda_ce * CE + sum_i weights[i] * KD_i, for what the phase has of them.
 
-    CE is summed over the networks that learn; a part of weight 0 is not computed. Returns
-    {name: detached 0-dim tensor}, on the device; 'ce' is the student's.
+    CE is summed over the networks that learn; a part of weight 0 is not computed. `pieces`: in how many
+    the batch goes through, each with its own comparison. Returns {name: detached 0-dim tensor}, on the
+    device; 'ce' is the student's.
     """
+    optimizer.zero_grad(set_to_none=True)
+    total = {}
+    for piece, share in utils.pieces(pieces, batch.img, batch.target, batch.index):
+        loss, terms = losses(job, phase, Batch(*piece), weights, machine)
+        (loss if share == 1 else share * loss).backward()
+        for name, value in terms.items():
+            value = value.detach() if share == 1 else share * value.detach()
+            total[name] = total[name] + value if name in total else value
+    utils.average_gradients(optimizer)
+    optimizer.step()
+    return total
+
+
+def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
+    """(loss, {name: term}) of a batch."""
     s_learns = phase.ce or phase.student_learns
     t_learns = "teacher" in phase.learns
     t_graph = nullcontext() if t_learns or job.role == "grad" else torch.no_grad()
@@ -326,7 +371,8 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
             if kd_runs and weight:
                 compare = part.comparison(phase)
                 terms[name] = part(compare, s, t, batch)
-                loss = loss + weight * terms[name]
+                # a rank has the gradient in its own images alone, and what is averaged is a sum
+                loss = loss + weight * (utils.world() if part.gathers else 1) * terms[name]
     learning = [x for x, learns in ((s, s_learns), (t, t_learns)) if learns]
     if learning:
         with nullcontext() if phase.ce else torch.no_grad():
@@ -334,10 +380,7 @@ def train_step(job: Distillation, phase: Phase, optimizer, batch: Batch, weights
         if phase.ce:
             loss = loss + job.lambda_ce * sum(ce)
         terms = {"ce": ce[0], **terms, "train_top1": utils.top1(s.out.detach(), batch.target)}
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in terms.items()}
+    return loss, terms
 
 
 class Captured:
@@ -353,7 +396,7 @@ class Captured:
     def __init__(self):
         self.phase, self.warm, self.key, self.graph = None, 0, None, None
 
-    def __call__(self, job: Distillation, phase: Phase, optimizer, batch: Batch, weights, machine):
+    def __call__(self, job, phase: Phase, optimizer, batch: Batch, weights, machine, pieces=1):
         step = (job, phase, optimizer)
         key = optimizer.param_groups[0]["lr"], tuple(weights), batch.img.shape
         if phase is not self.phase:
@@ -362,12 +405,12 @@ class Captured:
             if self.warm == 0:
                 self.shape = batch.img.shape
             self.warm += 1
-            return self._aside(lambda: train_step(*step, batch, weights, machine))
+            return self._aside(lambda: train_step(*step, batch, weights, machine, pieces))
         if key != self.key:
             self.key, self.graph = key, torch.cuda.CUDAGraph()
             self.batch = Batch(batch.img.clone(), batch.target.clone(), batch.index.clone())
             with torch.cuda.graph(self.graph):
-                self.terms = train_step(*step, self.batch, weights, machine)
+                self.terms = train_step(*step, self.batch, weights, machine, pieces)
         with torch.no_grad():  # the images may require gradients
             for name, value in vars(batch).items():
                 getattr(self.batch, name).copy_(value)
@@ -394,7 +437,7 @@ def planned(phases: tuple[Phase, ...], recipe) -> list[tuple[Phase, int]]:
 def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
     """The rate of `epoch` (from 1) of a phase of `epochs`."""
     if phase.lr is None:
-        return utils.step_decay(recipe.lr, epoch, recipe.milestones)
+        return utils.step_decay(recipe.lr, epoch, recipe.milestones, recipe.warmup)
     done, end = (epoch - 1) / epochs, 0.0
     for share, factor in phase.lr:
         end += share
@@ -422,7 +465,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.t_model is None and not trained and not args.t_pretrained:
         raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     found_t = None
-    if args.t_model or args.t_name:
+    if args.t_model or args.t_name or args.t_pretrained:
         found_t = network.find_weights(
             args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps
         )
@@ -431,11 +474,15 @@ def main(argv: list[str] | None = None) -> dict:
     )
     found_t = found_t or network.Weights(found_s.name, taps=args.t_taps)
     rows = parse(argv, found_t.name, found_s.name)[1]  # again, now that the pair is known
-    recipe = utils.resolve(args, found_s.name, found_t.meta or found_s.meta)
-    machine = utils.machine(args.cuda, args.amp)
+    recipe = resolve(args, rows, found_s.name, found_t.meta or found_s.meta)
+    machine = utils.machine(args.cuda, args.amp, ranks=True)
+    for mode in [m for m, row in rows.items() if args.gather and not row.relates]:
+        raise UserError(f"--gather: {mode} compares no images of a batch with each other")
     if args.cuda_graph:
         if machine.device.type != "cuda":
             raise UserError("--cuda_graph needs a CUDA device, and this runs on the CPU")
+        if utils.world() > 1:
+            raise UserError("--cuda_graph is for one process")
         if args.on_nan == "skip":
             raise UserError("--cuda_graph excludes --on_nan skip, which looks at every step")
         for mode in [mode for mode, row in rows.items() if not row.graph]:
@@ -443,7 +490,7 @@ def main(argv: list[str] | None = None) -> dict:
     names = [network.file_name(found.name) for found in (found_t, found_s)]
     note = args.note or "-".join([args.kd_mode, recipe.data_name, *names])
     run = utils.Run(recipe, note, ["train_kd.py", *argv])
-    data = utils.load_data(recipe)
+    data = utils.load_data(recipe, args.batch_size)
     num_class = data.train.num_class
     for found, flag in ((found_t, "t_model"), (found_s, "s_init")):
         known = found.meta.get("num_class", num_class)
@@ -461,8 +508,12 @@ def main(argv: list[str] | None = None) -> dict:
         if callable(row.lambda_kd):
             rows[mode] = replace(row, lambda_kd=row.lambda_kd(num_class))
     job = Distillation(snet, tnet, rows, data.train)
-    if not any(row.lambda_kd for row in rows.values()) and not all(p.ce for p in job.phases):
-        raise UserError("--lambda_kd 0 leaves the first phase of this method nothing to learn from")
+    weighs = any(row.lambda_kd for row in rows.values())
+    for phase in job.phases:
+        if not (phase.ce and job.lambda_ce) and not (phase.kd and weighs):
+            raise UserError(
+                f"--lambda_kd, --lambda_ce: 0 leaves phase {phase.name} nothing to learn from"
+            )
     phases = planned(job.phases, recipe)
     meta = dict(network=found_s.name, **utils.describe_data(recipe, data))
     methods = {
@@ -476,7 +527,12 @@ def main(argv: list[str] | None = None) -> dict:
     }
     teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
     macs = job.rehearse(data.train)
+    for part in job.kd:
+        part.gathers = args.gather and utils.world() > 1
     lines = announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs)
+    if run.saved:
+        with run.intact():
+            try_restore(run, job, phases, recipe)
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
 
@@ -496,7 +552,8 @@ def main(argv: list[str] | None = None) -> dict:
                 run.warn("the teacher is no better than chance on the test images")
         if found_s.epoch and not run.saved:
             run.warn(f"--s_init {found_s.path} is no start: trained for {found_s.epoch} epoch(s)")
-        utils.seed_everything(recipe.seed)
+        utils.seed_everything(recipe.seed + 1_000_003 * utils.rank())
+        utils.same_everywhere(snet, tnet, job.kd)
 
         step = Captured() if recipe.cuda_graph else train_step
         done = len(run.history)
@@ -524,6 +581,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     snet, tnet = job.student.net, job.teacher.net
 
     def state():
+        utils.average_batch_norms(snet, tnet, job.kd)
         weights = dict(snet=snet.state_dict(), meta=run.meta)
         if "teacher" in phase.learns:  # KD-Zoo's names for two networks that learn
             weights |= dict(net1=tnet.state_dict(), net2=weights["snet"])
@@ -532,29 +590,36 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     where = f"{phase.name} epoch {epoch}"
     meter, done = run.begin()
     already = meter.count
-    steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size))
+    steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
     batches = dataset.train_batches(
-        data.train, recipe.batch_size, recipe.seed, number, padding=recipe.padding, skip=done
+        data.train,
+        recipe.batch_size,
+        recipe.seed,
+        number,
+        padding=recipe.padding,
+        skip=done,
+        share=(utils.rank(), utils.world()),
     )
     for i, batch in enumerate(batches, done + 1):
         weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
-        terms = step(job, phase, optimizer, Batch(*batch), weights, machine)
+        terms = step(job, phase, optimizer, Batch(*batch), weights, machine, recipe.accumulate)
         meter.add(terms, len(batch[1]))
         if i % recipe.print_freq == 0:
             now = meter.read()
             utils.check_finite(now, f"{where}, step {i}")
             balance(run, job, phase, weights, now)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
-            speed = (meter.count - already) / (time.perf_counter() - began)
+            speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
             run.log(f"  {where} step {i:4d}  {shown}  {speed:.0f} img/s")
         if run.due():
             run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
     utils.check_finite(now, where)
     balance(run, job, phase, weights, now)
-    speed = (meter.count - already) / (time.perf_counter() - began)
+    speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
 
+    utils.average_batch_norms(snet, tnet, job.kd)
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     extra = {}
     if phase.student_learns:
@@ -582,8 +647,18 @@ def restore(saved: dict, job: Distillation, optimizer) -> None:
         job.teacher.net.load_state_dict(saved["net1"])
     job.kd.load_state_dict(saved["kd"])
     if optimizer is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+        utils.load_optimizer(optimizer, saved["optimizer"])
     utils.set_rng_state(saved["rng"])
+
+
+def try_restore(run, job: Distillation, phases, recipe) -> None:
+    """Restore once for nothing, so that a damaged checkpoint is found before anything is written."""
+    done = len(run.history)
+    for phase, epochs in phases:
+        if done < epochs:
+            optimizer = utils.sgd(job.learners(phase), recipe, phase.nesterov)
+            return restore(run.saved, job, optimizer if done or run.inside else None)
+        done -= epochs
 
 
 def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> list[str]:
@@ -603,8 +678,7 @@ def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, 
     lines.append("phases: " + ", ".join(f"{p.name} {epochs} epoch(s)" for p, epochs in phases))
     for mode, what in methods.items():
         lines.append(f"{mode}: " + ", ".join(f"{key} {value}" for key, value in what.items()))
-        published = {*METHODS[mode].protocols, next(iter(utils.PROTOCOLS))}
-        if recipe.protocol not in published:
+        if recipe.protocol != "kdzoo" and not METHODS[mode].known_to(recipe.protocol):
             lines.append(
                 f"{mode}: {recipe.protocol} says nothing of it, its weight and flags are the row's"
             )

@@ -17,12 +17,14 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,19 +51,29 @@ def command(main):
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            line, code = f"error: {' '.join(str(error).split())}", 2
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):  # one was killed, wherever we were
+            line, code = " ".join(str(error).split()).rstrip("."), 2
+            if line.startswith("DataLoader worker"):  # one was killed, wherever we were
+                line = f"error: {line}: give fewer --workers, or --workers 0"
+            elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in line:
+                size = re.search(r"allocate ([\d.]+ \w+)", line)
+                line = (
+                    f"error: out of memory{f' ({size[1]} more are wanted)' if size else ''}: give "
+                )
+                line += "a smaller --batch_size, --img_size or network"
+            else:
                 raise
-            line = " ".join(str(error).split()).rstrip(".")
-            print(f"error: {line}: give fewer --workers, or --workers 0", file=sys.stderr)
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            raise SystemExit(128 + stopped.signal) from None
+            line, code = str(stopped), 128 + stopped.signal
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        raise SystemExit(2)
+            line, code = "interrupted", 130
+        finally:
+            leave_ranks()
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends us where the first process failed too and has said so
+        print(line, file=sys.stderr)
+        raise SystemExit(code) from None
 
     return run
 
@@ -76,7 +88,10 @@ def named(table: dict, name: str, what: str):
     if name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        hint = f"there are {', '.join(table)}" if len(table) < 60 else "none has a name like it"
     raise UserError(f"no {what} {name!r}: {hint}")
 
 
@@ -90,15 +105,20 @@ REVIEWKD_CIFAR = tuple(
 )
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
-LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # the networks that CRD trains at a lower rate
+LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a lower rate
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A training recipe. `milestones`: the epochs after which the learning rate falls to a tenth."""
+    """A training recipe.
+
+    milestones: the epochs after which the learning rate falls to a tenth; scales: whether `lr` is that
+    of `batch_size` and grows with another; networks: {name: fields that it changes}; warmup: epochs in
+    which the rate grows linearly to `lr`; label_smoothing: of train_base.py alone, for teachers and
+    baselines; img_size: None for that of the data.
+    """
 
     lr: float
-    lr_light: float
     momentum: float
     nesterov: bool
     weight_decay: float
@@ -107,13 +127,30 @@ class Protocol:
     milestones: tuple[int, ...]
     padding: str
     constants: dict
+    networks: dict = field(default_factory=dict)
+    scales: bool = False
+    warmup: int = 0
+    label_smoothing: float = 0.0
+    img_size: int | None = None
 
 
+IMAGENET_RECIPE = Protocol(
+    lr=0.2,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=1e-4,
+    batch_size=512,
+    scales=True,
+    epochs=100,
+    milestones=(30, 60, 90),
+    padding="zero",
+    constants=dict(imagenet=IMAGENET),
+    img_size=224,
+)
 PROTOCOLS = {
     # Knowledge-Distillation-Zoo's scripts
     "kdzoo": Protocol(
         lr=0.1,
-        lr_light=0.1,
         momentum=0.9,
         nesterov=True,
         weight_decay=1e-4,
@@ -126,7 +163,7 @@ PROTOCOLS = {
     # the CRD benchmark (RepDistiller), which MDistiller's CIFAR-100 configurations follow
     "crd": Protocol(
         lr=0.05,
-        lr_light=0.01,
+        networks={name: dict(lr=0.01) for name in LIGHT},
         momentum=0.9,
         nesterov=False,
         weight_decay=5e-4,
@@ -139,7 +176,7 @@ PROTOCOLS = {
     # ReviewKD's CIFAR-100 scripts, which lower the rate one epoch later
     "reviewkd": Protocol(
         lr=0.1,
-        lr_light=0.02,
+        networks={name: dict(lr=0.02) for name in LIGHT},
         momentum=0.9,
         nesterov=True,
         weight_decay=5e-4,
@@ -148,6 +185,26 @@ PROTOCOLS = {
         milestones=(151, 181, 211),
         padding="zero",
         constants=dict(cifar10=REVIEWKD_CIFAR, cifar100=REVIEWKD_CIFAR, imagenet=IMAGENET),
+    ),
+    # MDistiller's ImageNet configurations; some methods have a smaller batch
+    "mdistiller-imagenet": IMAGENET_RECIPE,
+    # ReviewKD's ImageNet scripts
+    "reviewkd-imagenet": replace(IMAGENET_RECIPE, lr=0.1, batch_size=256),
+    # KnowledgeReview: CIFAR-100 at 224 pixels, networks trained on ImageNet before
+    "knowledgereview": Protocol(
+        lr=0.05,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=1e-4,
+        networks={"torchvision/mobilenet_v2": dict(weight_decay=4e-5)},
+        batch_size=128,
+        epochs=100,
+        milestones=(30, 60, 90),
+        warmup=5,
+        label_smoothing=0.1,
+        padding="zero",
+        constants=dict(cifar100=((0.45,) * 3, (0.225,) * 3), imagenet=IMAGENET),
+        img_size=224,
     ),
 }
 
@@ -160,6 +217,7 @@ def scaled(epochs: int, total: int, protocol: Protocol) -> int:
 # --- flags ---------------------------------------------------------------------------------------
 
 DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
+SIZES = 5, 4096  # of images, in pixels: mirrored padding needs more than the 4 that it adds
 
 
 class Parser(argparse.ArgumentParser):
@@ -186,7 +244,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, open_low=False):
-    """An argparse type: an int or a finite float in [low, high], or (low, high] with `open_low`."""
+    """An argparse type: an int or a float in [low, high], or (low, high] with `open_low`; none so
+    large that torch would overflow."""
     what = {int: "a whole number", float: "a number"}[kind]
     bounds = [] if low is None else [f"{'above' if open_low else 'of at least'} {low}"]
     bounds += [] if high is None else [f"at most {high}"]
@@ -194,7 +253,7 @@ def number(kind, low=None, high=None, open_low=False):
     def parse(text: str):
         try:
             value = kind(text)
-            fine = np.isfinite(value)
+            fine = abs(value) <= (2**53 if kind is int else 1e30)  # not for nan
             fine = fine and (low is None or value > low or (value == low and not open_low))
             fine = fine and (high is None or value <= high)
         except (ValueError, OverflowError):
@@ -206,6 +265,26 @@ def number(kind, low=None, high=None, open_low=False):
         return value
 
     return parse
+
+
+def filled(text: str) -> str:
+    """An argparse type: a name or path that is not empty and can be printed."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8") from None
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"a name is wanted, not {text!r}")
+    return text
+
+
+def one_folder(text: str) -> str:
+    """An argparse type: the name of one folder."""
+    if Path(filled(text)).name != text or text == ".." or "\\" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"the name of one folder is wanted, not {text!r}; --save_root says where it is"
+        )
+    return text
 
 
 def comma(kind):
@@ -225,6 +304,13 @@ def add_common_flags(parser: Parser) -> None:
     add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
     add("--epochs", type=number(int, 1), metavar="N", help="all else scales with it")
     add("--batch_size", type=number(int, 2), metavar="N")
+    add(
+        "--accumulate",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="pieces in which a batch goes through, where it does not fit (default 1)",
+    )
     add("--lr", type=number(float, 0, open_low=True), metavar="X")
     add("--momentum", type=number(float, 0, 1), metavar="X")
     add("--weight_decay", type=number(float, 0), metavar="X")
@@ -244,8 +330,8 @@ def add_common_flags(parser: Parser) -> None:
     )
     add_machine_flags(parser)
     add = parser.add_argument_group("run directory").add_argument
-    add("--save_root", default="./runs", metavar="DIR", help="(default ./runs)")
-    add("--note", metavar="NAME", help="name of the run's folder in save_root")
+    add("--save_root", type=filled, default="./runs", metavar="DIR", help="(default ./runs)")
+    add("--note", type=one_folder, metavar="NAME", help="name of the run's folder in save_root")
     add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
     add("--tensorboard", action="store_true", help="write the epochs' metrics as events too")
     add("--resume", action="store_true", help="go on with the run that is in the folder")
@@ -261,12 +347,12 @@ def add_common_flags(parser: Parser) -> None:
 def add_data_flags(parser: Parser, training: bool = False) -> None:
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_name", metavar="NAME", help=DATA_NAMES)
-    add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+    add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
+    add("--img_root", type=filled, metavar="DIR", help="where the images are (default ./datasets)")
     add("--num_class", type=number(int, 2), metavar="N", help="checked against the dataset")
     add(
         "--img_size",
-        type=number(int, 4),
+        type=number(int, *SIZES),
         metavar="N",
         help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
     )
@@ -294,7 +380,7 @@ def add_machine_flags(parser: Parser) -> None:
     )
     add(
         "--workers",
-        type=number(int, 0),
+        type=number(int, 0, 1024),
         metavar="N",
         help="processes that read images above 96 pixels (default: one a CPU, at most 8)",
     )
@@ -310,20 +396,24 @@ def mean_std(text: str):
             "cifar10, cifar100, imagenet, measured or six numbers (the last three above 0), not "
             f"{text!r}"
         )
+    if min(values[:3]) < 0 or max(values) > 1 or min(values[3:]) < 1e-3:
+        raise argparse.ArgumentTypeError(f"pixels are scaled to 0..1, {text!r} is of another scale")
     return values[:3], values[3:]
 
 
-def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Namespace:
-    """The flags with everything filled in: from `knows` (the metadata of a checkpoint), then from the
-    protocol. The flags themselves stay as they were given."""
+def resolve(
+    args: argparse.Namespace, net_name: str, knows: dict, batch_size: int | None = None
+) -> argparse.Namespace:
+    """The flags with everything filled in: from `knows` (the metadata of a checkpoint), then from
+    `batch_size` (a method's own under the protocol), then from the protocol. The flags themselves
+    stay as they were given."""
     recipe = argparse.Namespace(**vars(args))
     protocol = PROTOCOLS[args.protocol]
+    protocol = replace(protocol, **protocol.networks.get(net_name, {}))
     resolve_data(recipe, knows, protocol)
-    light = net_name in LIGHT
     fill = dict(
         epochs=protocol.epochs,
-        batch_size=protocol.batch_size,
-        lr=protocol.lr_light if light else protocol.lr,
+        batch_size=batch_size or protocol.batch_size,
         momentum=protocol.momentum,
         weight_decay=protocol.weight_decay,
         nesterov=int(protocol.nesterov),
@@ -331,8 +421,19 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
     for flag, value in fill.items():
         if getattr(recipe, flag) is None:
             setattr(recipe, flag, value)
+    if recipe.lr is None:
+        share = recipe.batch_size / protocol.batch_size if protocol.scales else 1
+        recipe.lr = protocol.lr * share
+    recipe.warmup = scaled(protocol.warmup, recipe.epochs, protocol) if protocol.warmup else 0
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
+    if args.milestones is not None:
+        pairs = zip((0, *args.milestones), (*args.milestones, recipe.epochs + 1))
+        if any(one >= two for one, two in pairs):
+            raise UserError(
+                f"--milestones {','.join(map(str, args.milestones))}: each after the one before it, "
+                f"and none after the last epoch, {recipe.epochs}"
+            )
     if args.milestones is None:
         recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
     recipe.padding = protocol.padding
@@ -341,10 +442,14 @@ def resolve(args: argparse.Namespace, net_name: str, knows: dict) -> argparse.Na
 
 def describe_recipe(recipe: argparse.Namespace, augmented: bool) -> str:
     """The optimiser of a resolved recipe, in a line. `augmented`: with the protocol's padding."""
+    smoothing = getattr(recipe, "label_smoothing", None)
     return (
         f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
         f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
         f"{recipe.weight_decay:g}, batch {recipe.batch_size}"
+        + (f", warm-up {recipe.warmup}" if recipe.warmup else "")
+        + (f", {recipe.accumulate} pieces a batch" if recipe.accumulate > 1 else "")
+        + (f", label smoothing {smoothing:g}" if smoothing else "")
         + (f", {recipe.padding} padding" if augmented else "")
     )
 
@@ -360,7 +465,7 @@ def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) ->
     if recipe.data_name is None:
         raise UserError(f"--data_name is needed: {DATA_NAMES}")
     if recipe.img_size is None:
-        recipe.img_size = IMG_SIZE.get(recipe.data_name)
+        recipe.img_size = IMG_SIZE.get(recipe.data_name, protocol.img_size)
     if recipe.workers is None:
         recipe.workers = min(8, cpus())
     recipe.img_root = recipe.img_root or knows.get("img_root") or "./datasets"
@@ -379,8 +484,9 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
-def load_data(recipe: argparse.Namespace):
-    """The dataset of a resolved recipe. Raises UserError where --num_class contradicts it."""
+def load_data(recipe: argparse.Namespace, batch_size: int | None = None):
+    """The dataset of a resolved recipe. Raises UserError where --num_class contradicts it, or it is
+    smaller than the `batch_size` that was given."""
     import dataset
 
     data = dataset.load(
@@ -395,6 +501,10 @@ def load_data(recipe: argparse.Namespace):
         raise UserError(
             f"{recipe.num_class} classes are wanted (--num_class or the checkpoint), "
             f"{recipe.data_name} has {data.train.num_class}"
+        )
+    if batch_size is not None and batch_size > len(data.train):
+        raise UserError(
+            f"--batch_size {batch_size}: there are {len(data.train)} training images in {data.name}"
         )
     return data
 
@@ -430,14 +540,21 @@ class Machine:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        threads += f", {world()} processes" if world() > 1 else ""
         return f"{name}{threads}, {'bfloat16 autocast' if self.bf16 else 'float32'}"
 
 
-def machine(cuda: int | None = None, amp: str = "auto") -> Machine:
-    """The device and precision that the flags and the hardware give."""
+def machine(cuda: int | None = None, amp: str = "auto", ranks: bool = False) -> Machine:
+    """The device and precision that the flags and the hardware give; with `ranks`, one of the
+    processes that torchrun started."""
     if cuda and not torch.cuda.is_available():
         raise UserError("--cuda 1: torch sees no CUDA device; leave --cuda out to use the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() and cuda != 0 else "cpu")
+    if ranks:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", torch.cuda.current_device())
+        join_ranks(device.type == "cuda")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -445,6 +562,102 @@ def machine(cuda: int | None = None, amp: str = "auto") -> Machine:
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch
         native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
     return Machine(device, amp == "bf16" or (amp == "auto" and native))
+
+
+# --- several processes (torchrun), each with its share of every batch ------------------------------
+
+_control = None  # a group for Python objects, on the CPU
+
+
+def rank() -> int:
+    return dist.get_rank() if world() > 1 else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_ranks(cuda: bool) -> None:
+    """Under torchrun, meet the other processes."""
+    global _control
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world() == 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        _control = dist.new_group(backend="gloo")
+
+
+def leave_ranks() -> None:
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+def everyone(value) -> list:
+    """`value`, a small object, of every rank; none goes on before all have come."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def same_everywhere(*modules: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers."""
+    if world() > 1:
+        for module in modules:
+            for x in module.state_dict().values():
+                dist.broadcast(x, 0)
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Between backward and step: the mean over the ranks, whose shares of a batch are equal.
+
+    By hand, where DistributedDataParallel fights with phases, second forwards and autograd.grad.
+    """
+    if world() > 1:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        _average([p.grad for p in params if p.grad is not None])
+
+
+def average_batch_norms(*modules: nn.Module) -> None:
+    """The running statistics, gathered on each rank's share, become the same on all."""
+    if world() > 1:
+        kinds = nn.modules.batchnorm._BatchNorm
+        norms = [m for module in modules for m in module.modules() if isinstance(m, kinds)]
+        found = [x for m in norms for x in (m.running_mean, m.running_var) if x is not None]
+        if found:
+            _average(found)
+
+
+def _average(tensors: list[Tensor]) -> None:
+    flat = torch.cat([x.detach().float().flatten() for x in tensors])
+    dist.all_reduce(flat)
+    flat /= world()
+    parts = flat.split([x.numel() for x in tensors])
+    for x, part in zip(tensors, parts):
+        x.copy_(part.view_as(x))
+
+
+class _Gather(torch.autograd.Function):
+    """The batches of all ranks, one after the other. A gradient reaches one's own part; that of the
+    whole loss is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.n = len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[rank() * ctx.n : (rank() + 1) * ctx.n]
+
+
+def gather(x):
+    """A tensor (or a list of them) over the samples of all ranks."""
+    if isinstance(x, list):
+        return [gather(part) for part in x]
+    return _Gather.apply(x) if torch.is_tensor(x) else x
 
 
 def seed_everything(seed: int) -> None:
@@ -466,6 +679,8 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if rank() > 0:  # its own state is nowhere, and it must not draw what the first rank draws
+        torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
 
 def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) -> torch.optim.SGD:
@@ -480,9 +695,28 @@ def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) ->
     )
 
 
-def step_decay(lr: float, epoch: int, milestones: tuple[int, ...]) -> float:
-    """The learning rate of `epoch` (from 1): a tenth after each milestone."""
-    return lr * 0.1 ** sum(epoch > milestone for milestone in milestones)
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load `state`. Raises ValueError where it belongs to other parameters."""
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        if any(torch.is_tensor(x) and x.shape not in ((), parameter.shape) for x in kept.values()):
+            raise ValueError("the optimizer's state is one of other parameters")
+
+
+def pieces(count: int, *tensors: Tensor):
+    """Yield (parts, share): the tensors cut into `count` parts, and which share of the samples a part
+    has. Never into single samples, which batch norm and the relational losses cannot use."""
+    n = len(tensors[0])
+    count = max(1, min(count, n // 2))
+    for parts in zip(*(x.tensor_split(count) for x in tensors)):
+        yield parts, len(parts[0]) / n
+
+
+def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:
+    """The learning rate of `epoch` (from 1): a tenth after each milestone, and growing linearly to `lr`
+    over the first `warmup` epochs."""
+    grown = min(epoch / warmup, 1.0) if warmup else 1.0
+    return lr * grown * 0.1 ** sum(epoch > milestone for milestone in milestones)
 
 
 # --- meters and evaluation -----------------------------------------------------------------------
@@ -504,26 +738,32 @@ class Meter:
         total = n * torch.stack([value.detach().float() for value in values.values()])
         if self.finite and not total.isfinite().all():
             return
+        self._add(names, total, n)
+
+    def _add(self, names: tuple[str, ...], total: Tensor, n: int) -> None:
         self.sums[names] = self.sums[names] + total if names in self.sums else total
         self.counts[names] = self.counts.get(names, 0) + n
 
     def read(self) -> dict[str, float]:
-        """The mean of each name over the samples for which it was added."""
+        """The mean of each name over the samples for which it was added, on all ranks."""
         total, count = {}, {}
-        for names, sums in self.sums.items():
+        for names, sums, n in self.state():
             for name, value in zip(names, sums.tolist()):
                 total[name] = total.get(name, 0.0) + value
-                count[name] = count.get(name, 0) + self.counts[names]
+                count[name] = count.get(name, 0) + n
         return {name: total[name] / count[name] for name in total}
 
     def state(self) -> list:
-        """What `load` takes."""
-        return [(list(names), sums, self.counts[names]) for names, sums in self.sums.items()]
+        """What `load` takes: of all ranks together."""
+        own = [(list(names), sums.cpu(), self.counts[names]) for names, sums in self.sums.items()]
+        return [entry for part in everyone(own) for entry in part] if world() > 1 else own
 
     def load(self, state: list) -> None:
-        """Go on with what another meter had added."""
-        self.sums = {tuple(names): sums for names, sums, _ in state}
-        self.counts = {tuple(names): count for names, _, count in state}
+        """Go on with what other meters had added; the first rank keeps it."""
+        if rank() > 0:
+            return
+        for names, sums, n in state:
+            self._add(tuple(names), sums, n)
 
     @property
     def count(self) -> int:
@@ -555,7 +795,7 @@ def evaluate(
     batch_size = batch_size or max(1, min(500, 100 * 224**2 // images.size**2))
     net.eval()
     meter = Meter()
-    for img, target, _ in dataset.test_batches(images, batch_size):
+    for img, target, _ in dataset.test_batches(images, batch_size, share=(rank(), world())):
         with machine.autocast():
             out = net(img)
         out = out.float()
@@ -586,10 +826,15 @@ def read_checkpoint(path: str | Path) -> dict:
     missing, damaged, holds code, or holds no dict.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        known = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise UserError(f"{path}: no such checkpoint{'' if known else f' ({error})'}") from error
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the checkpoint in it, like model_best.pth.tar")
+    if not path.is_file():  # one that never ends, perhaps
+        raise UserError(f"{path} is no file that could be read twice: give a copy of it")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -597,6 +842,11 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old file formats
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
     except Exception as error:  # torch raises nearly anything on a broken or unsafe file
         unsafe = r"Unsupported (?:global|class|operand|operator)[^\n]*?([\w.]+\.\w+)"
         code = re.search(unsafe, str(error))
@@ -607,6 +857,12 @@ def read_checkpoint(path: str | Path) -> dict:
                 f"torch.load('{path}', map_location='cpu', weights_only=False); c = c if "
                 "isinstance(c, dict) else c.state_dict(); torch.save({'net': c.get('model') or "
                 f"c.get('net') or c.get('state_dict') or c}}, '{path.stem}.converted.pth')\""
+            ) from error
+        code = re.search(r"unsupported GLOBAL ([\w.]+) whose module \S+ is blocked", str(error))
+        if code:
+            raise UserError(
+                f"{path} holds code ({code[1]}) that no checkpoint needs and was not read: do not "
+                "trust it"
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is damaged, cut short, or not a checkpoint ({reason})") from error
@@ -692,16 +948,22 @@ class Run:
         self.handlers, self.where, self.warned = {}, "before its first step", set()
         if recipe.tensorboard:
             summary_writer()  # or say what to install, before anything is written
-        checkpoint = self.dir / "checkpoint.pth.tar"
+        self.checkpoint = self.dir / "checkpoint.pth.tar"
         for parent in [self.dir, *self.dir.parents]:
-            if parent.exists() and not parent.is_dir():
+            try:
+                file = parent.exists() and not parent.is_dir()
+            except OSError as error:
+                raise UserError(f"{parent} cannot be used ({error.strerror})") from error
+            if file:
                 raise UserError(f"{parent} is a file: give another --save_root or --note")
         if recipe.resume:
-            if checkpoint.exists():
-                self.saved = read_checkpoint(checkpoint)
-                self._same_flags(self.saved["flags"])
-                self.history, self.timing = self.saved["history"], self.saved["timing"]
-                self.best, self.inside = self.saved["best"], self.saved["inside"]
+            if self.checkpoint.exists():
+                self.saved = read_checkpoint(self.checkpoint)
+                with self.intact():
+                    self._same_flags(self.saved["flags"])
+                    self.history, self.timing = self.saved["history"], self.saved["timing"]
+                    self.best, self.inside = self.saved["best"], self.saved["inside"]
+                    self._look_over()
             else:  # stopped before its first checkpoint
                 self._same_flags(self._recorded())
         elif self.dir.exists() and any(self.dir.iterdir()):
@@ -709,15 +971,38 @@ class Run:
                 f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
             )
 
+    @contextmanager
+    def intact(self):
+        """Whatever fails in here, because the checkpoint holds something else, is a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--resume: {self.checkpoint} is damaged, or not a run's checkpoint "
+                f"({type(error).__name__}: {first_line(error)}): start the run again"
+            ) from error
+
+    def _look_over(self) -> None:
+        """Raise something where what the checkpoint says of its epochs cannot be."""
+        if self.inside:
+            Meter().load(self.inside["meter"])
+            self.inside["step"] + self.inside["seconds"]
+        self.best["top1"] + self.best["epoch"] + sum(row["seconds"] for row in self.timing)
+        lines = [_line(row) for row in self.history]
+        if len(lines) != len(self.timing):
+            raise ValueError(f"{len(lines)} epochs and the times of {len(self.timing)}")
+
     def _recorded(self) -> dict:
         """The flags that args.json remembers."""
         try:
             recipe = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))["recipe"]
-        except (OSError, ValueError, KeyError) as error:
+            return {key: recipe.get(key) for key in self._flags()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)"
             ) from error
-        return {key: recipe.get(key) for key in self._flags()}
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
@@ -738,6 +1023,9 @@ class Run:
 
     def _same_flags(self, saved: dict) -> None:
         now = self._flags()
+        if "kd_mode" in {*now} ^ {*saved}:
+            other = "train_kd.py" if "kd_mode" in saved else "train_base.py"
+            raise UserError(f"--resume: the run in {self.dir} is one of {other}")
         for key in sorted(set(now) | set(saved)):
             if now.get(key) != saved.get(key):
                 raise UserError(
@@ -748,6 +1036,12 @@ class Run:
         """Make the folder and write args.json. `meta`: what checkpoints remember of network and data;
         `notes`: what else belongs into args.json."""
         self.meta = meta
+        everyone(None)  # all have seen the folder as it was
+        self.began = self.kept = time.perf_counter()
+        if self.inside:
+            self.began -= self.inside["seconds"]
+        if rank() > 0:
+            return self
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -760,9 +1054,6 @@ class Run:
             raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
         if self.recipe.tensorboard:
             self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
-        self.began = self.kept = time.perf_counter()
-        if self.inside:
-            self.began -= self.inside["seconds"]
         return self
 
     def _lock(self) -> None:
@@ -806,11 +1097,14 @@ class Run:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("stopping after this step", file=sys.stderr, flush=True)
+        if rank() == 0:
+            print("stopping after this step", file=sys.stderr, flush=True)
 
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if rank() > 0:
+            return
         self.log_file.close()
         self.lock.close()
         if self.events:
@@ -818,6 +1112,8 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
+        if rank() > 0:
+            return
         print(text, flush=True)
         try:
             self.log_file.write(text + "\n")
@@ -862,6 +1158,10 @@ class Run:
         """Whether to save inside an epoch: a signal wants an end, or --save_every is over."""
         minutes = self.recipe.save_every
         late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
+        if world() > 1:  # all or none
+            votes = torch.tensor([self.signal or 0, late], dtype=torch.int32)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=_control)
+            self.signal, late = votes[0].item() or None, bool(votes[1])
         return late or self.signal is not None
 
     def pause(self, state, meter: Meter, step: int, where: str) -> None:
@@ -874,13 +1174,22 @@ class Run:
     def save(self, state: dict, inside: dict | None = None, better: bool = False) -> None:
         """Write a checkpoint. `state`: what it holds, `state['weights']` also being what model_best
         holds; `inside`: how far the epoch at work is, if it is."""
+        self.due()  # the ranks agree on whether this is the end
+        signal_now = self.signal
+        if inside:
+            inside |= dict(seconds=time.perf_counter() - self.began)
+        if rank() == 0:
+            self._write_checkpoints(state, inside, better)
+        self.kept = time.perf_counter()
+        if signal_now:
+            raise Stopped(signal_now, self.where)
+
+    def _write_checkpoints(self, state: dict, inside: dict | None, better: bool) -> None:
         weights = state.pop("weights")
         scores = {"epoch": len(self.history)}
         row = self.history[-1] if self.history else {}
         if "test_top1" in row:
             scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
-        if inside:
-            inside |= dict(seconds=time.perf_counter() - self.began)
         everything = dict(
             weights,
             **scores,
@@ -900,9 +1209,6 @@ class Run:
                 self._write_rows()
         except OSError as error:
             raise self._full(error) from error
-        self.kept = time.perf_counter()
-        if self.signal:
-            raise Stopped(self.signal, self.where)
 
     def _write_rows(self) -> None:
         for name, rows in (("metrics", self.history), ("timing", self.timing)):
@@ -945,6 +1251,8 @@ class Run:
             f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
             f"{seconds:.0f} s  {self.dir}"
         )
+        if rank() > 0:
+            return dict(result, dir=str(self.dir))
         try:
             draw_curves([self.dir], self.dir / "curves.png")
             _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())

@@ -320,8 +320,9 @@ class Method:
     needs: what must agree for the comparison: '' nothing, 'size' or 'channels+size'; an adapter
     supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
-    flags: a tuple lists the choices, the first being the default.
+    flags: a tuple lists the choices, the first being the default. batch_size: None for the protocol's.
     graph: whether a step never asks the device for a value, so that CUDA can capture it.
+    relates: whether it compares the images of a batch with each other.
     protocols: fields of the row that a protocol changes; its `flags` are merged into the row's.
     pairs: the same for a (teacher, student), or for a student with any teacher.
     """
@@ -337,13 +338,20 @@ class Method:
     reduce: str = "mean"
     lambda_ce: float = 1.0
     ramp: Callable = constant
+    batch_size: int | None = None
     graph: bool = True
+    relates: bool = False
     protocols: dict = field(default_factory=dict)
     pairs: dict = field(default_factory=dict)
 
     def under(self, protocol: str) -> "Method":
         """The row as `protocol` has it."""
-        return self._with(self.protocols.get(protocol, {}))
+        row = self.under(LIKE[protocol]) if protocol in LIKE else self
+        return row._with(self.protocols.get(protocol, {}))
+
+    def known_to(self, protocol: str) -> bool:
+        """Whether `protocol` says anything of the method."""
+        return protocol in self.protocols or (protocol in LIKE and self.known_to(LIKE[protocol]))
 
     def between(self, t_name: str, s_name: str) -> "Method":
         """The row as its protocol has it for these two networks."""
@@ -358,6 +366,12 @@ class Method:
         return replace(self, **changes | dict(flags=flags))
 
 
+# what a protocol does not say, another one does
+LIKE = {
+    "mdistiller-imagenet": "crd",
+    "reviewkd-imagenet": "reviewkd",
+    "knowledgereview": "reviewkd",
+}
 # MDistiller's, where it is not 8
 DKD_BETA = {
     ("resnet56", "resnet20"): 2.0,
@@ -377,6 +391,33 @@ DKD_PAIRS = dict(pairs={pair: dict(flags=dict(beta=beta)) for pair, beta in DKD_
 REVIEWKD_PAIRS = dict(
     lambda_kd=5.0, pairs={pair: dict(lambda_kd=x) for pair, x in REVIEWKD_WEIGHT.items()}
 )
+# on ImageNet, where nothing warms up: MDistiller's; ReviewKD's student before its activations
+MOBILE = ("torchvision/resnet50", "MobileNetV1")
+DKD_IMAGENET = dict(
+    flags=dict(T=1.0, beta=0.5), ramp=constant, pairs={MOBILE: dict(flags=dict(beta=2.0))}
+)
+REVIEWKD_IMAGENET = dict(
+    lambda_kd=1.0,
+    ramp=constant,
+    flags=dict(mid_channel=512, s_preact=True),
+    pairs={MOBILE: dict(lambda_kd=8.0, flags=dict(mid_channel=256))},
+)
+# KnowledgeReview's, by teacher and student
+KNOWLEDGEREVIEW_WEIGHT = {
+    ("resnet50", "mobilenet_v2"): 7.0,
+    ("resnet152", "mobilenet_v2"): 8.0,
+    ("resnext101_32x8d", "mobilenet_v2"): 6.0,
+    ("resnet50", "resnet18"): 10.0,
+    ("resnet152", "resnet50"): 6.0,
+    ("resnext101_32x8d", "resnet50"): 6.0,
+}
+KNOWLEDGEREVIEW = dict(
+    ramp=constant,
+    pairs={
+        tuple(f"torchvision/{name}" for name in pair): dict(lambda_kd=weight)
+        for pair, weight in KNOWLEDGEREVIEW_WEIGHT.items()
+    },
+)
 # RepDistiller trains the paraphraser at 0.01 for ResNets, at the student's rate for other students
 OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 FT_PAIRS = {student: dict(phases=paraphrase_first(1.0)) for student in OTHERS}
@@ -389,29 +430,29 @@ BOTH = "channels+size"
 METHODS = {
     # mode               build             compare       lambda_kd  flags
     "logits":   Method(plain(Logits),      logits,            0.1),
-    "st":       Method(plain(SoftTarget),  logits,            0.1, dict(T=4.0), protocols=dict(crd=dict(lambda_ce=0.1, lambda_kd=0.9))),
+    "st":       Method(plain(SoftTarget),  logits,            0.1, dict(T=4.0), protocols={"crd": dict(lambda_ce=0.1, lambda_kd=0.9), "mdistiller-imagenet": dict(lambda_ce=0.5, lambda_kd=0.5, flags=dict(T=1.0))}),
     "at":       Method(plain(AT),          stages,         1000.0, dict(p=2.0, absolute=True), needs="size", protocols=dict(crd=dict(reduce="sum", flags=dict(absolute=False)))),
     "fitnet":   Method(plain(Hint),        stages,            0.1, needs=BOTH, stages=(-1,), protocols=dict(crd=dict(lambda_kd=100.0, stages=(2,), needs="regressor+relu"))),
     "nst":      Method(plain(NST),         stages,           10.0, dict(kernel=("poly", "linear", "gauss")), needs="size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=50.0, stages=None, reduce="sum"))),
-    "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0))),
+    "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0)), relates=True),
     "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=CRD_INIT))),
     "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator"), factor=("channels", "spatial")), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), pairs=FT_PAIRS, needs="", flags=dict(use_bn="translator", factor="spatial")))),
-    "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0)),
+    "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0), relates=True),
     "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=CRD_INIT))),
-    "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,)))),
+    "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,))), relates=True),
     "sobolev":  Method(plain(Sobolev),     input_gradient,   20.0, teacher="grad"),
     "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading, graph=False),
-    "cc":       Method(build_cc,           feat,            100.0, dict(relation=("kernel", "neighbours"), gamma=0.4, P_order=2, feat_dim=128), protocols=dict(crd=dict(lambda_kd=0.02, flags=dict(relation="neighbours")))),
+    "cc":       Method(build_cc,           feat,            100.0, dict(relation=("kernel", "neighbours"), gamma=0.4, P_order=2, feat_dim=128), protocols=dict(crd=dict(lambda_kd=0.02, flags=dict(relation="neighbours"))), relates=True),
     "lwm":      Method(plain(LwM),         class_activation,  0.4, dict(cam=("gradient", "activation")), stages=(-2,), teacher="grad"),
-    "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1)),
+    "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1), relates=True),
     "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
-    "ofd":      Method(build_ofd,          preacts,           0.5, dict(margin=("batch", "bn")), needs="size", protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.001, reduce="sum", flags=dict(margin="bn")))),
+    "ofd":      Method(build_ofd,          preacts,           0.5, dict(margin=("batch", "bn")), needs="size", protocols={"crd": dict(compare=preacts_summed, lambda_kd=0.001, reduce="sum", flags=dict(margin="bn")), "mdistiller-imagenet": dict(lambda_kd=0.0001, batch_size=128)}),
     "afd":      Method(build_afd,          stages,          500.0, dict(att_f=1.0, attention=("se", "paper")), needs=BOTH),
-    "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols=dict(crd=dict(lambda_kd=0.8, flags=dict(nce_t=0.07)))),
+    "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols={"crd": dict(lambda_kd=0.8, flags=dict(nce_t=0.07)), "mdistiller-imagenet": dict(batch_size=256)}),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
-    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols=dict(crd=REVIEWKD_PAIRS, reviewkd=REVIEWKD_PAIRS)),
-    "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols=dict(crd=DKD_PAIRS)),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS, "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
+    "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols={"crd": DKD_PAIRS, "mdistiller-imagenet": DKD_IMAGENET}),
 }
 # fmt: on
 

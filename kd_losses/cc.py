@@ -27,8 +27,8 @@ class CC(nn.Module):
         super().__init__()
         if gamma <= 0:
             raise ValueError(f"gamma must be above 0, not {gamma}")
-        if P_order != int(P_order) or P_order < 1:
-            raise ValueError(f"P_order must be a whole number from 1 on, not {P_order}")
+        if P_order != int(P_order) or not 1 <= P_order <= 100:  # 171! is no float any more
+            raise ValueError(f"P_order must be a whole number from 1 to 100, not {P_order}")
         self.gamma, self.P_order = gamma, int(P_order)
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:

@@ -387,10 +387,8 @@ def load(root, mean_std=utils.IMAGENET, **kwargs):
 
 
 def by_hand(item):
-    """(3, H, W) of a path or an array, by torchvision's own way."""
-    if isinstance(item, bytes):
-        return pil_to_tensor(Image.open(os.fsdecode(item)).convert("RGB"))
-    return torch.from_numpy(item).permute(2, 0, 1)
+    """(3, H, W) of a path, by torchvision's own way."""
+    return pil_to_tensor(Image.open(os.fsdecode(item)).convert("RGB"))
 
 
 def drawn(data, seed, number):
@@ -496,10 +494,10 @@ def test_what_is_skipped_is_not_read(photos, monkeypatch):
 
 
 @pytest.mark.parametrize("n, batch_size", [(9, 4), (5, 4), (3, 2), (2, 2)])
-def test_no_streamed_batch_of_one(n, batch_size):
-    small = images(n=n)
-    args = small.pixels.numpy(), small.labels, small.classes, small.mean, small.std, 97
-    sizes = [len(target) for _, target, _ in epoch(dataset.Stream(*args), batch_size)]
+def test_no_streamed_batch_of_one(photos, n, batch_size):
+    data = load(photos).train
+    data = replace(data, items=data.items[:n], labels=data.labels[:n])
+    sizes = [len(target) for _, target, _ in epoch(data, batch_size)]
     assert sum(sizes) == n and min(sizes) > 1 and max(sizes) <= batch_size + 1
 
 
@@ -521,31 +519,6 @@ def test_crops_have_the_scales_and_shapes_of_the_literature(tmp_path):
     assert 0.7 < shape.min() < 0.8 and 1.25 < shape.max() < 1.42
     assert abs(shape.log().mean()) < 0.06
     assert 0.38 < (width < 0).float().mean() < 0.62 and (height > 0).all()
-
-
-@pytest.mark.parametrize("flip", [None, False])
-def test_cifar_above_96_pixels_as_knowledgereview_trains_it(tmp_path, monkeypatch, flip):
-    n, n_test = archive(tmp_path, monkeypatch, "CIFAR100", 100)
-    data = dataset.load("cifar100", tmp_path, utils.ZOO_CIFAR100, img_size=128, flip=flip)
-    assert data.train.items.shape == (n, 32, 32, 3) and data.train.size == 128
-    steps = [v2.Resize(146), v2.RandomCrop(128), v2.RandomHorizontalFlip()]
-    steps = [step for step in steps if flip is None or step is not steps[2]]
-    steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
-    assert_by_hand(data.train, epoch(data.train, 8), steps, *drawn(data.train, 0, 1))
-    shown = dataset.test_batches(data.test, 8)
-    assert_by_hand(data.test, shown, [v2.Resize((128, 128))], torch.arange(n_test))
-    assert data.notes[0].startswith(
-        "0 workers, streamed from memory; in training Resize, RandomCrop"
-    )
-
-
-def test_digits_above_96_pixels_keep_their_meaning():
-    data = dataset.load("digits", img_size=112)
-    assert data.train.items.shape == (1297, 32, 32, 3)
-    names = [type(step).__name__ for step in dataset.transform(data.train, True).transforms]
-    assert names == ["Resize", "RandomCrop"]
-    mirrored = dataset.load("digits", mean_std=utils.CIFAR10, img_size=112, flip=True).train
-    assert "RandomHorizontalFlip" in str(dataset.transform(mirrored, True))
 
 
 def test_streaming_begins_above_96_pixels(photos):
@@ -635,7 +608,7 @@ def test_what_imagenet_is_unless_told_otherwise(protocol):
 
 def test_workers_are_as_many_as_cpus_but_eight(monkeypatch):
     def of(cpus, *argv):
-        monkeypatch.setattr(utils, "_cpus", lambda: cpus)
+        monkeypatch.setattr(utils, "cpus", lambda: cpus)
         return utils.resolve(flags("--data_name", "digits", *argv), "x", {}).workers
 
     assert (of(2), of(64), of(4, "--workers", "0"), of(4, "--workers", "9")) == (2, 8, 0, 9)
@@ -648,12 +621,135 @@ def test_evaluation_takes_batches_that_fit(monkeypatch, size, largest):
     asked = []
     batches = dataset.test_batches
     monkeypatch.setattr(
-        dataset, "test_batches", lambda x, size: asked.append(size) or batches(x.small, 500)
+        dataset, "test_batches", lambda x, size, share: asked.append(size) or batches(x.small, 500)
     )
     stub = images(n=4)
     stub = type("Large", (), dict(size=size, small=stub))
     utils.evaluate(toys.Toy(), stub, utils.machine(0, "off"))
     assert asked == [largest]
+
+
+# --- small images, enlarged ------------------------------------------------------------------------
+
+
+def enlarged(n=23, size=SIZE, **kwargs):
+    return replace(images(n=n, size=32), img_size=size, **kwargs)
+
+
+def resized(pixels, size):
+    """uint8 (B, 3, size, size), rounded once: a CPU's uint8 in torchvision is rounded twice."""
+    return v2.functional.resize(pixels.permute(0, 3, 1, 2).float(), [size, size]).round().byte()
+
+
+@pytest.mark.parametrize("size, flip", [(112, True), (224, False), (128, True), (100, True)])
+def test_enlarged_training_is_torchvision_s_resize_crop_and_mirror(size, flip):
+    data = enlarged(n=13, size=size, flip=flip)
+    mix = int(np.random.SeedSequence([3, 2]).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(mix)
+    side = round(size * 256 / 224)
+    order = torch.randperm(13, generator=generator)
+    top, left = torch.randint(0, side - size + 1, (2, 13), generator=generator)
+    mirrored = torch.randint(0, 2, (13,), generator=generator).bool() & flip
+    crops = []
+    for picture, y, x, m in zip(resized(data.pixels[order], side), top, left, mirrored):
+        crop = picture[:, y : y + size, x : x + size]
+        crops.append(crop.flip(2) if m else crop)
+    img, target, index = map(torch.cat, zip(*epoch(data, seed=3, number=2)))
+    assert img.is_contiguous(memory_format=torch.channels_last) and img.dtype == torch.float32
+    assert torch.equal(index, order) and torch.equal(target, data.labels[order])
+    difference = raw(data, img).permute(0, 3, 1, 2).int() - torch.stack(crops)
+    assert difference.abs().max() <= 1, "of what lies half-way between two integers"
+    exact = side in (128, 256)  # weights that are multiples of 1/16
+    assert (difference != 0).float().mean() <= (0 if exact else 1e-3)
+
+
+@pytest.mark.parametrize("size", [112, 128, 224])
+def test_enlarged_test_is_torchvision_s_resize(size):
+    data = enlarged(n=10, size=size)
+    img, target, index = map(torch.cat, zip(*dataset.test_batches(data, 4)))
+    assert img.is_contiguous(memory_format=torch.channels_last) and img.dtype == torch.float32
+    assert torch.equal(index, torch.arange(10)) and torch.equal(target, data.labels)
+    shown = raw(data, img).permute(0, 3, 1, 2).int()
+    assert ((shown - resized(data.pixels, size)) != 0).float().mean() <= 2e-3
+    native = v2.functional.resize(data.pixels.permute(0, 3, 1, 2), [size, size])
+    assert (shown - native).abs().max() <= 1
+
+
+def test_autoaugment_comes_last(monkeypatch):
+    plain, seen = enlarged(), []
+
+    class Watched(dataset.AutoAugment):
+        def __call__(self, k, pixels):
+            seen.append(pixels.permute(0, 2, 3, 1).clone())
+            return super().__call__(k, pixels)
+
+    monkeypatch.setattr(dataset, "AutoAugment", Watched)
+    batches = epoch(replace(plain, autoaugment=True))
+    assert all(torch.equal(raw(plain, x[0]), y) for x, y in zip(epoch(plain), seen, strict=True))
+    changed = [(raw(plain, x[0]) != y).flatten(1).any(1) for x, y in zip(batches, seen)]
+    assert 10 < torch.cat(changed).sum() < 23
+
+
+def test_an_enlarged_epoch_is_a_function_of_seed_and_epoch():
+    data = enlarged(autoaugment=True)
+    whole = epoch(data)
+    torch.randn(7)
+    assert_same(whole, epoch(data))
+    assert_same(whole[2:], epoch(data, skip=2))
+    for other in (dict(seed=1), dict(number=2)):
+        assert not torch.equal(whole[0][0], epoch(data, **other)[0][0])
+    halves = [epoch(data, 8, share=(rank, 2)) for rank in (0, 1)]
+    both = [tuple(map(torch.cat, zip(*pair))) for pair in zip(*halves)]
+    assert_same(both[:2], epoch(data, 8)[:2])
+    img, *_ = map(torch.cat, zip(*whole))
+    assert torch.equal(img, torch.cat([img for img, *_ in epoch(data, 7)])), "whatever the batches"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_enlarges_without_a_host_sync():
+    data = enlarged(n=60, autoaugment=True)
+    batches = dataset.train_batches(data.to("cuda"), 8, 0, 1)
+    found = [next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += batches
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(epoch(data, 8), found, strict=True):
+        assert torch.equal(one[2], other[2].cpu())
+        assert (raw(data, one[0]) != raw(data, other[0].cpu())).float().mean() < 1e-2
+
+
+def test_cifar_above_96_pixels_as_knowledgereview_trains_it(tmp_path, monkeypatch):
+    n, n_test = archive(tmp_path, monkeypatch, "CIFAR100", 100)
+    data = dataset.load("cifar100", tmp_path, utils.ZOO_CIFAR100, img_size=128)
+    assert data.train.pixels.shape == (n, 32, 32, 3) and data.test.pixels.shape[0] == n_test
+    assert data.train.size == data.test.size == 128
+    assert data.train.flip and data.train.autoaugment
+    steps = "Resize, RandomCrop, RandomHorizontalFlip, AutoAugment"
+    assert data.notes == [f"32 pixels, enlarged on the device; in training {steps}"]
+    small = dataset.load("cifar100", tmp_path, utils.ZOO_CIFAR100, img_size=40)
+    assert small.train.pixels.shape[1] == small.train.size == 40 and small.notes == []
+
+
+def test_digits_above_96_pixels_keep_their_meaning():
+    data = dataset.load("digits", img_size=112)
+    assert data.train.pixels.shape == (1297, 32, 32, 3) and data.train.size == 112
+    assert not data.train.flip and not data.train.autoaugment
+    assert data.notes[0] == "32 pixels, enlarged on the device; in training Resize, RandomCrop"
+    mirrored = dataset.load("digits", mean_std=utils.CIFAR10, img_size=112, flip=True)
+    assert mirrored.notes[0].endswith("Resize, RandomCrop, RandomHorizontalFlip")
+
+
+def test_enlarged_images_are_measured_as_the_test_shows_them(monkeypatch):
+    monkeypatch.setattr(dataset, "SAMPLE", 60)
+    data = dataset.load("digits", img_size=112)
+    places = torch.arange(60) * 1297 // 60
+    pixels = resized(data.train.pixels[places], 112) / 255
+    for split in (data.train, data.test):
+        assert split.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
+        assert split.std == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-3)
+    assert data.notes[-1].startswith("normalisation measured on 60 of 1297 training images")
 
 
 # --- and both scripts ------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def test_hand_named_taps_of_our_own_networks():
         (("layer1", "fc"), "fc is not a feature map, it gives \\(2, 10\\)"),
         (("layer1#2",), "layer1#2 is not a feature map: it is called 1 times"),
         (("layer1#x",), "a tap is MODULE"),
-        (("layer1:out",), "is not a feature map"),
+        (("layer1:out",), "a tap is MODULE, MODULE#2"),
         (("layer2.0.bn2",), "layer2.0.bn2 gives is changed in place later"),  # the block's sum
     ],
 )

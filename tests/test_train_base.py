@@ -79,32 +79,6 @@ def test_resumed_is_the_same_run(tmp_path, monkeypatch):
     torch.testing.assert_close(*nets, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--net_name", "resnet9"], "no network 'resnet9': did you mean"),
-        (["--data_name", "digit"], "no dataset 'digit': did you mean digits?"),
-        (
-            ["--num_class", "7"],
-            "7 classes are wanted (--num_class or the checkpoint), digits has 10",
-        ),
-        (["--epochs", "-1"], "at least 1"),
-        (["--lamda", "1"], "unknown flag --lamda"),
-        (["--net", "resnet8"], "unknown flag --net"),
-        (["--cuda", "2"], "at most 1"),
-        (["--resume"], "there is no run in"),
-        (["--save_root", __file__], "is a file"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, argv, message):
-    with pytest.raises(SystemExit) as stop:
-        train_base.main([*SMALL, "--save_root", str(tmp_path), *argv])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_run_is_never_written_over(tmp_path, capsys):
     folder = tmp_path / "r"
     folder.mkdir()

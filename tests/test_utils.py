@@ -223,7 +223,8 @@ def test_generators_go_on_where_they_were():
 
 
 def recipe(tmp_path, **kwargs):
-    return Namespace(save_root=str(tmp_path), resume=False, print_freq=1, lr=0.1, **kwargs)
+    flags = dict(resume=False, print_freq=1, lr=0.1, tensorboard=False, save_every=None)
+    return Namespace(save_root=str(tmp_path), on_nan="stop", **flags, **kwargs)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypatch):

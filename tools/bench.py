@@ -1,18 +1,22 @@
-"""What a method costs: its training step, its loss alone, and the images' way to the device.
+"""What a method costs: its training step, its loss alone, the images' way to the device, and what an
+epoch is besides its steps.
 
     python tools/bench.py step                            # every method's step over a bare one
     python tools/bench.py step --modes at,crd --json step.json
     python tools/bench.py step --profile crd              # where that step spends its time
     python tools/bench.py loss --size imagenet            # time and memory of every loss alone
     python tools/bench.py data --workers 2                # loaders
+    python tools/bench.py epoch                           # loader, evaluation, files of an epoch
 
 A Markdown table on stdout, what it means below it; --json FILE writes the same figures ('-': to
 stdout, the table to stderr). What is compared takes turns in one process, on the same machine.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
+import io
 import itertools
 import json
 import math
@@ -131,19 +135,21 @@ def step_flags(parser: utils.Parser) -> None:
     add = parser.add_argument
     everything = (BASE, *METHODS)
     add("--modes", type=some(everything), default=everything, metavar="M,M", help="(default all)")
-    add("--student", default="resnet20", metavar="NAME", help="(default resnet20)")
-    add("--teacher", default="resnet20", metavar="NAME", help="(default resnet20)")
-    add("--batch_size", type=utils.number(int, 2), default=128, metavar="N", help="(default 128)")
-    add("--num_class", type=utils.number(int, 2), default=100, metavar="N", help="(default 100)")
-    add(
-        "--samples",
-        type=utils.number(int, 8),
-        default=50_000,
-        metavar="N",
-        help="random training images of 32 pixels (default 50000)",
-    )
-    add("--steps", type=utils.number(int, 1), metavar="N", help="a round (default 5, CUDA 50)")
     add("--profile", metavar="MODE", help="print the operators of that mode's step instead")
+    add_networks(parser)
+
+
+def add_networks(parser: utils.Parser) -> None:
+    """The flags of `step` and `epoch`."""
+    for side in ("student", "teacher"):
+        parser.add_argument(
+            f"--{side}", default="resnet20", metavar="NAME", help="(default resnet20)"
+        )
+    numbers = dict(batch_size=(2, 128, ""), num_class=(2, 100, ""))
+    numbers["samples"] = (8, 50_000, "random training images of 32 pixels ")
+    add_numbers(parser, **numbers)
+    steps = utils.number(int, 1)
+    parser.add_argument("--steps", type=steps, metavar="N", help="a round (default 5, CUDA 50)")
     add_rounds(parser)
     add_amp(parser)
 
@@ -168,13 +174,16 @@ def step_row(mode: str, phase: str, bare: list[float], own: list[float], batch_s
         phase=phase,
         bare_ms=1000 * median(bare),
         step_ms=1000 * median(own),
-        ratio=ratio,
-        ratio_min=min(ratios),
-        ratio_max=max(ratios),
+        **spread("ratio", ratios),
         img_per_s=batch_size / median(own),
         budget=budget,
         met=verdict(ratio, budget),
     )
+
+
+def spread(name: str, rounds: list[float]) -> dict:
+    """The median of all rounds, the least and the largest."""
+    return {name: median(rounds), f"{name}_min": min(rounds), f"{name}_max": max(rounds)}
 
 
 def verdict(ratio: float, budget: float | None) -> str | None:
@@ -239,16 +248,16 @@ def bare_step(args, machine, images, snet, tnet, alone: bool):
     return call
 
 
-def full_step(mode: str, args, machine, images, snet, tnet):
-    """A function that takes a step as the training scripts do, loader and meter included, and what
-    to call its phase: the longest of those that have the method's loss, half-way through."""
+def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False):
+    """A function that takes a step as the training scripts do, loader (`fixed`: one batch instead)
+    and meter included, and what to call its phase: the longest of those that have the method's
+    loss, half-way through."""
     settings, meter, device = recipe(), utils.Meter(), machine.device
-    snet, tnet = copy.deepcopy((snet, tnet))
     torch.manual_seed(0)
     if mode == BASE:
-        net = snet.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-        optimizer = utils.sgd(net.parameters(), settings)
-        batches = endless(images.to(device), args.batch_size, settings)
+        net = copy.deepcopy(snet).to(device, memory_format=torch.channels_last)
+        optimizer = utils.sgd(net.train().requires_grad_(True).parameters(), settings)
+        batches = endless(images.to(device), args.batch_size, settings, fixed)
 
         def call():
             img, target, _ = next(batches)
@@ -257,13 +266,8 @@ def full_step(mode: str, args, machine, images, snet, tnet):
 
         return call, "no teacher"
 
-    if "bss" in mode.split("+"):
-        images = attackable(images, snet, tnet)
-    job = train_kd.Distillation(snet, tnet, rows_of(mode, args.num_class), images)
-    job.to(device)
-    phase = longest(job.phases)
-    optimizer = utils.sgd(job.learners(phase), settings, phase.nesterov)
-    batches = endless(images.to(device), args.batch_size, settings)
+    job, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
+    batches = endless(images.to(device), args.batch_size, settings, fixed)
 
     def call():
         batch = train_kd.Batch(*next(batches))
@@ -274,9 +278,25 @@ def full_step(mode: str, args, machine, images, snet, tnet):
     return call, phase.name + ("" if phase.ce else ", its loss alone")
 
 
-def endless(images: dataset.Images, batch_size: int, settings):
-    for epoch in itertools.count(1):
-        yield from dataset.train_batches(images, batch_size, 2, epoch, padding=settings.padding)
+def distillation(mode: str, args, machine, images, snet, tnet):
+    """The job of `mode` on the device, its longest phase, the optimizer and the images."""
+    snet, tnet = copy.deepcopy((snet, tnet))
+    if "bss" in mode.split("+"):
+        images = attackable(images, snet, tnet)
+    job = train_kd.Distillation(snet, tnet, rows_of(mode, args.num_class), images)
+    job.to(machine.device)
+    phase = longest(job.phases)
+    return job, phase, utils.sgd(job.learners(phase), recipe(), phase.nesterov), images
+
+
+def endless(images: dataset.Images, batch_size: int, settings, fixed: bool):
+    """Batches of one epoch after another, or the first for ever."""
+    epochs = (
+        dataset.train_batches(images, batch_size, 2, epoch, padding=settings.padding)
+        for epoch in itertools.count(1)
+    )
+    batches = itertools.chain.from_iterable(epochs)
+    return itertools.repeat(next(batches)) if fixed else batches
 
 
 def attackable(images: dataset.Images, *nets) -> dataset.Images:
@@ -324,10 +344,8 @@ def operators(args: argparse.Namespace, machine: utils.Machine):
             self_ms=own_us / 1000 / steps,
             share=100 * own_us / total,
         )
-    yield dict(operator="all operators", calls=None, self_ms=total / 1000 / steps, share=100.0)
-    yield dict(
-        operator="the step, by the clock", calls=None, self_ms=1000 * wall / steps, share=None
-    )
+    yield dict(operator="all operators", self_ms=total / 1000 / steps, share=100.0)
+    yield dict(operator="the step, by the clock", self_ms=1000 * wall / steps)
 
 
 # --- bench.py loss --------------------------------------------------------------------------------
@@ -366,6 +384,7 @@ def loss_flags(parser: utils.Parser) -> None:
         default="channels_last",
         help="of the maps (default channels_last, as training has them)",
     )
+    add("--memory", action="store_true", help="memory alone, no times")
     add_rounds(parser)
     parser.set_defaults(amp="off")
 
@@ -382,7 +401,8 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
         nets = [network.Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
             bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout)
-            measured = bench.measure(args.batch_size or batch_size, args.rounds, machine.device)
+            rounds = 0 if args.memory else args.rounds
+            measured = bench.measure(args.batch_size or batch_size, rounds, machine.device)
             # a name's last part tells torchvision's networks apart
             names = " -> ".join(x.split("/")[-1] for x in (teacher, student))
             yield dict(mode=mode, pair=names, batch=args.batch_size or batch_size, **measured)
@@ -478,14 +498,21 @@ class Loss:
         return f"{factor} x inputs", factor * sum(x.nbytes for x in inputs)
 
     def measure(self, batch_size: int, rounds: int, device: torch.device) -> dict:
-        """Time, memory, and both against the broadcast version where there is one."""
+        """Time, memory, and both against the broadcast version where there is one; without rounds
+        memory alone."""
         if not self.alone:
             return dict(budget="needs networks: see step")
         part = copy.deepcopy(self.part).to(device)
         features = self.features(batch_size, device)
         run, inputs = self.call(part, *features), self.inputs(*features[:2])
-        found = self.against_broadcast(batch_size, rounds, device) if self.mode in BROADCAST else {}
-        (own,) = quick_or_slow([run], rounds, device)
+        found = {}
+        if rounds:
+            if self.mode in BROADCAST:
+                found = self.against_broadcast(batch_size, rounds, device)
+            (own,) = quick_or_slow([run], rounds, device)
+            found["ms"] = 1000 * median(own)
+        else:
+            run()  # what is made at the first call alone is not counted
         for x in (*inputs, *part.parameters()):
             x.grad = None
         memory = peak_bytes(run, device)
@@ -493,7 +520,6 @@ class Loss:
         words, limit = self.budget(inputs, batch_size)
         total = sum(x.nbytes for x in inputs)
         return dict(
-            ms=1000 * median(own),
             **found,
             memory_mb=(memory + state) / MB,
             state_mb=state / MB,
@@ -524,7 +550,7 @@ class Loss:
     def fitting(self, batch_size: int) -> int:
         """`batch_size`, or fewer where the broadcast version would have a tensor above FIT."""
         largest = BROADCAST[self.mode][1]
-        while batch_size > 3 and 4 * largest(self, batch_size) > FIT:
+        while largest and batch_size > 3 and 4 * largest(self, batch_size) > FIT:
             batch_size = max(3, batch_size * 3 // 4)
         return batch_size
 
@@ -656,64 +682,56 @@ def plain_kdsvd(loss, fms_s, fms_t):
     return total / len(fms_s[0])
 
 
-def _widest(x: list[Tensor]) -> int:
-    return max(fm[0].numel() for fm in x)
-
-
-def _flow(bench: Loss, batch_size: int) -> int:
+def _flow(bench: Loss, n: int) -> int:
     fms = [bench.shapes[1].stem, *bench.shapes[1].stages]
     return max(
-        batch_size * a.shape[1] * b.shape[1] * min(a.shape[2:].numel(), b.shape[2:].numel())
+        n * a.shape[1] * b.shape[1] * min(a.shape[2:].numel(), b.shape[2:].numel())
         for a, b in zip(fms, fms[1:])
     )
 
 
-def _channel_pairs(bench: Loss, batch_size: int) -> int:
-    return batch_size * max(x.shape[1] * x[0].numel() for y in bench.shapes for x in y.stages)
+def _channel_pairs(bench: Loss, n: int) -> int:
+    return n * max(fm.shape[1] * fm[0].numel() for x in bench.shapes for fm in x.stages)
 
 
-def _sample_pairs(bench: Loss, batch_size: int) -> int:
-    return batch_size**2 * max(_widest(x.stages) for x in bench.shapes)
+def _sample_pairs(bench: Loss, n: int) -> int:
+    return n**2 * max(fm[0].numel() for x in bench.shapes for fm in x.stages)
 
 
-def _triples(bench: Loss, batch_size: int) -> int:
-    return batch_size**3 * max(x.feat.shape[1] for x in bench.shapes)
+def _triples(bench: Loss, n: int) -> int:
+    return n**3 * max(x.feat.shape[1] for x in bench.shapes)
 
 
-def _bank_rows(bench: Loss, batch_size: int) -> int:
-    return batch_size * (1 + bench.part.loss.nce_n) * bench.part.loss.memory_s.shape[1]
+def _bank_rows(bench: Loss, n: int) -> int:
+    return n * (1 + bench.part.loss.nce_n) * bench.part.loss.memory_s.shape[1]
 
 
-def _as_inputs(bench: Loss, batch_size: int) -> int:
-    return 0
-
-
-BROADCAST = {  # the version, and how many numbers its largest tensor has
-    "at": (plain_at, _as_inputs),
+BROADCAST = {  # the version, and how many numbers its largest tensor has where inputs have fewer
+    "at": (plain_at, None),
     "nst": (plain_nst, _channel_pairs),
     "fsp": (plain_fsp, _flow),
     "rkd": (plain_rkd, _triples),
-    "ab": (plain_ab, _as_inputs),
+    "ab": (plain_ab, None),
     "sp": (plain_sp, _sample_pairs),
     "irg": (plain_irg, _sample_pairs),
-    "afd": (plain_afd, _as_inputs),
+    "afd": (plain_afd, None),
     "crd": (plain_crd, _bank_rows),
-    "kdsvd": (plain_kdsvd, _as_inputs),
+    "kdsvd": (plain_kdsvd, None),
 }
 
 # --- bench.py data --------------------------------------------------------------------------------
 
 
 def data_flags(parser: utils.Parser) -> None:
-    add = parser.add_argument
-    count = utils.number(int, 2)
-    add("--batch_size", type=count, default=128, metavar="N", help="(default 128)")
-    add("--samples", type=count, default=50_000, metavar="N", help="of 32 pixels (default 50000)")
-    add("--images", type=count, default=1024, metavar="N", help="JPEG files (default 1024)")
-    add("--img_size", type=utils.number(int, 97), default=224, metavar="N", help="(default 224)")
-    add("--batches", type=count, default=40, metavar="N", help="of each epoch (default 40)")
-    workers = utils.number(int, 0)
-    add("--workers", type=workers, default=2, metavar="N", help="reading processes (default 2)")
+    add_numbers(
+        parser,
+        batch_size=(2, 128, ""),
+        samples=(2, 50_000, "of 32 pixels "),
+        images=(2, 1024, "JPEG files "),
+        img_size=(97, 224, ""),
+        batches=(2, 40, "of each epoch "),
+        workers=(0, 2, "reading processes "),
+    )
     parser.set_defaults(student="resnet20", teacher="resnet20", num_class=100)
     add_rounds(parser)
     add_amp(parser)
@@ -726,40 +744,46 @@ def data(args: argparse.Namespace, machine: utils.Machine):
     bare = bare_step(args, machine, images, *pair(args, images), alone=True)
     step_s = median(take_turns([bare], args.rounds, 5, device)[0])
     resident = images.to(device)
+    larger = replace(resident, img_size=args.img_size, autoaugment=True)
     with tempfile.TemporaryDirectory() as root:
         kilobytes = write_jpegs(Path(root), args.images)
         folder = dataset.load(
             "imagefolder", root, utils.IMAGENET, args.img_size, workers=args.workers
         )
         stream = folder.train.to(device)
-        sources = {
-            "resident": (32, 0, lambda: dataset.train_batches(resident, args.batch_size, 2, 1)),
-            "plain DataLoader": (32, args.workers, lambda: plain_loader(InMemory(images), args)),
-            f"streamed, JPEG of {kilobytes:.0f} kB": (
-                args.img_size,
-                args.workers,
-                lambda: dataset.train_batches(stream, args.batch_size, 2, 1),
+        size, workers, batch_size = args.img_size, args.workers, args.batch_size
+        files = on_disk(root, size)
+        sources = (  # name, pixels, processes, an epoch of it
+            ("resident", 32, 0, lambda: dataset.train_batches(resident, batch_size, 2, 1)),
+            ("plain DataLoader", 32, workers, lambda: plain_loader(InMemory(images), args)),
+            (
+                "resident, 32 enlarged, AutoAugment",
+                size,
+                0,
+                lambda: dataset.train_batches(larger, batch_size, 2, 1),
             ),
-            "plain DataLoader, the same files": (
-                args.img_size,
-                args.workers,
-                lambda: plain_loader(on_disk(root, args.img_size), args),
+            (
+                "plain DataLoader, the same",
+                size,
+                workers,
+                lambda: plain_loader(InMemory(larger.to("cpu")), args),
             ),
-        }
-        for name, (size, workers, epoch) in sources.items():
-            rounds = args.rounds if size == 32 else 1
-            found = [throughput(epoch(), workers, args.batches, device) for _ in range(rounds)]
-            speed = median(found)
-            ms = 1000 * args.batch_size / speed
-            yield dict(
-                loader=name,
-                pixels=size,
-                workers=workers,
-                img_per_s=speed,
-                batch_ms=ms,
-                step_ms=1000 * step_s if size == 32 else None,
-                share=100 * ms / (1000 * step_s) if size == 32 else None,
-            )
+            (
+                f"streamed, JPEG of {kilobytes:.0f} kB",
+                size,
+                workers,
+                lambda: dataset.train_batches(stream, batch_size, 2, 1),
+            ),
+            ("plain DataLoader, the same files", size, workers, lambda: plain_loader(files, args)),
+        )
+        for name, pixels, processes, epoch in sources:
+            rounds = range(args.rounds if pixels == 32 else 1)
+            speed = median(throughput(epoch(), processes, args.batches, device) for _ in rounds)
+            row = dict(loader=name, pixels=pixels, workers=processes, img_per_s=speed)
+            row["batch_ms"] = 1000 * batch_size / speed
+            if pixels == 32:
+                row |= dict(step_ms=1000 * step_s, share=row["batch_ms"] / (10 * step_s))
+            yield row
 
 
 def throughput(batches, workers: int, count: int, device: torch.device) -> float:
@@ -791,14 +815,14 @@ def write_jpegs(root: Path, count: int) -> float:
 
     rng = np.random.default_rng(0)
     for split, n in (("train", count), ("test", 2)):
-        folder = root / split / "class"
-        folder.mkdir(parents=True)
+        for label in "ab":
+            (root / split / label).mkdir(parents=True)
         for i in range(n):
             coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
             picture = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(float)
             picture += rng.normal(0, 12, (375, 500, 1))
             Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(
-                folder / f"{i}.jpg", quality=90
+                root / split / "ab"[i % 2] / f"{i}.jpg", quality=90
             )
     sizes = [path.stat().st_size for path in (root / "train").rglob("*.jpg")]
     return sum(sizes) / len(sizes) / 1000
@@ -809,11 +833,18 @@ class InMemory(torch.utils.data.Dataset):
 
     def __init__(self, images: dataset.Images):
         from torchvision import transforms
+        from torchvision.transforms import v2
 
         self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
-        crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
-        last = [transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
-        self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
+        size = images.size
+        if images.enlarged:
+            steps = [v2.Resize(round(size * 256 / 224)), v2.RandomCrop(size)]
+            steps += [v2.RandomHorizontalFlip(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
+        else:
+            steps = [transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+            steps += [transforms.RandomHorizontalFlip()]
+        steps += [transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
+        self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -837,6 +868,99 @@ def plain_loader(images, args: argparse.Namespace):
     return torch.utils.data.DataLoader(
         images, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True
     )
+
+
+# --- bench.py epoch -------------------------------------------------------------------------------
+
+
+def epoch(args: argparse.Namespace, machine: utils.Machine):
+    """Yield a row for each of what surrounds the steps: loader, evaluation, files."""
+    images = random_images(args.samples, args.num_class)
+    nets, rounds = pair(args, images), args.rounds
+    steps = [full_step(BASE, args, machine, images, *nets, fixed)[0] for fixed in (True, False)]
+    one, loaded = take_turns(steps, rounds, args.steps, machine.device)
+    shares = [100 * (b / a - 1) for a, b in zip(one, loaded)]
+    yield share_row("loader, of a step on one batch", loaded, one, shares, "at most 3")
+
+    test = random_images(max(8, args.samples // 5), args.num_class)  # as CIFAR has them
+    evaluations = evaluation(copy.deepcopy(nets[0]), test, machine)
+    bare, own = take_turns(evaluations, rounds, 1, machine.device)
+    shares = [100 * a / b for a, b in zip(bare, own)]
+    yield share_row("evaluation, rate of bare inference", own, bare, shares, "at least 90")
+
+    call, _ = full_step("st", args, machine, images, *nets)
+    count = len(dataset.batch_bounds(args.samples, args.batch_size))
+    with tempfile.TemporaryDirectory() as root:
+        calls = [call, writing(args, machine, images, nets, root, count)]
+        step_s, files = take_turns(calls, rounds, args.steps, machine.device)
+    whole = [count * a + b + median(own) for a, b in zip(step_s, files)]
+    shares = [100 * b / a for a, b in zip(whole, files)]
+    yield share_row("log, CSV, checkpoints, of an epoch", files, whole, shares, "at most 2")
+
+
+def share_row(what: str, own: list[float], other: list[float], shares: list, budget: str) -> dict:
+    """A row from seconds and percentages round by round."""
+    share, limit = median(shares), float(budget.split()[-1])
+    met = share >= limit if "least" in budget else share <= limit
+    return dict(
+        what=what,
+        own_ms=1000 * median(own),
+        other_ms=1000 * median(other),
+        **spread("share", shares),
+        budget=budget,
+        met="yes" if met else "no",
+    )
+
+
+def evaluation(net: nn.Module, test: dataset.Images, machine: utils.Machine) -> list:
+    """Two functions that run all of `test`: the network alone on batches that lie ready, and
+    utils.evaluate, meter and accuracies included."""
+    net.to(machine.device, memory_format=torch.channels_last).eval()
+    test, sizes = test.to(machine.device), set()
+    hook = net.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    utils.evaluate(net, test, machine)
+    hook.remove()
+    batches = [img for img, *_ in dataset.test_batches(test, max(sizes))]
+
+    @torch.inference_mode()
+    def bare():
+        for img in batches:
+            with machine.autocast():
+                net(img)
+
+    return [bare, lambda: utils.evaluate(net, test, machine)]
+
+
+def writing(args, machine, images, nets, root: str, steps: int):
+    """A function that writes what a late epoch of `steps` does: log lines, CSV files and both
+    checkpoints, each epoch being the best. The optimizer's state is that after a step."""
+    flags, _ = train_kd.parse(["--kd_mode", "st", "--t_model", "none"])
+    run = utils.Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
+    run.start(machine, {})
+    job, phase, optimizer, _ = distillation("st", args, machine, images, *nets)
+    for x in job.learners(phase):
+        x.grad = torch.zeros_like(x)
+    optimizer.step()
+    terms = dict.fromkeys(("ce", "kd", "train_top1"), torch.tensor(1.0, device=machine.device))
+    meter = utils.Meter()
+    meter.add(terms, 1)
+    row = dict(phase=phase.name, epoch=1, lr=0.1, **meter.read(), test_loss=1.0, test_top5=1.0)
+    run.history = [dict(row, test_top1=1.0)] * 200
+    run.timing = [dict(row=1, seconds=100.0, train_img_per_s=1000.0)] * 200
+    tops = itertools.count(1)
+
+    def write():
+        with contextlib.redirect_stdout(io.StringIO()):
+            for _ in range(steps // flags.print_freq):
+                run.log("  ".join(f"{name} {value:.4g}" for name, value in meter.read().items()))
+            state = dict(
+                weights=dict(snet=job.student.net.state_dict(), meta=run.meta),
+                kd=job.kd.state_dict(),
+                optimizer=optimizer.state_dict(),
+            )
+            run.epoch(dict(row, test_top1=float(next(tops))), 1000.0, state)
+
+    return write
 
 
 # --- what is printed ------------------------------------------------------------------------------
@@ -884,6 +1008,16 @@ DATA = dict(
     step_ms=("step ms", ".1f"),
     share=("share of it %", ".2f"),
 )
+EPOCH = dict(
+    what=("what", ""),
+    own_ms=("ms", ".1f"),
+    other_ms=("ms of the other", ".1f"),
+    share=("%", ".2f"),
+    share_min=("min", ".2f"),
+    share_max=("max", ".2f"),
+    budget=("budget", ""),
+    met=("met", ""),
+)
 NOTES = dict(
     step=(
         "bare: student forward, backward and SGD step and the teacher's forward, cross-entropy, "
@@ -904,9 +1038,19 @@ NOTES = dict(
         "labels and one float32 matrix (batch, samples)",
     ),
     data=("share: of the student's bare step, resnet20",),
+    epoch=(
+        "loader: what a step of train_base costs more than the same on one batch",
+        "evaluation: of a fifth as many images, over the network's eval mode under inference_mode "
+        "on batches of the same size that lie ready",
+        "files: of the last of 200 epochs, the best so far, over an epoch: --samples images at the "
+        "measured step of st, the evaluation and the files themselves",
+    ),
 )
 COMMANDS = dict(
-    step=(step_flags, step, STEP), loss=(loss_flags, loss, LOSS), data=(data_flags, data, DATA)
+    step=(step_flags, step, STEP),
+    loss=(loss_flags, loss, LOSS),
+    data=(data_flags, data, DATA),
+    epoch=(add_networks, epoch, EPOCH),
 )
 
 
@@ -964,16 +1108,23 @@ def some(names):
     return parse
 
 
+def add_numbers(parser: utils.Parser, **flags) -> None:
+    """Flags that are whole numbers: the least, the default, the help."""
+    for flag, (least, default, text) in flags.items():
+        parser.add_argument(
+            f"--{flag}",
+            type=utils.number(int, least),
+            default=default,
+            metavar="N",
+            help=f"{text}(default {default})",
+        )
+
+
 def add_rounds(parser: utils.Parser) -> None:
     """The flags that all commands have."""
-    add = parser.add_argument
-    add("--rounds", type=utils.number(int, 1), default=7, metavar="N", help="(default 7)")
-    add(
-        "--cuda",
-        type=utils.number(int, 0, 1),
-        metavar="0|1",
-        help="0: CPU (default: what is there)",
-    )
+    add_numbers(parser, rounds=(1, 7, ""))
+    add, cuda = parser.add_argument, utils.number(int, 0, 1)
+    add("--cuda", type=cuda, metavar="0|1", help="0: CPU (default: what is there)")
     add("--threads", type=utils.number(int, 1), metavar="N", help="on the CPU (default: torch's)")
     add("--json", metavar="FILE", help="the figures, as JSON; '-': to stdout")
 
@@ -1001,9 +1152,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     path = Path(args.json or "-")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
-            f"--json {path} cannot be written: it is a folder, or in none that is there"
-        )
+        raise UserError(f"--json {path} cannot be written: a folder, or in none that is there")
     if args.profile and args.profile != BASE:
         rows_of(args.profile, args.num_class)  # an unknown mode is an error at once
     if args.threads:
@@ -1018,16 +1167,14 @@ def main(argv: list[str] | None = None) -> dict:
     silent = ("command", "modes", "cuda", "amp", "threads", "json")  # or said otherwise
     flags = {k: v for k, v in vars(args).items() if k not in silent and v}
     result = dict(command=" ".join(["bench.py", *argv]), **about(machine), flags=flags)
-    print(f"bench.py {args.command}: {machine}", file=out)
-    print(f"{result['processor']}; torch {torch.__version__}", file=out)
-    print(", ".join(f"{key} {value}" for key, value in flags.items()), file=out)
+    lines = [f"bench.py {args.command}: {machine}"]
+    lines += [f"{result['processor']}; torch {torch.__version__}"]
+    lines += [", ".join(f"{key} {value}" for key, value in flags.items())]
     load = result["load_average"]
     if load is not None:
-        busy = (
-            ": something else ran in the last minute, which spoils the times" if load > 0.5 else ""
-        )
-        print(f"load average before the run {load:.2f}{busy}", file=out)
-    print("", *head(columns), sep="\n", file=out)
+        busy = ": something else ran in the last minute, which spoils the times"
+        lines += [f"load average before the run {load:.2f}{busy if load > 0.5 else ''}"]
+    print(*lines, "", *head(columns), sep="\n", file=out)
     result["rows"] = []
     for row in map(short, run(args, machine)):
         result["rows"].append(row)
@@ -1035,11 +1182,11 @@ def main(argv: list[str] | None = None) -> dict:
     result["notes"] = list(NOTES["profile" if args.profile else args.command])
     print("", *(f"- {note}" for note in result["notes"]), sep="\n", file=out)
     if args.json:
-        text = json.dumps(result, indent=1)
+        text = json.dumps(result, indent=1) + "\n"
         if args.json == "-":
-            print(text)
+            sys.stdout.write(text)
         else:
-            path.write_text(text + "\n", encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     return result
 
 

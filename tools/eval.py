@@ -58,7 +58,8 @@ def find_peer(name: str | None, path: str) -> network.Weights:
     checkpoint = utils.read_checkpoint(path)
     if not isinstance(checkpoint.get("net1"), dict):
         raise UserError(f"{path} holds one network: --which peer is for those of mutual learning")
-    state, meta = network.read_weights(checkpoint["net1"], path), checkpoint.get("meta") or {}
+    state = network.read_weights(checkpoint["net1"], path)
+    meta = network.read_meta(checkpoint, path)
     name = name or (network.identify(state) or [None])[0]
     if name is None:
         raise UserError(f"{path} does not say which network the peer is: give --net")

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -46,18 +46,33 @@ NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
 
 @dataclass(frozen=True)
 class Table:
-    """protocol: None where its recipe is not there yet. teacher: the epoch of the teacher that teaches,
-    'best' or 'last', as its authors have it. rows: what it consists of, (teacher, student, mode), where
-    nothing is published; else they are those of published.csv."""
+    """protocol: None where its recipe is not there. teacher: the epoch of the teacher that teaches, 'best'
+    or 'last', as its authors have it, or 'library': its weights are those of its library. rows: what it
+    consists of, (teacher, student, mode), where nothing is published; else they are those of
+    published.csv. names: networks of published.csv that have another name here. pretrained: whether
+    teachers and students start from their library's weights."""
 
     title: str
     protocol: str | None
     teacher: str = "best"
     data: tuple[str, ...] = ("cifar100",)
     rows: tuple[tuple[str, str, str], ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    pretrained: bool = False
 
 
 CIFAR = ("cifar10", "cifar100")
+LIBRARY = {
+    published: f"torchvision/{name}"
+    for published, name in (
+        ("ResNet18", "resnet18"),
+        ("ResNet34", "resnet34"),
+        ("ResNet50", "resnet50"),
+        ("ResNet152", "resnet152"),
+        ("ResNeXt101_32x8d", "resnext101_32x8d"),
+        ("MobileNetV2", "mobilenet_v2"),
+    )
+}
 SMALL = tuple(("resnet20", "resnet8", mode) for mode in (BASE, *METHODS))
 TABLES = {
     "kdzoo-r20-r20": Table("KD-Zoo: resnet20 -> resnet20", "kdzoo", data=CIFAR),
@@ -67,9 +82,26 @@ TABLES = {
     "crd": Table("the CRD benchmark (RepDistiller)", "crd", "last"),
     "mdistiller": Table("MDistiller on CIFAR-100: KD and DKD", "crd", "last"),
     "reviewkd": Table("ReviewKD on CIFAR-100", "reviewkd", "last"),
-    "knowledgereview": Table("KnowledgeReview at 224 pixels", None, data=("cifar100@224",)),
-    "imagenet-r34-r18": Table("ImageNet: ResNet34 -> ResNet18", None, data=("imagenet",)),
-    "imagenet-r50-mv1": Table("ImageNet: ResNet50 -> MobileNetV1", None, data=("imagenet",)),
+    "knowledgereview": Table(
+        "KnowledgeReview: CIFAR-100 at 224 pixels",
+        "knowledgereview",
+        names=LIBRARY,
+        pretrained=True,
+    ),
+    "imagenet-r34-r18": Table(
+        "ImageNet: ResNet34 -> ResNet18",
+        "mdistiller-imagenet",
+        "library",
+        data=("imagenet",),
+        names=LIBRARY,
+    ),
+    "imagenet-r50-mv1": Table(
+        "ImageNet: ResNet50 -> MobileNetV1",
+        "mdistiller-imagenet",
+        "library",
+        data=("imagenet",),
+        names=LIBRARY,
+    ),
     "tiny-imagenet": Table("MDistiller on Tiny-ImageNet", None, data=("tiny-imagenet",)),
     "small": Table("resnet20 -> resnet8, nothing published", "kdzoo", data=(), rows=SMALL),
 }
@@ -77,30 +109,43 @@ TABLES = {
 
 def published(name: str) -> list[dict]:
     """The published figures of a table; one may be published by several sources."""
+    own = TABLES[name].names
     with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["table"] == name]
+        rows = [row for row in csv.DictReader(file) if row["table"] == name]
+    return [row | {side: own.get(row[side], row[side]) for side in SIDES} for row in rows]
+
+
+SIDES = ("teacher", "student")
+
+
+def short(net: str) -> str:
+    """A network's name without its library."""
+    return net.rsplit("/", 1)[-1]
+
+
+def label(t: str, s: str) -> str:
+    return f"{short(t)}-{short(s)}"
 
 
 def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | None) -> list[tuple]:
     """(teacher, student, mode) of what the table consists of, or of what is asked for."""
     table = TABLES[name]
-    figures = [f for f in published(name) if f["value"] != "N/A"]
     home = data if data in table.data else next(iter(table.data), None)
     found = list(table.rows)
-    for f in figures:
-        if f["data"] == home and f["mode"] not in ("", "teacher"):
+    for f in published(name):
+        if f["data"] == home and f["value"] != "N/A" and f["mode"] not in ("", "teacher"):
             found.append((f["teacher"], f["student"], f["mode"].split(":")[0]))
-    found = list(dict.fromkeys(found))
-    there = list(dict.fromkeys(f"{t}-{s}" for t, s, mode in found if t))
+    there = {label(t, s): (t, s) for t, s, _ in found if t}
     for pair in pairs or []:
-        utils.named(dict.fromkeys(there), pair, f"pair of {name}")
+        utils.named(there, pair, f"pair of {name}")
     for mode in modes or []:
         utils.named({BASE: None, **METHODS}, mode, "method")
-    wanted = pairs or there
+    wanted = [there[pair] for pair in pairs or there]
     if modes:
-        return [(*pair.split("-"), mode) for pair in wanted for mode in modes]
-    students = {pair.split("-")[1] for pair in wanted}
-    return [(t, s, m) for t, s, m in found if (f"{t}-{s}" in wanted if t else s in students)]
+        return [(*pair, mode) for pair in wanted for mode in modes]
+    students = {s for _, s in wanted}
+    found = dict.fromkeys(found)
+    return [(t, s, m) for t, s, m in found if ((t, s) in wanted if t else s in students)]
 
 
 # --- what is to be run -----------------------------------------------------------------------------
@@ -147,20 +192,23 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
     jobs = {}
 
     def base(net: str, seed: int) -> Path:
-        folder = home / f"base-{net}-{seed}"
-        argv = ["--net_name", net, *common, *place(folder, seed)]
-        recipe = utils.resolve(train_base.parse(argv), net, {})
+        folder = home / f"base-{short(net)}-{seed}"
+        argv = ["--net_name", net, *["--pretrained"] * table.pretrained, *common]
+        argv += place(folder, seed)
+        recipe = train_base.resolve(train_base.parse(argv))
         jobs.setdefault(
             folder, Job("train_base.py", argv, folder, recipe.epochs, None, plain(recipe))
         )
         return folder
 
     def distil(t: str, s: str, mode: str, seed: int) -> None:
-        folder = home / f"{t}-{s}" / f"{mode}-{seed}"
+        folder = home / label(t, s) / f"{mode}-{seed}"
         argv = ["--kd_mode", mode, "--t_name", t, "--s_name", s]
-        needs = None
-        if METHODS[mode].teacher != "trained":
-            teacher = args.teacher
+        argv += ["--s_pretrained"] * table.pretrained
+        needs, teacher = None, args.teacher
+        if not teacher and table.teacher == "library":
+            argv.append("--t_pretrained")
+        elif METHODS[mode].teacher != "trained":
             if not teacher:
                 needs = base(t, 1)
                 teacher = needs / dict(best="model_best", last="checkpoint")[table.teacher]
@@ -169,7 +217,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         argv += [*common, *place(folder, seed)]
         flags, rows = train_kd.parse(argv, t, s)
         row = rows[mode]
-        recipe = utils.resolve(flags, s, {})
+        recipe = train_kd.resolve(flags, rows, s, {})
         phases = train_kd.planned(row.phases, recipe)
         jobs[folder] = Job(
             "train_kd.py",
@@ -181,7 +229,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         )
 
     distilled = [row for row in rows if row[2] != BASE]
-    if not args.teacher:
+    if not args.teacher and table.teacher != "library":
         for t in dict.fromkeys(t for t, _, mode in distilled if METHODS[mode].teacher != "trained"):
             base(t, 1)
     for seed in range(1, args.seeds + 1):
@@ -195,7 +243,8 @@ def place(folder: Path, seed: int) -> list[str]:
 
 
 def plain(recipe) -> str:
-    return f"{recipe.epochs} epochs, {utils.describe_recipe(recipe, True)}"
+    small = recipe.img_size is None or recipe.img_size < 100
+    return f"{recipe.epochs} epochs, {utils.describe_recipe(recipe, small)}"
 
 
 def compared(row, phases: list[tuple], data: str) -> str:
@@ -217,7 +266,7 @@ def compared(row, phases: list[tuple], data: str) -> str:
 def run(args) -> None:
     table = TABLES[args.table]
     if table.protocol is None:
-        raise UserError(f"{args.table} cannot be run yet, its recipe is not there; `show` shows it")
+        raise UserError(f"{args.table} cannot be run, its recipe is not there; `show` shows it")
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
         raise UserError(f"--data is needed: {utils.DATA_NAMES}")
@@ -519,7 +568,7 @@ def markdown(name: str, rows: list[dict]) -> str:
     text = [f"**{table.title}**"]
     for (where, data, t, s), part in parts_of(rows).items():
         ours = any(r["seeds"] for r in part)
-        title = f"{t} -> {s}, {data if where == 'published' else where}"
+        title = f"{short(t)} -> {short(s)}, {data if where == 'published' else where}"
         if not ours:
             title += ": published, not run here"
         elif part[0]["epochs"] != full or data not in table.data:
@@ -600,7 +649,7 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
                 axis.plot(float(row["published"]), i, "x", color="tab:orange")
         axis.set_yticks(range(len(part)), [row["method"] for row in part], fontsize=8)
         what = data if where == "published" else where
-        axis.set_title(f"{t} -> {s}, {what}", fontsize=9)
+        axis.set_title(f"{short(t)} -> {short(s)}, {what}", fontsize=9)
         axis.set_xlabel("test top-1 (%)", fontsize=8)
         axis.grid(alpha=0.3, axis="x")
     for axis in list(axes):
@@ -648,7 +697,7 @@ def overview(args) -> None:
         rows = rows_of(name, next(iter(table.data), ""), None, None)
         pairs = len({row[:2] for row in rows if row[0]})
         modes = ",".join(dict.fromkeys(mode for *_, mode in rows)) or "-"
-        print(f"{name:<17} {table.protocol or 'not yet':<10}{pairs:>5}  {len(figures):>9}  {modes}")
+        print(f"{name:<17} {table.protocol or '-':<10}{pairs:>5}  {len(figures):>9}  {modes}")
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -147,3 +147,15 @@ def test_bad_input():
         toy(labels=None)(torch.zeros(2, 3).double(), torch.zeros(2, 6).double(), torch.arange(2))
     with pytest.raises(ValueError, match="nce_t"):
         toy(nce_t=0.0)
+
+
+def test_z_that_is_loaded_as_unset_is_estimated_again():
+    crd = toy()
+    state = {k: v.clone() for k, v in crd.state_dict().items()}
+    inputs = torch.randn(2, 3).double(), torch.randn(2, 6).double(), torch.tensor([3, 4])
+    for _ in range(2):
+        crd.load_state_dict(state)
+        assert crd(*inputs).isfinite() and not crd.log_z_s.isnan()
+        crd.log_z_s.copy_(before := crd.log_z_s + 1)
+        crd(*inputs)
+        assert crd.log_z_s == before, "what is set stays"

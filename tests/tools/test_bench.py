@@ -53,7 +53,7 @@ def same(text, result, columns):
     return table
 
 
-# --- the three commands ---------------------------------------------------------------------------
+# --- the commands ----------------------------------------------------------------------------------
 
 
 def test_step(tmp_path, capsys):
@@ -101,6 +101,42 @@ def test_data(capsys):
     assert [row["pixels"] for row in table] == ["32", "32", "97", "97"]
     for row in result["rows"]:
         assert row["batch_ms"] == pytest.approx(4000 / row["img_per_s"], rel=1e-4)
+
+
+def test_epoch(capsys):
+    """Three rows; the checkpoints and logs are written where nobody looks, the stdout is clean."""
+    argv = ["epoch", *STEP[1:], "--json", "-"]
+    result = bench.main(argv)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == result
+    same(captured.err, result, bench.EPOCH)
+    loader, evaluation, files = result["rows"]
+    assert 1 + loader["share"] / 100 == pytest.approx(loader["own_ms"] / loader["other_ms"], 1e-4)
+    assert evaluation["share"] == pytest.approx(
+        100 * evaluation["other_ms"] / evaluation["own_ms"], rel=1e-4
+    )
+    assert 0 < files["own_ms"] < files["other_ms"] and 0 < files["share"] < 100
+
+
+def test_what_an_epoch_writes(tmp_path):
+    """Both checkpoints with all that training puts in them, and 201 rows."""
+    args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
+    images, machine = bench.random_images(40, 4), utils.machine(0, "off")
+    write = bench.writing(args, machine, images, bench.pair(args, images), tmp_path, 1000)
+    write()
+    saved = utils.read_checkpoint(tmp_path / "run/checkpoint.pth.tar")
+    assert {"snet", "kd", "optimizer", "rng", "history"} <= saved.keys()
+    assert saved["optimizer"]["state"], "momenta are a good part of it"
+    assert (tmp_path / "run/model_best.pth.tar").exists()
+    assert len(utils.read_metrics(tmp_path / "run")) == 201
+    lines = (tmp_path / "run/log.txt").read_text().splitlines()
+    assert len(lines) == 1 + 1000 // train_kd.parse(["--kd_mode", "st"])[0].print_freq
+
+
+def test_verdict_of_a_share():
+    verdicts = [bench.share_row("", [1], [1], [x], "at least 90")["met"] for x in (91.0, 89.0)]
+    verdicts += [bench.share_row("", [1], [1], [x], "at most 3")["met"] for x in (2.0, 4.0)]
+    assert verdicts == ["yes", "no", "yes", "no"]
 
 
 def test_profile(capsys):

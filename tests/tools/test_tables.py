@@ -24,7 +24,8 @@ def figure(table, teacher, student, method, data="cifar100"):
     return [
         row["value"]
         for row in tables.published(table)
-        if (row["teacher"], row["student"], row["method"]) == (teacher, student, method)
+        if [tables.short(row[side]) for side in tables.SIDES] == [teacher, student]
+        and row["method"] == method
         and (row["data"], row["metric"]) == (data, "top1")
     ]
 
@@ -40,10 +41,10 @@ def figure(table, teacher, student, method, data="cifar100"):
         (("crd", "resnet32x4", "resnet8x4", "Teacher"), "79.42"),
         (("mdistiller", "resnet32x4", "ShuffleV2", "DKD"), "77.07"),  # MobileNet-V2 is a misprint
         (
-            ("knowledgereview", "ResNet50", "ResNet18", "ReviewKD, weight 10", "cifar100@224"),
+            ("knowledgereview", "resnet50", "resnet18", "ReviewKD, weight 10"),
             "83.130",
         ),
-        (("imagenet-r50-mv1", "ResNet50", "MobileNetV1", "ReviewKD", "imagenet"), "72.56"),
+        (("imagenet-r50-mv1", "resnet50", "MobileNetV1", "ReviewKD", "imagenet"), "72.56"),
     ],
 )
 def test_published_figures(where, value):
@@ -51,10 +52,10 @@ def test_published_figures(where, value):
 
 
 def test_a_row_that_repeats_another_is_corrected_and_said():
-    pair = "ResNeXt101_32x8d", "MobileNetV2", "ReviewKD, weight 6"
-    assert figure("knowledgereview", *pair, "cifar100@224")[0] == "84.200"
+    pair = "resnext101_32x8d", "mobilenet_v2", "ReviewKD, weight 6"
+    assert figure("knowledgereview", *pair)[0] == "84.200"
     rows = tables.published("knowledgereview")
-    rows = [r for r in rows if (r["value"], r["teacher"]) == ("84.520", pair[0])]
+    rows = [r for r in rows if (r["value"], tables.short(r["teacher"])) == ("84.520", pair[0])]
     assert rows and all("repeats" in row["note"] for row in rows)
 
 
@@ -153,6 +154,81 @@ def test_recipes_as_published(table, row, parts, capsys):
     recipe, _ = dry(capsys, table)[row]
     for part in parts:
         assert part in recipe
+
+
+IMAGENET = ["100 epochs", "falls after (30, 60, 90), momentum 0.9,", "weight decay 0.0001"]
+KNOWLEDGE = ["100 epochs", "lr 0.05", "falls after (30, 60, 90)", "batch 128, warm-up 5"]
+
+
+@pytest.mark.parametrize(
+    "table, row, parts",
+    [
+        ("r34-r18", "st", [*IMAGENET, "lr 0.2", "batch 512", "kd 0.5, lambda_ce 0.5, T 1.0"]),
+        ("r34-r18", "at", [*IMAGENET, "lr 0.2", "batch 512", "lambda_kd 1000.0", "p 2.0"]),
+        ("r34-r18", "dkd", [*IMAGENET, "batch 512", "alpha 1.0, beta 0.5, T 1.0"]),
+        ("r34-r18", "crd", [*IMAGENET, "lr 0.1", "batch 256", "lambda_kd 0.8", "nce_t 0.07"]),
+        ("r34-r18", "reviewkd", ["lr 0.1", "batch 256", "lambda_kd 1.0", "512, s_preact True"]),
+        ("r50-mv1", "st", [*IMAGENET, "lr 0.2", "batch 512", "kd 0.5, lambda_ce 0.5, T 1.0"]),
+        ("r50-mv1", "dkd", [*IMAGENET, "lr 0.2", "batch 512", "beta 2.0, T 1.0"]),
+        ("r50-mv1", "ofd", ["lr 0.05", "batch 128", "lambda_kd 0.0001", "margin bn", "reduce sum"]),
+        ("r50-mv1", "crd", ["lr 0.1", "batch 256", "lambda_kd 0.8", "nce_t 0.07"]),
+        ("r50-mv1", "reviewkd", ["lr 0.1", "batch 256", "lambda_kd 8.0", "mid_channel 256"]),
+    ],
+)
+def test_imagenet_recipes(table, row, parts, capsys):
+    teacher = "torchvision/resnet34" if table == "r34-r18" else "torchvision/resnet50"
+    found = dry(capsys, f"imagenet-{table}", "--methods", row)
+    ((recipe, command),) = found.values()
+    assert f"--t_name {teacher}" in command and "--t_pretrained" in command
+    assert "Nesterov" not in recipe and "warm-up" not in recipe
+    for part in parts:
+        assert part in recipe
+
+
+@pytest.mark.parametrize(
+    "row, parts",
+    [
+        ("base-resnet50-1", [*KNOWLEDGE, "label smoothing 0.1", "weight decay 0.0001"]),
+        ("resnet50-mobilenet_v2/reviewkd-1", [*KNOWLEDGE, "lambda_kd 7.0", "weight decay 4e-05"]),
+        ("resnet152-mobilenet_v2/reviewkd-1", ["lambda_kd 8.0", "weight decay 4e-05"]),
+        ("resnext101_32x8d-mobilenet_v2/reviewkd-1", ["lambda_kd 6.0"]),
+        ("resnet50-resnet18/reviewkd-1", ["lambda_kd 10.0", "weight decay 0.0001"]),
+        ("resnet152-resnet50/reviewkd-1", ["lambda_kd 6.0"]),
+        ("resnext101_32x8d-resnet50/reviewkd-1", ["lambda_kd 6.0"]),
+    ],
+)
+def test_knowledgereview_s_recipes(row, parts, capsys):
+    found = {
+        key.removeprefix("cifar100-100ep/"): x for key, x in dry(capsys, "knowledgereview").items()
+    }
+    recipe, command = found[row]
+    for part in parts:
+        assert part in recipe
+    assert ("label smoothing" in recipe) == row.startswith("base")
+    assert "pretrained" in command and "Nesterov" not in recipe
+
+
+def test_protocols_at_224_pixels():
+    """ReviewKD's ImageNet scripts; the rule for the rate; sizes, constants, and no ramp of the loss."""
+    argv = ["--kd_mode", "reviewkd", "--protocol", "reviewkd-imagenet", "--data_name", "imagenet"]
+    args, rows = train_kd.parse(argv, "torchvision/resnet50", "MobileNetV1")
+    recipe = train_kd.resolve(args, rows, "MobileNetV1", {})
+    assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.img_size) == (0.1, 256, 100, 224)
+    assert recipe.mean_std == utils.IMAGENET
+    row = rows["reviewkd"]
+    assert (row.lambda_kd, row.flags["mid_channel"], row.ramp(1, 100)) == (8.0, 256, 1.0)
+    _, rows = train_kd.parse(argv, "torchvision/resnet34", "torchvision/resnet18")
+    assert (rows["reviewkd"].lambda_kd, rows["reviewkd"].flags["mid_channel"]) == (1.0, 512)
+    # eight GPUs with 64 images each
+    args, rows = train_kd.parse([*argv, "--batch_size", "512"], "x", "y")
+    assert train_kd.resolve(args, rows, "y", {}).lr == pytest.approx(0.2)
+    args, rows = train_kd.parse(["--kd_mode", "dkd", "--protocol", "mdistiller-imagenet"], "x", "y")
+    assert rows["dkd"].ramp(1, 100) == 1.0
+    argv = ["--net_name", "torchvision/resnet18", "--data_name", "cifar100"]
+    recipe = train_base.resolve(train_base.parse([*argv, "--protocol", "knowledgereview"]))
+    assert recipe.img_size == 224 and recipe.mean_std == ((0.45,) * 3, (0.225,) * 3)
+    rates = [utils.step_decay(0.05, e, recipe.milestones, recipe.warmup) for e in (1, 5, 30, 31)]
+    assert rates == pytest.approx([0.01, 0.05, 0.05, 0.005])
 
 
 def test_crd_lacks_nesterov_and_teaches_from_the_last_epoch(capsys):
@@ -364,7 +440,7 @@ def test_into_a_page(tmp_path, capsys):
         (["run", "crdd"], "invalid choice: 'crdd'"),
         (["run", "crd", "--methods", "att"], "no method 'att': did you mean at"),
         (["run", "crd", "--pairs", "resnet56-resnet21"], "did you mean resnet56-resnet20"),
-        (["run", "knowledgereview"], "cannot be run yet"),
+        (["run", "tiny-imagenet"], "cannot be run"),
         (["run", "small"], "--data is needed"),
         (["run", "small", "--data", "imagefolder"], "needs --img_root DIR"),
         (["run", "small", "--data", "digit"], "digit"),

@@ -1,0 +1,128 @@
+from collections import Counter
+from math import atan, degrees
+
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+import augment
+
+REFERENCE = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+OPS = list(REFERENCE._AUGMENTATION_SPACE)
+LEVELS = {op: range(10) for op in OPS} | dict.fromkeys(
+    ("AutoContrast", "Equalize", "Invert"), [None]
+)
+
+
+def by_torchvision(op, image, m):
+    """The operation on one image, (3, H, W)."""
+    plain = dict(angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0])
+    slope = degrees(atan(m))
+    return {
+        "ShearX": lambda: tv.affine(image, **plain | dict(shear=[slope, 0.0], center=[0, 0])),
+        "ShearY": lambda: tv.affine(image, **plain | dict(shear=[0.0, slope], center=[0, 0])),
+        "TranslateX": lambda: tv.affine(image, **plain | dict(translate=[int(m), 0])),
+        "TranslateY": lambda: tv.affine(image, **plain | dict(translate=[0, int(m)])),
+        "Rotate": lambda: tv.rotate(image, m),
+        "Brightness": lambda: tv.adjust_brightness(image, 1.0 + m),
+        "Color": lambda: tv.adjust_saturation(image, 1.0 + m),
+        "Contrast": lambda: tv.adjust_contrast(image, 1.0 + m),
+        "Sharpness": lambda: tv.adjust_sharpness(image, 1.0 + m),
+        "Posterize": lambda: tv.posterize(image, int(m)),
+        "Solarize": lambda: tv.solarize(image, 255.0 * m),
+        "AutoContrast": lambda: tv.autocontrast(image),
+        "Equalize": lambda: tv.equalize(image),
+        "Invert": lambda: tv.invert(image),
+    }[op]()
+
+
+def pictures(size):
+    """Noise, noise of few greys, a grey image, one of one colour, one with an empty channel, a ramp."""
+    pixels = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
+    pixels[1] = pixels[1] // 4 + 50
+    pixels[2] = pixels[2, :1]
+    pixels[3] = torch.tensor([7, 7, 200])[:, None, None]
+    pixels[4, 1] = 0
+    pixels[5] = torch.arange(size)
+    return pixels
+
+
+def test_the_policy_is_torchvision_s():
+    assert augment.policy() == list(REFERENCE._policies)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_magnitudes_are_torchvision_s(op):
+    find, signed = REFERENCE._AUGMENTATION_SPACE[op]
+    assert signed == (op in augment.SIGNED)
+    for size in (97, 112, 224):
+        expected = find(10, size, size)
+        for level in LEVELS[op]:
+            value = 0.0 if level is None else float(expected[level])
+            assert augment.magnitude(op, level, size) == value
+
+
+@pytest.mark.parametrize("size", [97, 112])
+@pytest.mark.parametrize("op", OPS)
+def test_an_operation_is_torchvision_s_image_by_image(op, size):
+    """All levels and signs in one batch; bit for bit, but that of a rotation a few pixels may come
+    from the neighbour: half-way between two, the last bit decides, which differs between CPUs."""
+    signs = (1, -1) if op in augment.SIGNED else (1,)
+    values = [s * augment.magnitude(op, level, size) for level in LEVELS[op] for s in signs]
+    images, numbers, expected = [], [], []
+    for m in values:
+        function, *row = augment.numbers_of(op, m, size)
+        for image in pictures(size):
+            images.append(image)
+            numbers.append(row + [0.0] * (augment.NUMBERS - len(row)))
+            expected.append(by_torchvision(op, image, m))
+    out = function(torch.stack(images), torch.tensor(numbers))
+    other = (out != torch.stack(expected)).float().mean()
+    assert out.dtype == torch.uint8 and other <= (1e-4 if op == "Rotate" else 0)
+
+
+def draws(n, generator):
+    """For each image the (operation, magnitude) that it gets, by hand."""
+    policies = augment.policy()
+    which = torch.randint(25, (n,), generator=generator).tolist()
+    chance, sign = (torch.rand(2, n, generator=generator).T.tolist() for _ in range(2))
+    for steps, chances, signs in zip((policies[i] for i in which), chance, sign):
+        yield [
+            (op, level, -1 if s <= 0.5 and op in augment.SIGNED else 1)
+            for (op, p, level), c, s in zip(steps, chances, signs)
+            if c <= p
+        ]
+
+
+def test_what_is_drawn_has_torchvision_s_probabilities():
+    n = 50_000
+    drawn = Counter(map(tuple, draws(n, torch.Generator().manual_seed(0))))
+    expected = Counter()
+    for steps in REFERENCE._policies:
+        ways = []
+        for op, p, level in steps:
+            signs = (1, -1) if REFERENCE._AUGMENTATION_SPACE[op][1] else (1,)
+            ways.append([((), 1 - p), *(([(op, level, s)], p / len(signs)) for s in signs)])
+        for one, p in ways[0]:
+            for two, q in ways[1]:
+                expected[(*one, *two)] += p * q / len(REFERENCE._policies)
+    assert sum(expected.values()) == pytest.approx(1) and not set(drawn) - set(expected)
+    for way, p in expected.items():
+        assert abs(drawn[way] / n - p) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.parametrize("bounds", [[(0, 30), (30, 41)], [(3, 20), (25, 30)], [(0, 1)]])
+def test_each_image_gets_what_was_drawn_for_it(bounds):
+    n, size = 41, 97
+    pixels = torch.cat([pictures(size)] * 7)[:n]
+    drawn = list(draws(n, torch.Generator().manual_seed(1)))
+    augmented = augment.AutoAugment(n, size, bounds, torch.Generator().manual_seed(1), "cpu")
+    for k, (start, stop) in enumerate(bounds):
+        for i, out in zip(range(start, stop), augmented(k, pixels[start:stop].clone())):
+            expected = pixels[i]
+            for op, level, sign in drawn[i]:
+                m = sign * augment.magnitude(op, level, size)
+                expected = by_torchvision(op, expected, m)
+            rotated = any(op == "Rotate" for op, *_ in drawn[i])
+            assert (out != expected).float().mean() <= (1e-4 if rotated else 0)

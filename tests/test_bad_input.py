@@ -1,0 +1,807 @@
+"""Whatever a user gets wrong, in flags, files or folders: one line, exit code 2, and nothing is written.
+
+A table of mistakes, then random bytes for the checkpoint reader and random words for the parsers.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import resource
+import shlex
+import shutil
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import network
+import train_base
+import train_kd
+import utils
+from kd_losses import METHODS
+from tools import eval as evaluation
+from tools import export
+from utils import UserError
+
+META = dict(
+    network="resnet8",
+    data_name="digits",
+    img_root="./datasets",
+    img_size=12,
+    num_class=10,
+    classes=[str(i) for i in range(10)],
+    mean=[0.3] * 3,
+    std=[0.3] * 3,
+)
+DIGITS = "--data_name digits --img_size 12"
+
+
+# --- the files and folders that the table names ---------------------------------------------------
+
+
+class Evil:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def pictures(root, size=6, classes=("cat", "dog"), n=2):
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                color = (90 * label, 20 * i, 200)
+                Image.new("RGB", (size, size), color).save(root / split / name / f"{i}.png")
+    return root
+
+
+def make_images(root):
+    for size in (1, 4, 6, 97):
+        pictures(root / f"size{size}", size)
+    for name, change in {
+        "empty_class": lambda x: [p.unlink() for p in (x / "train/dog").iterdir()],
+        "no_test": lambda x: (x / "test").rename(x / "rest"),
+        "other_classes": lambda x: (x / "test/dog").rename(x / "test/wolf"),
+        "text": lambda x: (x / "train/cat/0.png").write_text("no picture"),
+        "zero": lambda x: (x / "train/cat/0.png").write_bytes(b""),
+        "half": lambda x: (x / "train/cat/0.png").write_bytes(
+            (x / "train/cat/0.png").read_bytes()[:40]
+        ),
+        "wide": lambda x: Image.new("RGB", (7, 6)).save(x / "train/cat/0.png"),
+        "pipe": lambda x: os.mkfifo(x / "train/cat/pipe.png"),
+        "dangling": lambda x: (x / "train/cat/gone.png").symlink_to("gone"),
+    }.items():
+        change(pictures(root / name))
+    pictures(root / "one_class", classes=("cat",))
+    pictures(root / "one_image", classes=("cat",), n=1)
+    (root / "no_classes" / "train").mkdir(parents=True)
+    (root / "no_classes" / "test").mkdir()
+    (root / "cut" / "cifar-10-batches-py").mkdir(parents=True)
+    (root / "cut" / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"x" * 50)
+
+
+def make_checkpoints(root):
+    net = dict(network.build("resnet8", 10).state_dict())
+    bias = {
+        "nan": torch.full((10,), float("nan")),
+        "inf": torch.full((10,), float("inf")),
+        "complex": torch.zeros(10, dtype=torch.complex64),
+        "bools": torch.zeros(10, dtype=torch.bool),
+        "sparse": torch.ones(10).to_sparse(),
+        "hollow": torch.zeros(10, device="meta"),
+        "long_bias": torch.zeros(11),
+    }
+    files = {name: dict(net=net | {"fc.bias": x}, meta=META) for name, x in bias.items()}
+    for key, value in dict(
+        network=5, data_name=5, img_root=7, num_class="10", img_size=-3, mean=[1], std=[0, 0, 0]
+    ).items():
+        files[f"meta_{key}"] = dict(net=net, meta=META | {key: value})
+    files |= dict(
+        fine=dict(net=net, meta=META),
+        own_code=dict(net=net, meta=META | dict(network="evil.py:build")),
+        nowhere=dict(net=net, meta=META | dict(data_name="imagefolder", img_root="gone")),
+        no_std=dict(net=net, meta={k: v for k, v in META.items() if k != "std"}),
+        other=dict(net={"weight": torch.zeros(3)}),
+        hundred=dict(net=network.build("resnet8", 100).state_dict()),
+        lacks=dict(net={k: v for k, v in net.items() if k != "fc.bias"}, meta=META),
+        extra=dict(net=net | {"more": torch.zeros(1)}, meta=META),
+        wrong=dict(net=network.build("resnet14", 10).state_dict(), meta=META),
+        number=3,
+        nothing=None,
+        listed=[1, 2],
+        tensor=torch.zeros(2),
+        empty={},
+        hollow_net=dict(net={}),
+        numbered={1: torch.zeros(2)},
+        plain=dict(net={"epoch": 1}),
+        evil=dict(net=Evil(os.mkdir, str(root / "pwned"))),
+        array=dict(net=net, accuracy=np.float64(3.0)),
+    )
+    for name, content in files.items():
+        torch.save(content, root / f"{name}.pth")
+    old = dict(_use_new_zipfile_serialization=False)
+    torch.save(files["evil"], root / "evil_old.pth", **old)
+    (root / "evil.pkl").write_bytes(pickle.dumps(files["evil"]))
+    data = (root / "fine.pth").read_bytes()
+    for percent in (0, 1, 50, 99):
+        (root / f"cut{percent}.pth").write_bytes(data[: len(data) * percent // 100])
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 16
+    (root / "flipped.pth").write_bytes(flipped)
+    (root / "text.pth").write_text("weights\nand biases")
+    (root / "zeros.pth").write_bytes(bytes(2000))
+    with zipfile.ZipFile(root / "archive.pth", "w") as archive:
+        archive.writestr("readme.txt", "none")
+    os.mkfifo(root / "pipe.pth")
+    safe = pytest.importorskip("safetensors.torch")
+    safe.save_file(net, root / "fine.safetensors", {"meta": json.dumps(META)})
+    safe.save_file(net, root / "meta.safetensors", {"meta": "no json"})
+    data = (root / "fine.safetensors").read_bytes()
+    for n in (0, 7, 100, len(data) - 1):
+        (root / f"cut{n if n < 101 else 'end'}.safetensors").write_bytes(data[:n])
+    (root / "huge.safetensors").write_bytes((2**60).to_bytes(8, "little") + data[8:])
+
+
+def make_runs(root, teacher):
+    """A run of each script, and copies with damaged checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "draw_curves", lambda *_: None)  # a second each
+        few = shlex.split(f"--cuda 0 --epochs 1 --batch_size 1297 --save_root {root} --note")
+        train_base.main(shlex.split(f"--net_name resnet8 {DIGITS}") + [*few, "base"])
+        files = ["--t_model", str(teacher), "--s_name", "resnet8"]
+        train_kd.main(["--kd_mode", "at", *files, *few, "at"])
+    saved = utils.read_checkpoint(root / "base" / "checkpoint.pth.tar")
+    short = saved["optimizer"] | dict(param_groups=[])
+    momentum = {0: dict(momentum_buffer=torch.zeros(3))}
+    other = saved["optimizer"] | dict(state=saved["optimizer"]["state"] | momentum)
+    damaged = dict(
+        best=utils.read_checkpoint(root / "base" / "model_best.pth.tar"),
+        no_net={k: v for k, v in saved.items() if k != "net"},
+        half_net=saved | dict(net={k: v for k, v in saved["net"].items() if k != "fc.bias"}),
+        no_groups=saved | dict(optimizer=short),
+        momentum=saved | dict(optimizer=other),
+        rng=saved | dict(rng=dict(cpu=torch.zeros(3))),
+        history=saved | dict(history=3 * saved["history"]),
+        flags=saved | dict(flags=None),
+        inside=saved | dict(inside=3),
+    )
+    for name, content in damaged.items():
+        (root / name).mkdir()
+        torch.save(content, root / name / "checkpoint.pth.tar")
+    data = (root / "base" / "checkpoint.pth.tar").read_bytes()
+    (root / "cut").mkdir()
+    (root / "cut" / "checkpoint.pth.tar").write_bytes(data[:-1000])
+    for name, text in dict(taken=None, args_list="[1]", args_number='{"recipe": 3}').items():
+        (root / name).mkdir()
+        (root / name / ("args.json" if text else "log.txt")).write_text(text or "mine")
+    shutil.copytree(root / "at", root / "at2")
+    (root / "at2" / "checkpoint.pth.tar").write_bytes(data)  # of the other script
+
+
+def snapshot(folder):
+    """Everything below a folder: sizes and bytes by path."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else p.lstat().st_mode
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The names that the table may use in braces, and what is there."""
+    root = tmp_path_factory.mktemp("bad")
+    names = dict(root=root, runs=root / "runs", img=root / "img", ck=root / "ck")
+    for path in names.values():
+        path.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    make_images(names["img"])
+    make_checkpoints(names["ck"])
+    state = network.build("resnet14", 10).state_dict()
+    names |= dict(t=names["ck"] / "teacher.pth", s=names["ck"] / "fine.pth", file=root / "file")
+    torch.save(dict(net=state, meta=META | dict(network="resnet14")), names["t"])
+    make_runs(names["runs"], names["t"])
+    names["file"].write_text("mine")
+    return [names, snapshot(root)]
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+LONG = "x" * 300
+WHOLE = "a whole number"
+
+# train_base.py --net_name resnet8 --data_name digits --img_size 12 --save_root {runs} --cuda 0 ...
+BASE = [
+    # types and ranges
+    ("--epochs -1", "--epochs: a whole number of at least 1 is wanted, not '-1'"),
+    ("--epochs 1.5", WHOLE),
+    ("--epochs 1e3", WHOLE),
+    ("--epochs 0x10", WHOLE),
+    ("--epochs ''", "not ''"),
+    ("--epochs 99999999999999999999", WHOLE),
+    (f"--epochs {'9' * 5000}", WHOLE),
+    ("--batch_size 1", "at least 2"),
+    ("--batch_size 1298", "--batch_size 1298: there are 1297 training images in digits"),
+    ("--batch_size 99999999999999999999", WHOLE),
+    ("--lr 0", "--lr: a number above 0"),
+    ("--lr -0", "--lr: a number above 0"),
+    ("--lr -0.1", "--lr: a number above 0"),
+    ("--lr nan", "--lr: a number above 0"),
+    ("--lr inf", "--lr: a number above 0"),
+    ("--lr 1e999", "--lr: a number above 0"),
+    ("--lr 1e300", "--lr: a number above 0"),
+    ("--lr 0,1", "--lr: a number above 0"),
+    ("--lr=", "--lr: a number above 0"),
+    ("--momentum 1.5", "at most 1"),
+    ("--momentum -1", "at least 0"),
+    ("--weight_decay=-1e-4", "at least 0"),
+    ("--weight_decay inf", "at least 0"),
+    ("--nesterov 2", "at most 1"),
+    ("--nesterov yes", WHOLE),
+    ("--seed -1", "at least 0"),
+    ("--seed 4294967296", "at most 4294967295"),
+    ("--print_freq 0", "at least 1"),
+    ("--workers -1", "at least 0"),
+    ("--workers 100000", "at most 1024"),
+    ("--cuda 2", "at most 1"),
+    ("--cuda -1", "at least 0"),
+    ("--flip maybe", WHOLE),
+    ("--amp fp16", "invalid choice: 'fp16'"),
+    ("--protocol mine", "kdzoo"),
+    ("--protocol ''", "kdzoo"),
+    ("--num_class 1", "at least 2"),
+    ("--num_class 7", "7 classes are wanted (--num_class or the checkpoint), digits has 10"),
+    ("--img_size 4", "at least 5"),
+    ("--img_size 1000000", "at most 4096"),
+    ("--net_name vgg8 --img_size 5", "vgg8 does not take 5-pixel images"),
+    ("--net_name torchvision/inception_v3", "does not take 12-pixel images"),
+    ("--mean_std 1,2,3", "six numbers"),
+    ("--mean_std 0,0,0,1,1,0", "above 0"),
+    ("--mean_std 0,0,0,1,1,nan", "a number is wanted"),
+    ("--mean_std 125,123,114,63,62,67", "pixels are scaled to 0..1"),
+    ("--mean_std 0,0,0,1e-300,1,1", "of another scale"),
+    ("--mean_std cifar", "a number is wanted"),
+    ("--epochs 9 --milestones 3,2", "--milestones 3,2: each after the one before"),
+    ("--epochs 9 --milestones 3,3", "--milestones 3,3: each after the one before"),
+    ("--epochs 9 --milestones 150,180", "none after the last epoch, 9"),
+    ("--milestones 3,", WHOLE),
+    ("--milestones 0", "at least 1"),
+    # combinations
+    ("--momentum 0", "excludes Nesterov"),
+    ("--pretrained", "resnet8 has no weights of its own"),
+    ("--resume", "there is no run in"),
+    # flags that are none
+    ("--lamda 1", "unknown flag --lamda"),
+    ("--net resnet8", "unknown flag --net"),
+    ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
+    ("--kd_mode at", "unknown flag --kd_mode"),
+    ("--dry_run=1", "ignored explicit argument '1'"),
+    ("--resume yes", "unknown flag yes"),
+    ("stray", "unknown flag stray"),
+    ("-- stray", "unknown flag"),
+    ("--epochs", "--epochs: expected one argument"),
+    ("--net_name", "--net_name: expected one argument"),
+    ("--note -x", "--note: expected one argument"),
+    # names
+    ("--net_name resnet9", "no network 'resnet9': did you mean"),
+    ("--net_name ''", "--net_name: a name is wanted"),
+    ("--net_name torchvision/", "no network 'torchvision/'"),
+    ("--net_name torchvision/qqq", "no network of torchvision 'qqq': none has a name like it"),
+    ("--net_name gone.py:net", "gone.py: no such file"),
+    ("--net_name {file}.py:", "no such file"),
+    ("--data_name digit", "no dataset 'digit': did you mean digits?"),
+    ("--data_name ''", "--data_name: a name is wanted"),
+    # where it is written
+    ("--save_root {file}", "is a file"),
+    ("--save_root {file}/deeper", "is a file"),
+    ("--save_root ''", "--save_root: a name is wanted"),
+    ("--save_root 'a\0b'", "--save_root: a name is wanted"),
+    ("--save_root '\udce4'", "is no UTF-8"),
+    (f"--save_root {{runs}}/{LONG}", "cannot be used (File name too long)"),
+    ("--save_root /proc/none", "cannot be written"),
+    ("--note ''", "--note: a name is wanted"),
+    ("--note a/b", "--note: the name of one folder is wanted, not 'a/b'"),
+    ("--note ..", "the name of one folder"),
+    ("--note .", "the name of one folder"),
+    ("--note ../out", "the name of one folder"),
+    ("--note {root}/out", "the name of one folder"),
+    ("--note 'a\nb'", "the name of one folder"),
+    (f"--note {LONG}", "cannot be used (File name too long)"),
+    ("--note taken", "holds another run"),
+    # data
+    ("--data_name imagefolder --img_root {img}/gone", "no image folder: train/<class>/*"),
+    ("--data_name imagefolder --img_root {file}", "is a file, a folder is wanted"),
+    ("--data_name imagefolder --img_root ''", "--img_root: a name is wanted"),
+    (f"--data_name imagefolder --img_root {LONG}", "File name too long"),
+    ("--data_name imagefolder --img_root {img}/no_classes", "no class folders"),
+    ("--data_name imagefolder --img_root {img}/no_test", "no image folder"),
+    ("--data_name imagefolder --img_root {img}/empty_class", "class dog: no images"),
+    ("--data_name imagefolder --img_root {img}/one_class", "cat is the only class"),
+    ("--data_name imagefolder --img_root {img}/one_image", "at least two are needed"),
+    ("--data_name imagefolder --img_root {img}/other_classes", "only in test: wolf"),
+    ("--data_name imagefolder --img_root {img}/size6 --num_class 3", "3 classes are wanted"),
+    ("--data_name imagefolder --img_root {img}/text", "0.png: not a readable image"),
+    ("--data_name imagefolder --img_root {img}/zero", "0.png: not a readable image"),
+    ("--data_name imagefolder --img_root {img}/half", "0.png: not a readable image"),
+    ("--data_name imagefolder --img_root {img}/pipe", "pipe.png: not a readable image"),
+    ("--data_name imagefolder --img_root {img}/dangling", "gone.png: not a readable image"),
+    (
+        "--data_name imagefolder --img_root {img}/half --img_size 97 --workers 0",
+        "not a readable image",
+    ),
+    (
+        "--data_name imagenet --img_root {img}/text --img_size 97 --num_class 5",
+        "5 classes are wanted",
+    ),
+    ("--data_name cifar10 --img_root {img}/gone/deeper", "no route to host): put the folder"),
+    ("--data_name cifar10 --img_root {img}/cut", "CIFAR10 is not to be had in"),
+    ("--data_name cifar100 --img_root {file}", "is a file, a folder is wanted"),
+    # going on with a run
+    ("--epochs 1 --batch_size 1297 --resume --note base --lr 0.2", "--lr is 0.2, the run was"),
+    ("--epochs 2 --batch_size 1297 --resume --note base", "--epochs is 2, the run was"),
+    ("--resume --note at", "the run in {runs}/at is one of train_kd.py"),
+    ("--resume --note gone", "there is no run in"),
+    ("--resume --note taken", "there is no run in"),
+    ("--resume --note args_list", "there is no run in"),
+    ("--resume --note args_number", "there is no run in"),
+    *(
+        (f"--epochs 1 --batch_size 1297 --resume --note {name}", message)
+        for name, message in dict(
+            cut="checkpoint.pth.tar is damaged, cut short",
+            best="(KeyError: 'flags'): start the run again",
+            no_net="(KeyError: 'net')",
+            half_net="or not a run's checkpoint",
+            no_groups="or not a run's checkpoint",
+            momentum="the optimizer's state is one of other parameters",
+            rng="or not a run's checkpoint",
+            history="3 epochs and the times of 1",
+            flags="or not a run's checkpoint",
+            inside="or not a run's checkpoint",
+        ).items()
+    ),
+]
+# train_base.py --net_name resnet8 --data_name imagefolder --img_root ...
+FOLDERS = [
+    ("{img}/size1", "images of 1 pixels: give --img_size, at least 5"),
+    ("{img}/size4", "images of 4 pixels: give --img_size, at least 5"),
+    ("{img}/size97", "0.png is 97x97 pixels: give --img_size"),
+    ("{img}/wide", "7x6): give --img_size"),
+]
+
+# train_kd.py --kd_mode at --t_model {t} --s_init {s} --save_root {runs} --cuda 0 ...
+KD = [
+    # flags of the methods
+    ("--lamda_kd 1", "unknown flag --lamda_kd: did you mean --lambda_kd?"),
+    ("--lambda 1", "unknown flag --lambda"),
+    ("--kd_mode", "--kd_mode: expected one argument"),
+    ("--kd_mode ''", "--kd_mode: a name is wanted"),
+    ("--kd_mode fitnets", "no --kd_mode 'fitnets': did you mean fitnet?"),
+    ("--kd_mode qqq", "there are logits, st, at"),
+    ("--kd_mode at+", "no --kd_mode ''"),
+    ("--kd_mode at,st", "no --kd_mode 'at,st'"),
+    ("--kd_mode AT", "no --kd_mode 'AT'"),
+    ("--kd_mode st --p 2", "--p: it belongs to --kd_mode at, not st"),
+    ("--p 0", "--kd_mode at: the exponent p must be at least 1"),
+    ("--p -2", "at least 0"),
+    ("--p two", "a number"),
+    ("--p 1e6", "its loss for two training images is nan, its weight 1000"),
+    ("--absolute 2", "at most 1"),
+    ("--net_name resnet8", "unknown flag --net_name"),
+    ("--kd_mode crd --mode loose", "exact"),
+    ("--kd_mode crd --nce_n 1000000000", "at most 100000"),
+    ("--kd_mode crd --feat_dim 0", "feat_dim above 0"),
+    ("--kd_mode vid --init_var 0", "--kd_mode vid: init_var must be above"),
+    ("--kd_mode cc --P_order 5000", "P_order must be a whole number from 1 to 100"),
+    ("--kd_mode cc --gamma 0", "--kd_mode cc: gamma must be above 0"),
+    ("--kd_mode dkd --alpha -1", "at least 0"),
+    ("--kd_mode st --T 0", "the temperature T must be above 0"),
+    ("--kd_mode st --T 1e-300", "--kd_mode st: "),
+    ("--kd_mode reviewkd --mid_channel 0", "mid_channel must be at least 1"),
+    ("--kd_mode ft --k 0.001", "--kd_mode ft: int(64 * k) must be at least 1"),
+    ("--kd_mode kdsvd --stages 3", "--kd_mode kdsvd: KDSVD wants two"),
+    ("--kd_mode ofd --margin none", "invalid choice: 'none'"),
+    ("--kd_mode at+at", "a method twice"),
+    ("--kd_mode st+fsp", "fsp has phases of its own"),
+    # weights and stages
+    ("--kd_mode st+at --lambda_kd 1", "2 weight(s) wanted"),
+    ("--lambda_kd 1,2", "1 weight(s) wanted"),
+    ("--lambda_kd 1,", "--lambda_kd: a number of at least 0"),
+    ("--lambda_kd -1", "--lambda_kd: a number of at least 0"),
+    ("--lambda_kd inf", "--lambda_kd: a number of at least 0"),
+    ("--lambda_ce nan", "--lambda_ce: a number of at least 0"),
+    ("--lambda_kd 0 --lambda_ce 0", "0 leaves phase distil nothing to learn from"),
+    ("--kd_mode ab --lambda_kd 0", "0 leaves phase init nothing to learn from"),
+    ("--kd_mode ab --lambda_ce 0", "0 leaves phase train nothing to learn from"),
+    ("--stages 4", "no stage 4"),
+    ("--stages 0", "no stage 0"),
+    ("--stages 1.5", WHOLE),
+    ("--stages ''", WHOLE),
+    ("--stages 1,1", "--stages 1,1: from the shallowest to the deepest, each once"),
+    ("--stages 1,-3", "each once"),
+    ("--stages 3,1", "from the shallowest"),
+    ("--reduce max", "invalid choice: 'max'"),
+    ("--adapter big", "invalid choice: 'big'"),
+    ("--t_taps ''", "--t_taps: a name is wanted"),
+    ("--t_taps layer1,", "--t_taps: a name is wanted"),
+    ("--t_taps layr1", "no module in resnet14 called 'layr1': did you mean layer1"),
+    ("--s_taps fc", "fc is not a feature map, it gives (2, 10)"),
+    ("--s_taps layer1#0", "layer1#0: a tap is MODULE, MODULE#2"),
+    ("--s_taps layer1#-1", "layer1#-1: a tap is MODULE, MODULE#2"),
+    ("--s_taps layer1#9", "it is called 1 times"),
+    ("--s_taps layer1:out", "layer1:out: a tap is MODULE, MODULE#2"),
+    ("--s_taps layer1,layer1", "each once"),
+    ("--s_taps layer3,layer1", "from the shallowest on"),
+    ("--cuda_graph", "--cuda_graph needs a CUDA device"),
+    # what the checkpoints know
+    ("--t_name resnet20", "--t_name resnet20 contradicts"),
+    ("--s_name resnet20", "--s_name resnet20 contradicts"),
+    ("--t_name ''", "--t_name/--net1_name: a name is wanted"),
+    ("--num_class 100", "--num_class 100 contradicts"),
+    ("--data_name cifar10", "--data_name cifar10 contradicts"),
+    ("--img_size 16", "--img_size 16 contradicts the checkpoint, which says 12"),
+    ("--s_init {ck}/hundred.pth", "{ck}/hundred.pth has 100 classes, digits 10"),
+    ("--s_pretrained", "has weights of its own: pretrained contradicts it"),
+    ("--kd_mode dml --t_model {s}", "would stay equal"),
+    ("--batch_size 1", "at least 2"),
+    ("--batch_size 5000", "there are 1297 training images"),
+    ("--note taken", "holds another run"),
+    ("--note a/b", "the name of one folder"),
+    ("--resume", "there is no run"),
+    ("--resume --note base", "the run in {runs}/base is one of train_base.py"),
+    ("--resume --note at2", "the run in {runs}/at2 is one of train_base.py"),
+    ("--resume --note at --seed 5", "--resume: --"),
+    ("--resume --note cut", "is damaged, cut short"),
+    # teachers
+    ("--t_model ''", "--t_model/--net1_init: a name is wanted"),
+    ("--t_model gone.pth", "gone.pth: no such checkpoint"),
+    ("--t_model {ck}", "is a folder"),
+    ("--t_model {file}/x", "no such checkpoint"),
+    (f"--t_model {LONG}", "File name too long"),
+    ("--t_model /dev/null", "no file that could be read twice"),
+    ("--t_model {ck}/pipe.pth", "no file that could be read twice"),
+    ("--t_model {ck}/other.pth", "does not say which network it is"),
+    (f"--t_model {{ck}}/other.pth --t_name resnet8 {DIGITS}", "is not a resnet8"),
+    ("--t_model {ck}/own_code.pth", "say so with --t_name evil.py:build"),
+    ("--t_model {ck}/nowhere.pth", "no image folder"),
+    ("--t_model {ck}/hundred.pth --data_name digits", "100 classes are wanted"),
+    ("--t_model {ck}/lacks.pth", "1 missing (fc.bias)"),
+    ("--t_model {ck}/extra.pth", "1 unknown (more)"),
+    ("--t_model {ck}/wrong.pth", "the file fits resnet14 with 10 classes"),
+    ("--t_model {ck}/long_bias.pth", "1 of another shape (fc.bias)"),
+    ("--t_model {ck}/nan.pth", "1 entries are not finite (fc.bias)"),
+    ("--t_model {ck}/inf.pth", "1 entries are not finite (fc.bias)"),
+    ("--s_init {ck}/nan.pth", "1 entries are not finite (fc.bias)"),
+    *((f"--t_model {{ck}}/{x}.pth", "1 of another type") for x in ("complex", "bools")),
+    *((f"--t_model {{ck}}/{x}.pth", "1 of another type") for x in ("sparse", "hollow")),
+    ("--t_model {ck}/number.pth", "holds a int, not a checkpoint's dict"),
+    ("--t_model {ck}/nothing.pth", "holds a NoneType"),
+    ("--t_model {ck}/listed.pth", "holds a list"),
+    ("--t_model {ck}/tensor.pth", "holds a Tensor"),
+    ("--t_model {ck}/empty.pth", "holds no weights, only: nothing at all"),
+    ("--t_model {ck}/hollow_net.pth", "holds no weights"),
+    ("--t_model {ck}/numbered.pth", "holds no weights, only: 1"),
+    ("--t_model {ck}/plain.pth", "holds no weights, only: epoch"),
+    ("--t_model {ck}/evil.pth", "holds code (posix.mkdir)"),
+    ("--t_model {ck}/evil_old.pth", "holds code (posix.mkdir)"),
+    ("--t_model {ck}/evil.pkl", "evil.pkl"),
+    ("--t_model {ck}/array.pth", "holds more than tensors (numpy"),
+    ("--t_model {ck}/flipped.pth", "wrong checksum"),
+    *((f"--t_model {{ck}}/cut{n}.pth", "is damaged, cut short") for n in (0, 1, 50, 99)),
+    *((f"--t_model {{ck}}/{x}.pth", "is damaged") for x in ("text", "zeros", "archive")),
+    *(
+        (f"--t_model {{ck}}/cut{n}.safetensors", "is damaged, cut short, or not safetensors")
+        for n in (0, 7, 100, "end")
+    ),
+    ("--t_model {ck}/huge.safetensors", "is damaged"),
+    ("--t_model {ck}/meta.safetensors", "is damaged"),
+    *(
+        (f"--t_model {{ck}}/meta_{key}.pth", f"is damaged: its {key} cannot be")
+        for key in ("network", "data_name", "img_root", "num_class", "img_size", "mean", "std")
+    ),
+    ("--t_model {ck}/no_std.pth", "its mean cannot be"),
+]
+# and nothing but these
+BARE_KD = [
+    ("", "required: --kd_mode"),
+    ("--kd_mod at", "--kd_mode"),
+    ("--kd_mode at --s_init {s}", "--t_model is needed"),
+    ("--kd_mode at --t_model {t}", "--s_name or --s_init is needed"),
+    ("--kd_mode at --t_model {t} --s_name resnet9", "no network 'resnet9'"),
+    ("--kd_mode at --s_init {s} --t_pretrained", "--t_name or --t_model is needed"),
+    ("--kd_mode at --s_init {s} --t_pretrained --t_name resnet8", "no weights of its own"),
+    ("--kd_mode dml --s_name resnet8", "--data_name is needed"),
+    (
+        "--kd_mode dml --s_name resnet8 --data_name imagefolder --img_root {img}/empty_class",
+        "dog: no images",
+    ),
+]
+EVAL = [
+    ("{ck}/sparse.pth", "1 of another type (fc.bias)"),
+    ("{ck}/flipped.pth", "wrong checksum"),
+    ("{ck}/fine.pth --teacher {ck}/cut50.pth", "is damaged, cut short"),
+    ("{ck}/meta_img_size.pth", "its img_size cannot be -3"),
+]
+EXPORT = [
+    ("{ck}/nan.pth --out {root}/x.safetensors", "is not written: read back, its logits differ"),
+    ("{ck}/evil.pth --out {root}/x.pt2", "holds code"),
+    ("{ck}/fine.pth --out {file}/x.pt2", "cannot be written"),
+    ("{ck}/fine.pth --format onnx --out {file}", "ends in .onnx is wanted"),
+]
+
+RUN = "--save_root {runs} --cuda 0 "
+ON_DIGITS = f"--net_name resnet8 {DIGITS} {RUN}"
+ON_FILES = RUN + "--kd_mode at --t_model {t} --s_init {s} "
+CASES = [
+    *((train_base.main, ON_DIGITS, case) for case in BASE),
+    *(
+        (train_base.main, f"--net_name resnet8 {RUN} --data_name imagefolder --img_root ", case)
+        for case in FOLDERS
+    ),
+    (train_base.main, RUN, ("", "required: --net_name")),
+    (train_base.main, RUN, ("--net_name resnet8", "--data_name is needed: cifar10")),
+    *((train_kd.main, ON_FILES, case) for case in KD),
+    *((train_kd.main, RUN, case) for case in BARE_KD),
+    *((evaluation.main, "--cuda 0 ", case) for case in EVAL),
+    *((export.main, "", case) for case in EXPORT),
+]
+
+
+def name_of(value) -> str | None:
+    return ascii(value[0])[1:60] if isinstance(value, tuple) else ""
+
+
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+@pytest.mark.parametrize("main, common, case", CASES, ids=name_of)
+def test_one_line_and_nothing_written(places, monkeypatch, capfd, main, common, case):
+    (names, before), (argv, message) = places, case
+
+    def refuse(url, root, filename, **kwargs):
+        os.makedirs(root, exist_ok=True)
+        open(os.path.join(root, filename), "w").close()
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(utils.Run, "log", lambda *_: sys.exit("a run was started"))
+    monkeypatch.chdir(names["root"])
+    words = [word.format(**names) for word in shlex.split(common + argv)]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capfd.readouterr()
+    after = places[1] = snapshot(names["root"])
+    assert [x for x in after.keys() | before.keys() if after.get(x) != before.get(x)] == []
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and out == "", err
+    wanted = message.format(**names)
+    assert wanted in err
+    assert len(err) < 1000 or max(map(len, words)) > 1000
+
+
+def test_the_good_files_are_good(places, monkeypatch):
+    """Or the table would prove nothing."""
+    names, before = places
+    monkeypatch.chdir(names["root"])
+    words = [word.format(**names) for word in shlex.split(ON_FILES)]
+    for more in ([], ["--t_model", f"{names['ck']}/fine.safetensors"]):
+        train_kd.main([*words, *more, "--dry_run"])
+    argv = [*ON_DIGITS.format(**names).split(), "--epochs", "1", "--batch_size", "1297"]
+    train_base.main([*argv, "--resume", "--note", "base", "--dry_run"])
+    assert snapshot(names["root"]) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 64 bytes."),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_too_large_for_the_memory(monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(utils, "load_data", fail)
+    with pytest.raises(SystemExit) as stop:
+        train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "smaller --batch_size" in err
+
+
+# --- at random: checkpoints ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fuzz(request):
+    """Settings for so many examples, ten times as many with --slow."""
+
+    def make(examples):
+        slow = request.config.getoption("--slow")
+        return settings(
+            max_examples=examples * (10 if slow else 1),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+
+    return make
+
+
+@pytest.fixture
+def consume(tmp_path):
+    """Read bytes as a checkpoint, as far as a network: a value or a UserError, soon, in little room."""
+    recipe = train_base.parse(["--net_name", "resnet8"])
+
+    def read(data: bytes, name: str):
+        path = tmp_path / name
+        path.write_bytes(data)
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        for known in (None, "resnet8"):
+            try:
+                found = network.find_weights(known, str(path), "t_name", "t_model")
+                utils.resolve(recipe, found.name, found.meta)
+                found.load(10, 12)
+            except UserError as error:
+                assert str(error)
+        assert time.process_time() - began < 5
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+        assert sorted(tmp_path.iterdir()) == [path]
+        path.unlink()
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The bytes of a small checkpoint in torch's two formats and as safetensors."""
+    safe = pytest.importorskip("safetensors.torch")
+    folder = tmp_path_factory.mktemp("small")
+    net = {"conv1.weight": torch.ones(2, 3), "fc.weight": torch.ones(10, 4)}
+    content = dict(net=net, meta=META, epoch=3, opt=argparse.Namespace(lr=0.1))
+    torch.save(content, folder / "new.pth")
+    torch.save(content, folder / "old.pth", _use_new_zipfile_serialization=False)
+    safe.save_file(net, folder / "x.safetensors", {"meta": json.dumps(META)})
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+KINDS = ("new.pth", "old.pth", "x.safetensors")
+
+
+def test_random_bytes(fuzz, consume):
+    starts = (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95", (40).to_bytes(8, "little") + b"{")
+
+    @fuzz(150)
+    @given(st.sampled_from(starts), st.binary(max_size=200), st.sampled_from(KINDS))
+    def check(start, data, name):
+        consume(start + data, name)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncations_and_flips(fuzz, consume, small, kind):
+    data = small[kind]
+    places = st.integers(0, len(data) - 1)
+    early = st.integers(0, min(600, len(data) - 1))
+
+    @fuzz(100)
+    @given(
+        st.lists(st.tuples(places | early, st.integers(1, 255)), max_size=4),
+        st.none() | places,
+    )
+    def check(flips, end):
+        changed = bytearray(data)
+        for place, bits in flips:
+            changed[place] ^= bits
+        consume(bytes(changed[:end]), kind)
+
+    check()
+
+
+NAMES = ["net", "snet", "net2", "model", "state_dict", "meta", *META, "fc.weight", "module.fc.bias"]
+TENSORS = st.builds(
+    lambda shape, dtype: torch.zeros(shape).to(dtype),
+    st.lists(st.integers(0, 12), max_size=3),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64]),
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["resnet8", "digits", "torchvision/resnet18", "x.py:f", *META.values()])
+    | TENSORS
+)
+KEYS = st.sampled_from(NAMES) | st.text(max_size=4) | st.integers(-3, 3) | st.none()
+
+
+def test_random_objects(fuzz, consume, tmp_path_factory):
+    path = tmp_path_factory.mktemp("objects") / "x.pth"
+    nested = st.recursive(
+        LEAVES,
+        lambda inner: st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(KEYS, inner, max_size=5),
+        max_leaves=12,
+    )
+    wrapped = st.fixed_dictionaries(
+        dict(net=st.dictionaries(KEYS, TENSORS, max_size=3)),
+        optional=dict(
+            meta=st.fixed_dictionaries({}, optional=dict.fromkeys(META, LEAVES)) | LEAVES
+        ),
+    )
+
+    @fuzz(200)
+    @given(nested | wrapped)
+    def check(content):
+        torch.save(content, path)
+        consume(path.read_bytes(), "x.pth")
+
+    check()
+
+
+# --- at random: flags ------------------------------------------------------------------------------
+
+ODD = [
+    *(
+        "0 -0 -1 1 2 10 0.5 1e999 -1e999 nan -nan inf 0x10 1_0 1e3 .5 5. + - -- = , ,, 1,2 1,,2".split()
+    ),
+    *("2,1 measured cifar10 0,0,0,1,1,1 0,0,0,0,0,0 at st+at + at+ at++st None True []".split()),
+    *(
+        "٣ ½ ¹ \u200b1 1\u00a0 \0 \n \udce4 ../x a/b {} {0} %s %(prog)s * ~ $HOME -5 -x @x".split(
+            " "
+        )
+    ),
+    *("", " ", "9" * 400, "9" * 5000, "x" * 5000, "1e" + "9" * 50, "--lr", "--help=1", "-h"),
+]
+
+
+@pytest.mark.parametrize("script", [train_kd, train_base])
+def test_random_flags(fuzz, capsys, script):
+    own = ["--kd_mode", "at"] if script is train_kd else ["--net_name", "resnet8"]
+    args = script.parse(own)
+    known = vars(args[0] if isinstance(args, tuple) else args)
+    flags = {f"--{name}" for name in known} | {
+        f"--{x}" for row in METHODS.values() for x in row.flags
+    }
+    flags = sorted(flags | {"--help", "-h", "--net1_init", "--"})
+    flag = st.sampled_from(flags)
+    near = st.builds(lambda x, i: x[:i] + x[i + 1 :], flag, st.integers(0, 12))
+    near |= st.builds(lambda x, i: x[:i] + x[i - 1 :], flag, st.integers(1, 12))
+    value = st.sampled_from(ODD) | st.sampled_from([*METHODS]) | st.text(max_size=6)
+    value |= st.integers().map(str) | st.floats().map(str)
+    word = st.one_of(
+        st.tuples(flag, value),
+        st.builds(lambda x, y: (f"{x}={y}",), flag | near, value),
+        st.tuples(flag | near | value),
+    )
+
+    @fuzz(400)
+    @given(st.booleans(), st.lists(word, max_size=5))
+    def check(whole, words):
+        argv = [*(own if whole else []), *(x for pair in words for x in pair)]
+        began = time.process_time()
+        try:
+            args = script.parse(argv)
+            utils.resolve(args[0] if isinstance(args, tuple) else args, "resnet8", {})
+        except UserError as error:
+            assert str(error)
+        except SystemExit as stop:
+            assert stop.code == 0 and any(x.startswith(("--help", "-h")) for x in argv)
+        assert time.process_time() - began < 2
+        capsys.readouterr()
+
+    check()

@@ -1,0 +1,105 @@
+"""What recipes share: pieces of a batch, smoothed labels, warm-ups, and what one has of another."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import toys
+import train_base
+import train_kd
+import utils
+from kd_losses import LIKE, METHODS
+
+CPU = utils.Machine(torch.device("cpu"), bf16=False)
+
+
+@pytest.mark.parametrize(
+    "n, count, sizes", [(8, 3, [3, 3, 2]), (5, 4, [3, 2]), (3, 3, [3]), (1, 2, [1])]
+)
+def test_pieces_are_never_single_images(n, count, sizes):
+    x = torch.arange(n)
+    found = list(utils.pieces(count, x, 2 * x))
+    assert [len(parts[0]) for parts, _ in found] == sizes
+    assert sum(share for _, share in found) == pytest.approx(1)
+    assert torch.equal(torch.cat([parts[1] for parts, _ in found]), 2 * x)
+
+
+@pytest.mark.parametrize("mode", ["st", "at", "sobolev"])
+def test_a_batch_in_pieces_is_the_batch(mode):
+    """For losses that compare no images, batch norm in eval mode."""
+    found = []
+    for pieces in (1, 3):
+        torch.manual_seed(0)
+        job = toys.job(mode)
+        for module in (job.student.net, job.teacher.net, job.kd):
+            module.double()
+        params = job.learners(job.phases[0])
+        job.student.net.eval()
+        optimizer = torch.optim.SGD(params, lr=0.0)
+        torch.manual_seed(1)
+        batch, phase = toys.batch(8), job.phases[0]
+        terms = train_kd.train_step(job, phase, optimizer, batch, [2.0], CPU, pieces)
+        found.append((terms, [p.grad for p in params]))
+    (whole, grads), (cut, others) = found
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], check_dtype=False)
+    torch.testing.assert_close(others, grads)
+
+
+def test_a_plain_step_in_pieces_and_with_smoothed_labels():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()
+    img, target = torch.randn(7, 3, 2, 2, dtype=torch.float64), torch.arange(7) % 4
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    found = []
+    for pieces in (1, 3):
+        out, loss = train_base.train_step(net, optimizer, img, target, CPU, 0.1, pieces)
+        found.append((out, loss, net[1].weight.grad.clone()))
+    torch.testing.assert_close(*found)
+    log_p = F.log_softmax(net(img), 1)
+    wanted = -(0.9 * log_p[range(7), target] + 0.1 * log_p.mean(1)).mean()
+    torch.testing.assert_close(found[0][1].double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_accumulate_trains(tmp_path):
+    argv = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+    argv += ["--epochs", "1", "--save_root", str(tmp_path), "--accumulate", "2"]
+    argv += ["--label_smoothing", "0.1"]
+    row = utils.read_metrics(train_base.main(argv)["dir"])[0]
+    assert 0 < row["ce"] < 3
+
+
+def test_the_rate_warms_up_then_falls():
+    rates = [utils.step_decay(1.0, epoch, (6,), 4) for epoch in range(1, 8)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1])
+    assert utils.step_decay(1.0, 1, (6,)) == 1
+
+
+def test_a_protocol_has_of_another_what_it_does_not_say():
+    for protocol, parent in LIKE.items():
+        for mode, row in METHODS.items():
+            if protocol not in row.protocols:
+                assert row.under(protocol) == row.under(parent), (mode, protocol)
+                assert row.known_to(protocol) == row.known_to(parent)
+    st = METHODS["st"].under("mdistiller-imagenet")
+    assert (st.lambda_kd, st.flags["T"]) == (0.5, 1.0)
+    assert METHODS["ofd"].under("mdistiller-imagenet").reduce == "sum"  # of the CRD benchmark's
+    assert not METHODS["bss"].known_to("mdistiller-imagenet")
+
+
+@pytest.mark.parametrize(
+    "flags, batch, lr",
+    [
+        (["--kd_mode", "st"], 512, 0.2),
+        (["--kd_mode", "crd"], 256, 0.1),
+        (["--kd_mode", "crd+ofd", "--lambda_kd", "1,1"], 128, 0.05),
+        (["--kd_mode", "crd", "--batch_size", "64"], 64, 0.025),
+        (["--kd_mode", "crd", "--lr", "0.3"], 256, 0.3),
+        (["--kd_mode", "crd", "--protocol", "crd"], 64, 0.05),
+        (["--kd_mode", "crd", "--protocol", "crd", "--batch_size", "128"], 128, 0.05),
+    ],
+)
+def test_batch_and_rate(flags, batch, lr):
+    protocol = [] if "--protocol" in flags else ["--protocol", "mdistiller-imagenet"]
+    args, rows = train_kd.parse([*flags, *protocol, "--data_name", "imagenet"])
+    recipe = train_kd.resolve(args, rows, "torchvision/resnet18", {})
+    assert (recipe.batch_size, recipe.lr) == (batch, pytest.approx(lr))

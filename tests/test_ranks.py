@@ -1,0 +1,164 @@
+"""Two processes that train together, as torchrun starts them: on the CPU, through gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
+SAME = ["st", "at", "rkd", "sp", "pkt", "irg", "cc"]  # as if there were one process
+
+
+def worker(root: Path) -> dict:
+    """What each of the two processes does. Returns what the tests look at."""
+    import toys
+    import train_base
+    import train_kd
+    import utils
+
+    jobs, make = [], train_kd.Distillation.__init__
+
+    def kept(self, *args):
+        make(self, *args)
+        jobs.append(self)
+
+    train_kd.Distillation.__init__ = kept
+    leave, utils.leave_ranks = utils.leave_ranks, lambda: None  # one meeting for all runs
+    small = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--save_root", str(root)]
+    base = ["--net_name", "resnet14", *small, "--epochs", "1", "--note"]
+    train_base.main([*base, "t"])
+    utils.everyone(None)  # the file is there
+    found = {"world": utils.world()}
+    for mode in TRAINED:
+        argv = ["--kd_mode", mode, "--t_name", "resnet14", "--s_name", "resnet8", *small]
+        argv += toys._small(mode) + ["--epochs", "2", "--note", mode, "--print_freq", "5"]
+        argv += ["--t_model", f"{root}/t/model_best.pth.tar"] if mode != "dml" else []
+        argv += ["--gather"] if mode == "rkd" else []
+        train_kd.main(argv)
+        job = jobs[-1]
+        modules = (job.student.net, job.teacher.net, job.kd)
+        sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
+        found[mode] = len(set(map(str, utils.everyone(sums)))) == 1
+
+    for mode in SAME:
+        found[f"{mode} alone"] = compare(mode)
+    leave()
+    return found
+
+
+def compare(mode: str) -> float:
+    """How far losses and gradients of two shares of a batch are from those of the whole batch."""
+    import toys
+    import train_kd
+    import utils
+
+    def step(batch, gathers):
+        torch.manual_seed(0)
+        job = toys.job(mode)
+        for module in (job.student.net, job.teacher.net, job.kd):
+            module.double()
+        for part in job.kd:
+            part.gathers = gathers
+        phase = job.phases[0]
+        params = job.learners(phase)
+        job.student.net.eval()
+        optimizer = torch.optim.SGD(params, lr=0.0)
+        machine = utils.Machine(torch.device("cpu"), bf16=False)
+        terms = train_kd.train_step(job, phase, optimizer, batch, [3.0], machine)
+        meter = utils.Meter()
+        meter.add(terms, len(batch.target))
+        return meter, torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+
+    torch.manual_seed(5)
+    whole = toys.batch(128)
+    half = slice(64 * utils.rank(), 64 * utils.rank() + 64)
+    share = train_kd.Batch(*(x[half] for x in vars(whole).values()))
+    relates = train_kd.METHODS[mode].relates
+    meter, grad = step(share, relates)
+    average, utils.average_gradients = utils.average_gradients, lambda optimizer: None
+    single, expected = step(whole, False)
+    utils.average_gradients = average
+    terms, wanted = meter.read(), single.read()  # the whole batch twice: the same mean
+    off = [abs(terms[name] - wanted[name]) / abs(wanted[name]) for name in ("ce", "kd")]
+    return max(*off, float((grad - expected).norm() / expected.norm()))
+
+
+def torchrun(*argv, **more) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [*command, *argv], cwd=ROOT, capture_output=True, text=True, env=env, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    done = torchrun(str(Path(__file__)), str(root), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((root / "found.json").read_text())
+    assert result["world"] == 2
+    return root, result
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_both_end_with_equal_weights(mode, found):
+    """Banks, adapters and both of two networks that learn included; one wrote, for both."""
+    root, result = found
+    assert result[mode] is True
+    assert len((root / mode / "metrics.csv").read_text().splitlines()) >= 3
+    log = (root / mode / "log.txt").read_text()
+    assert log.count("teacher test_top1") == (mode != "dml") and "2 processes" in log
+
+
+@pytest.mark.parametrize("mode", SAME)
+def test_two_shares_are_the_whole_batch(mode, found):
+    """Batch norm in eval mode; what compares images does so across the processes."""
+    assert found[1][f"{mode} alone"] < 1e-5
+
+
+def test_goes_on_with_another_number_of_processes(found, tmp_path):
+    """A run of one process, stopped after its first epoch, ends on two; and bad input is said once."""
+    import train_kd
+    import utils
+
+    root, _ = found
+    argv = ["--kd_mode", "crd", "--t_model", f"{root}/t/model_best.pth.tar", "--s_name", "resnet8"]
+    argv += ["--nce_n", "8", "--feat_dim", "8", "--cuda", "0", "--img_size", "12"]
+    argv += ["--epochs", "2", "--save_root", str(tmp_path), "--note", "r"]
+    epoch = utils.Run.epoch
+
+    def interrupted(self, *args, **kwargs):
+        epoch(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    utils.Run.epoch = interrupted
+    try:
+        with pytest.raises(SystemExit):
+            train_kd.main(argv)
+    finally:
+        utils.Run.epoch = epoch
+    done = torchrun("train_kd.py", *argv, "--resume", timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["epoch"] for row in utils.read_metrics(tmp_path / "r")] == [1, 2]
+    again = torchrun("train_kd.py", *argv, timeout=300)
+    assert again.returncode and again.stderr.count("holds another run") == 1
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    out = worker(Path(sys.argv[1]))
+    if os.environ["RANK"] == "0":
+        (Path(sys.argv[1]) / "found.json").write_text(json.dumps(out))
