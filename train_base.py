@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
-        utils.describe_recipe(recipe, isinstance(data.train, dataset.Images)),
+        utils.describe_recipe(recipe, dataset.padded(data.train)),
     ]
     if run.saved:
         with run.intact():  # or say so before anything is written

@@ -536,12 +536,14 @@ def main(argv: list[str] | None = None) -> dict:
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
 
+    job.to(machine.device)
+    if recipe.cuda_graph and not all(x.is_cuda for x in job.kd.state_dict().values()):
+        raise UserError("--cuda_graph: a part of the method lies on the CPU")
     teacher |= dict(network=found_t.name, pretrained=found_t.pretrained)
     added = network.count_parameters(job.kd)
     with run.start(machine, meta, dict(methods=methods, teacher=teacher, added=added)):
         for line in lines:
             run.log(line)
-        job.to(machine.device)
         data = data.to(machine.device)
         if recipe.compile:
             run.log(job.compile())
@@ -670,7 +672,7 @@ def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, 
         *data.notes,
         *found_t.notes,
         *found_s.notes,
-        utils.describe_recipe(recipe, isinstance(data.train, dataset.Images)),
+        utils.describe_recipe(recipe, dataset.padded(data.train)),
     ]
     full = utils.PROTOCOLS[recipe.protocol].epochs
     if recipe.epochs != full:

@@ -605,7 +605,7 @@ def same_everywhere(*modules: nn.Module) -> None:
     if world() > 1:
         for module in modules:
             for x in module.state_dict().values():
-                dist.broadcast(x, 0)
+                dist.broadcast(x, 0, group=None if x.is_cuda else _control)
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -422,7 +422,7 @@ KNOWLEDGEREVIEW = dict(
 OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 FT_PAIRS = {student: dict(phases=paraphrase_first(1.0)) for student in OTHERS}
 
-CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"))
+CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"), bank=("device", "host"))
 IRG_FLAGS = dict(w_irg_vert=0.1, w_irg_edge=5.0, w_irg_tran=5.0)
 BOTH = "channels+size"
 
@@ -485,6 +485,7 @@ FLAG_HELP = {
     "nce_t": "temperature",
     "nce_mom": "momentum of the memory banks",
     "mode": "positives: the sample itself, or any of its class",
+    "bank": "where the memory banks lie: host for a device without room for them",
     "unfold": "rows of the unfolded map: channels and height, or positions",
     "mid_channel": "width of the fused maps, at most the student's last",
     "s_preact": "1: the student's maps before the activation",

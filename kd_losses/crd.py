@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # With more rows in a bank than this for each one drawn, the rows drawn are gathered; with fewer, their
-# scores, out of one product with the whole bank. On a CPU, batch 64, as fast at 24; GPUs: by estimate.
+# scores, out of one product with the whole bank. As fast at 24, on a CPU, batch 64; no GPU was measured.
 GATHER = 24
 SLICE = 2**23  # numbers gathered at a time: 32 MB
 

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-import augment
+import dataset as augment
 
 REFERENCE = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 OPS = list(REFERENCE._AUGMENTATION_SPACE)

@@ -1,4 +1,5 @@
 import builtins
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -259,13 +260,11 @@ def test_attention_rows(runs, out):
 
 def test_streamed_images_can_be_picked(tmp_path):
     rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
+    for split, name in product(("train", "test"), ("a", "b")):
+        (tmp_path / split / name).mkdir(parents=True)
         for i in range(3):
-            pixels = np.full((120, 120, 3), 80 * i, dtype=np.uint8) + rng.integers(
-                2, dtype=np.uint8
-            )
-            Image.fromarray(pixels).save(tmp_path / split / "a" / f"{i}.png")
+            pixels = 80 * i + rng.integers(2, size=(120, 120, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
     split = tool.pick(dataset.load("imagefolder", tmp_path, None, 100).test, np.array([2, 0]))
     (img, target, _), *_ = dataset.test_batches(split, 2)
     assert img.shape == (2, 3, 100, 100) and img[0].min() > img[1].max() and len(target) == 2
