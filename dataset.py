@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -736,8 +737,10 @@ def _folder(*tests: str):
                 f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}"
             )
         items = [np.array([os.fsencode(path) for path in paths]) for paths in (files, second[1])]
-        if not _large(img_size):
-            items = [_decode(x, img_size, folder) for x, folder in zip(items, (train, test))]
+        small = _large(img_size) and all(map(_is_small, chain(*items)))
+        if small or not _large(img_size):
+            side = None if small else img_size
+            items = [_decode(x, side, folder) for x, folder in zip(items, (train, test))]
             sizes = [x.shape[1] for x in items]
             if sizes[0] != sizes[1]:
                 raise UserError(
@@ -745,9 +748,21 @@ def _folder(*tests: str):
                     "give --img_size"
                 )
         notes = [x for x in (note, second[3]) if x]
-        return (items[0], labels), (items[1], second[2]), classes, dict(flip=True), notes
+        options = dict(flip=True, **dict(autoaugment=True) if small else {})
+        return (items[0], labels), (items[1], second[2]), classes, options, notes
 
     return read
+
+
+def _is_small(path: bytes) -> bool:
+    """Whether an image is one to be kept and enlarged, rather than read when it is wanted."""
+    from PIL import Image
+
+    try:
+        with Image.open(os.fsdecode(path)) as image:
+            return image.width == image.height <= RESIDENT
+    except (OSError, ValueError, SyntaxError):  # said when it is read
+        return False
 
 
 def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | None]:

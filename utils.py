@@ -1098,7 +1098,7 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
         if rank() == 0:
-            print("stopping after this step", file=sys.stderr, flush=True)
+            os.write(2, b"stopping after this step\n")  # a print may be at work just now
 
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():

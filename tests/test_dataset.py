@@ -549,11 +549,25 @@ def test_a_tiny_image_is_enlarged(tmp_path):
     assert all(img.shape[2:] == (SIZE, SIZE) for img, _, _ in epoch(load(tmp_path).train))
 
 
+def test_a_folder_of_small_images_is_kept_and_enlarged(tmp_path):
+    """As CIFAR's are; one large image among them, and all are streamed."""
+    folder(tmp_path)
+    data = load(tmp_path)
+    assert isinstance(data.train, dataset.Images) and data.train.enlarged
+    assert data.train.autoaugment and data.train.size == SIZE and data.train.pixels.shape[1] < 96
+    assert "enlarged on the device" in data.notes[0]
+    img, _, _ = next(dataset.test_batches(data.test, 2))
+    assert img.shape[2:] == (SIZE, SIZE)
+    Image.new("RGB", (120, 120)).save(tmp_path / "test" / "dog" / "large.png")
+    assert isinstance(load(tmp_path).train, dataset.Stream)
+
+
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_is_one_line_from_any_process(tmp_path, how, workers):
     spoil(tmp_path, how)
-    data = load(tmp_path, workers=workers)  # nothing is opened yet
+    Image.new("RGB", (120, 120)).save(tmp_path / "train" / "dog" / "large.png")
+    data = load(tmp_path, workers=workers)  # streamed: nothing is decoded yet
     with pytest.raises(UserError) as error:
         epoch(data.train, 2)
     text = r"\S+/train/cat/1.\w+: not a readable image \([^\n]+\): mend or remove it"

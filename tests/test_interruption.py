@@ -7,10 +7,13 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import toys
 import train_base
@@ -154,6 +157,28 @@ def test_train_base_goes_on_inside_an_epoch(tmp_path, monkeypatch):
     assert saved["inside"]["step"] == 7 and not saved["history"]
     train_base.main([*argv, "--note", "stopped", "--resume"])
     assert_same(result(tmp_path / "whole"), result(tmp_path / "stopped"))
+
+
+def test_streamed_images_go_on_inside_an_epoch(tmp_path, monkeypatch):
+    """Files that workers read: the same images in the same order, cropped alike."""
+    rng = np.random.default_rng(0)
+    for split, name in product(("train", "test"), ("a", "b")):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(256, size=(110, 130, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    argv = ["--net_name", "resnet8", "--data_name", "imagefolder", "--img_root", str(tmp_path)]
+    argv += ["--img_size", "100", "--batch_size", "4", "--epochs", "2", "--workers", "1"]
+    argv += ["--cuda", "0", "--save_root", str(tmp_path / "runs")]
+    train_base.main([*argv, "--note", "whole"])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGINT)  # four steps, one of the test, two more
+        with pytest.raises(SystemExit):
+            train_base.main([*argv, "--note", "stopped"])
+    saved = utils.read_checkpoint(tmp_path / "runs" / "stopped" / "checkpoint.pth.tar")
+    assert saved["inside"]["step"] == 2 and len(saved["history"]) == 1
+    train_base.main([*argv, "--note", "stopped", "--resume"])
+    assert_same(*(result(tmp_path / "runs" / note) for note in ("whole", "stopped")))
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
