@@ -273,10 +273,11 @@ class Distillation:
 
                         def call():
                             loss = part(compare, s, t, batch)
-                            if not (part.row.lambda_kd * loss).isfinite().all():
+                            weight = part.row.lambda_kd
+                            if not (loss if callable(weight) else weight * loss).isfinite().all():
                                 raise ValueError(
                                     f"its loss for two training images is {loss.item():g}, its weight "
-                                    f"{part.row.lambda_kd:g}: change the method's flags"
+                                    f"{weight:g}: change the method's flags"
                                 )
                             if self.image_grad:  # the parts share the networks' graphs
                                 loss.backward(retain_graph=True)

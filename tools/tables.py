@@ -175,7 +175,8 @@ def setting(args, table: Table) -> str:
     """The folder for runs under the same settings."""
     data = Path(args.img_root).name if args.data == "imagefolder" else args.data
     epochs = args.epochs or utils.PROTOCOLS[table.protocol].epochs
-    parts = [data, f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
+    parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
+    parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
     if args.teacher:
         parts.append(f"teacher{utils.sha256(args.teacher)[:8]}")
     return "-".join(parts)
@@ -185,7 +186,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
     """The trainings of the rows, teachers first, then seed by seed."""
     home = Path(args.runs) / table.protocol / setting(args, table)
     common = ["--data_name", args.data, "--protocol", table.protocol]
-    for flag in ("img_root", "epochs", "cuda", "workers"):
+    for flag in ("img_root", "img_size", "epochs", "cuda", "workers"):
         if getattr(args, flag) is not None:
             common += [f"--{flag}", str(getattr(args, flag))]
     common += ["--amp", args.amp] if args.amp != "auto" else []
@@ -490,7 +491,8 @@ def summarise(name: str, records: list[dict]) -> list[dict]:
     rows = []
     for where, data, epochs in [*settings, *homes]:
         mine = [r for r in records if r["setting"] == where]
-        at_home = epochs == full and data in table.data
+        own = where == "published" or where.startswith(f"{data}-{full}ep")  # no size of its own
+        at_home = own and data in table.data
         theirs = [f for f in figures if at_home and f["data"] == data]
         for pair in pairs:
             rows += block(where, data, epochs, pair, mine, theirs)
@@ -571,7 +573,7 @@ def markdown(name: str, rows: list[dict]) -> str:
         title = f"{short(t)} -> {short(s)}, {data if where == 'published' else where}"
         if not ours:
             title += ": published, not run here"
-        elif part[0]["epochs"] != full or data not in table.data:
+        elif not any(r["published"] for r in part):
             title += f": {part[0]['epochs']} epochs (the protocol has {full})"
             title += ", not a published setting" if table.data else ""
         theirs = any(r["published"] for r in part)
@@ -724,6 +726,7 @@ def parse(argv: list[str]):
         add("--epochs", type=utils.number(int, 1), metavar="N", help="(default: the protocol's)")
         add("--data", metavar="NAME", help="(default: the table's) " + utils.DATA_NAMES)
         add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+        add("--img_size", type=utils.number(int, *utils.SIZES), metavar="N", help="in pixels")
         add("--teacher", metavar="FILE", help="a trained teacher (default: trained first)")
         add("--jobs", type=utils.number(int, 1), default=1, metavar="J", help="side by side")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")

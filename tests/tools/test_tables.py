@@ -13,7 +13,7 @@ import utils
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
-DIGITS = ["--data", "digits", "--cuda", "0", "--epochs", "2"]
+DIGITS = ["--data", "digits", "--img_size", "12", "--cuda", "0", "--epochs", "2"]
 
 
 # --- published.csv -----------------------------------------------------------------------------------
@@ -284,13 +284,13 @@ def test_killed_and_started_again_equals_undisturbed(tmp_path):
     rows = undated(tmp_path / "a" / "small.csv")
     found = [(row["mode"], row["seeds"], row["epochs"]) for row in rows]
     assert found == [("teacher", "1", "2"), ("baseline", "2", "2"), ("st", "2", "2")]
-    assert rows[2]["setting"] == "digits-2ep" and rows[2]["last_std"]
+    assert rows[2]["setting"] == "digits-12px-2ep" and rows[2]["last_std"]
 
     command = [sys.executable, "tools/tables.py", *argv]
     command += ["--runs", str(tmp_path / "b"), "--out", str(tmp_path / "b")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     # in the midst of a student's training
-    folder = tmp_path / "b" / "kdzoo" / "digits-2ep" / "resnet20-resnet8"
+    folder = tmp_path / "b" / "kdzoo" / "digits-12px-2ep" / "resnet20-resnet8"
     wait(lambda: list(folder.glob("*/checkpoint.pth.tar")) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -396,6 +396,7 @@ def test_the_last_epoch_is_compared_with_a_published_last_one():
     [
         dict(setting="cifar10-100ep", epochs=100),
         dict(setting="digits-200ep", data="digits"),
+        dict(setting="cifar10-64px-200ep"),
         dict(setting="cifar10-200ep-off"),
     ],
 )
