@@ -552,3 +552,10 @@ def test_no_number_at_all_stops_the_run_that_leaves_them_out(distil, monkeypatch
     with pytest.raises(SystemExit):
         distil("st", "--epochs", "1", "--on_nan", "skip", "--print_freq", "100")
     assert "every step was left out" in capsys.readouterr().err
+
+
+def test_a_fresh_student_is_the_baseline_of_its_seed(base):
+    """--s_name with the seed of a baseline and --s_init with its initial weights are the same start."""
+    initial = weights(base / "resnet8" / "initial_r8.pth.tar")
+    fresh = network.Weights("resnet8").build(10, 2, 12).state_dict()
+    assert initial.keys() == fresh.keys() and same(initial, fresh)

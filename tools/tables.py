@@ -360,7 +360,7 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen
             made = json.loads((job.folder / "args.json").read_text())["command"]
         except (OSError, ValueError, KeyError):
             made = None
-        if made and shlex.join([job.script, *job.argv]) != made.removesuffix(" --resume"):
+        if made and " ".join([job.script, *job.argv]) != made.removesuffix(" --resume"):
             raise UserError(f"made by another command: {made}; remove it or give another --runs")
         if (job.folder / "checkpoint.pth.tar").exists():
             more = ["--resume"]
