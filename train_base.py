@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     with run.start(machine, meta):
         for line in lines:
             run.log(line)
-        if not run.saved:
+        if not run.saved and utils.rank() == 0:
             initial = run.dir / f"initial_{short_name(args.net_name)}.pth.tar"
             start = {
                 "net": net.state_dict(),

@@ -587,8 +587,10 @@ def join_ranks(cuda: bool) -> None:
 
 
 def leave_ranks() -> None:
+    global _control
     if world() > 1:
         dist.destroy_process_group()
+        _control = None  # its threads end here, and not with the interpreter
 
 
 def everyone(value) -> list:
