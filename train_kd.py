@@ -595,6 +595,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     already = meter.count
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
+    weights = kd_weights(job, (epoch - 1) / epochs, recipe)  # of an epoch whose steps are all done
     batches = dataset.train_batches(
         data.train,
         recipe.batch_size,

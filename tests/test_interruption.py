@@ -127,6 +127,7 @@ def stop_at(monkeypatch, step, number):
     [
         (signal.SIGTERM, 143, 6, "SIGTERM after distil epoch 1, step 5"),
         (signal.SIGINT, 130, 16, "SIGINT after distil epoch 2, step 3"),
+        (signal.SIGTERM, 143, 12, "SIGTERM after distil epoch 1, step 11"),  # its last
         (signal.SIGTERM, 143, 13, "SIGTERM after epoch 1"),
     ],
 )
