@@ -809,7 +809,8 @@ class Weights:
     """A network's name, its weights (None: fresh ones) and what its checkpoint knows of the data.
 
     pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was trained
-    for, as its file says; notes: lines about it; make: what `constructor` gives for the name. Raises UserError where there is no such network.
+    for, as its file says; notes: lines about it; make: what `constructor` gives for the name. Raises
+    UserError where there is no such network.
     """
 
     name: str

@@ -8,7 +8,6 @@ Writes into save_root/note, before its first step, the initial weights (`initial
 
 import re
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +127,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
     """One epoch: train, evaluate, record, save."""
-    began = time.perf_counter()
     lr = utils.step_decay(recipe.lr, epoch, recipe.milestones, recipe.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -147,9 +145,8 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         epoch,
         padding=recipe.padding,
         skip=done,
-        share=(utils.rank(), utils.world()),
+        share=utils.share(),
     )
-    already = meter.count
     for step, (img, target, _) in enumerate(batches, done + 1):
         out, loss = train_step(
             net, optimizer, img, target, machine, recipe.label_smoothing, recipe.accumulate
@@ -158,16 +155,15 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         if step % recipe.print_freq == 0:
             now = meter.read()
             utils.check_finite(now, f"epoch {epoch}, step {step}")
-            speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
             run.log(
                 f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
-                f"top1 {now['train_top1']:.2f}  {speed:.0f} img/s"
+                f"top1 {now['train_top1']:.2f}  {meter.speed:.0f} img/s"
             )
         if run.due():
             run.pause(state, meter, step, f"epoch {epoch}, step {step}")
     now = meter.read()
     utils.check_finite(now, f"epoch {epoch}")
-    speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
+    speed = meter.speed
     utils.average_batch_norms(net)
     row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
     run.epoch(row, speed, state())

@@ -9,7 +9,6 @@ lists the flags of a method.
 """
 
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -559,24 +558,26 @@ def main(argv: list[str] | None = None) -> dict:
         utils.same_everywhere(snet, tnet, job.kd)
 
         step = Captured() if recipe.cuda_graph else train_step
-        done = len(run.history)
-        for phase, epochs in phases:
-            if done >= epochs:  # of a resumed run
-                done -= epochs
-                continue
+        for phase, first, epochs in remaining(phases, len(run.history)):
             optimizer = run.watch(utils.sgd(job.learners(phase), recipe, phase.nesterov))
             if run.saved:
-                restore(run.saved, job, optimizer if done or run.inside else None)
+                restore(run, job, first, optimizer)
                 run.saved = None
-            for epoch in range(done + 1, epochs + 1):
+            for epoch in range(first, epochs + 1):
                 train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step)
-            done = 0
         return run.finish()
+
+
+def remaining(phases, done: int):
+    """Yield (phase, its first epoch, its epochs) of what lies ahead when `done` epochs are done."""
+    for phase, epochs in phases:
+        if done < epochs:
+            yield phase, done + 1, epochs
+        done = max(done - epochs, 0)
 
 
 def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer, step=train_step):
     """One epoch of a phase of `epochs`: train, evaluate, record, save."""
-    began = time.perf_counter()
     lr = learning_rate(phase, epoch, epochs, recipe)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -592,7 +593,6 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
 
     where = f"{phase.name} epoch {epoch}"
     meter, done = run.begin()
-    already = meter.count
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
     weights = kd_weights(job, (epoch - 1) / epochs, recipe)  # of an epoch whose steps are all done
@@ -603,7 +603,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         number,
         padding=recipe.padding,
         skip=done,
-        share=(utils.rank(), utils.world()),
+        share=utils.share(),
     )
     for i, batch in enumerate(batches, done + 1):
         weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
@@ -614,14 +614,13 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
             utils.check_finite(now, f"{where}, step {i}")
             balance(run, job, phase, weights, now)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
-            speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
-            run.log(f"  {where} step {i:4d}  {shown}  {speed:.0f} img/s")
+            run.log(f"  {where} step {i:4d}  {shown}  {meter.speed:.0f} img/s")
         if run.due():
             run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
     utils.check_finite(now, where)
     balance(run, job, phase, weights, now)
-    speed = utils.world() * (meter.count - already) / (time.perf_counter() - began)
+    speed = meter.speed
 
     utils.average_batch_norms(snet, tnet, job.kd)
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
@@ -644,25 +643,23 @@ def balance(run, job: Distillation, phase: Phase, weights: list[float], now: dic
             run.warn(f"{name} times its weight is more than a thousand times the cross-entropy")
 
 
-def restore(saved: dict, job: Distillation, optimizer) -> None:
-    """Put a checkpoint's state back. `optimizer`: None where the next phase begins with a fresh one."""
+def restore(run, job: Distillation, first: int, optimizer) -> None:
+    """Put the state of the run's checkpoint back; the optimizer's not where a phase begins, at its
+    epoch `first` of 1 and none of its steps done."""
+    saved = run.saved
     job.student.net.load_state_dict(saved["snet"])
     if "net1" in saved:
         job.teacher.net.load_state_dict(saved["net1"])
     job.kd.load_state_dict(saved["kd"])
-    if optimizer is not None:
+    if first > 1 or run.inside:
         utils.load_optimizer(optimizer, saved["optimizer"])
     utils.set_rng_state(saved["rng"])
 
 
 def try_restore(run, job: Distillation, phases, recipe) -> None:
     """Restore once for nothing, so that a damaged checkpoint is found before anything is written."""
-    done = len(run.history)
-    for phase, epochs in phases:
-        if done < epochs:
-            optimizer = utils.sgd(job.learners(phase), recipe, phase.nesterov)
-            return restore(run.saved, job, optimizer if done or run.inside else None)
-        done -= epochs
+    for phase, first, _ in remaining(phases, len(run.history)):
+        return restore(run, job, first, utils.sgd(job.learners(phase), recipe, phase.nesterov))
 
 
 def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> list[str]:

@@ -422,8 +422,8 @@ def resolve(
         if getattr(recipe, flag) is None:
             setattr(recipe, flag, value)
     if recipe.lr is None:
-        share = recipe.batch_size / protocol.batch_size if protocol.scales else 1
-        recipe.lr = protocol.lr * share
+        factor = recipe.batch_size / protocol.batch_size if protocol.scales else 1
+        recipe.lr = protocol.lr * factor
     recipe.warmup = scaled(protocol.warmup, recipe.epochs, protocol) if protocol.warmup else 0
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
@@ -576,6 +576,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share() -> tuple[int, int]:
+    """What `dataset` takes for this process's part."""
+    return rank(), world()
 
 
 def join_ranks(cuda: bool) -> None:
@@ -731,7 +736,7 @@ class Meter:
     """
 
     def __init__(self, finite: bool = False):
-        self.finite = finite
+        self.finite, self.began, self.loaded = finite, time.perf_counter(), 0
         self.sums, self.counts = {}, {}  # by the names that came together: a term may come later
 
     def add(self, values: dict[str, Tensor], n: int) -> None:
@@ -743,7 +748,9 @@ class Meter:
         self._add(names, total, n)
 
     def _add(self, names: tuple[str, ...], total: Tensor, n: int) -> None:
-        self.sums[names] = self.sums[names] + total if names in self.sums else total
+        if names in self.sums:  # loaded ones lie on the CPU
+            total = self.sums[names].to(total.device) + total
+        self.sums[names] = total
         self.counts[names] = self.counts.get(names, 0) + n
 
     def read(self) -> dict[str, float]:
@@ -766,11 +773,17 @@ class Meter:
             return
         for names, sums, n in state:
             self._add(tuple(names), sums, n)
+        self.loaded = self.count
 
     @property
     def count(self) -> int:
         """Samples added."""
         return sum(self.counts.values())
+
+    @property
+    def speed(self) -> float:
+        """Samples a second that all processes added since the meter was made."""
+        return world() * (self.count - self.loaded) / (time.perf_counter() - self.began)
 
 
 def by_chance(top1: float, n: int, num_class: int) -> bool:
@@ -797,7 +810,7 @@ def evaluate(
     batch_size = batch_size or max(1, min(500, 100 * 224**2 // images.size**2))
     net.eval()
     meter = Meter()
-    for img, target, _ in dataset.test_batches(images, batch_size, share=(rank(), world())):
+    for img, target, _ in dataset.test_batches(images, batch_size, share=share()):
         with machine.autocast():
             out = net(img)
         out = out.float()

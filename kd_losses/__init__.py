@@ -318,7 +318,8 @@ class Method:
     """A row.
 
     needs: what must agree for the comparison: '' nothing, 'size' or 'channels+size'; an adapter
-    supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
+    supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow
+    through it to the image) or 'trained'.
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
     flags: a tuple lists the choices, the first being the default. batch_size: None for the protocol's.
     graph: whether a step never asks the device for a value, so that CUDA can capture it.
@@ -422,7 +423,14 @@ KNOWLEDGEREVIEW = dict(
 OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 FT_PAIRS = {student: dict(phases=paraphrase_first(1.0)) for student in OTHERS}
 
-CRD_FLAGS = dict(feat_dim=128, nce_n=16384, nce_t=0.1, nce_mom=0.5, mode=("exact", "relax"), bank=("device", "host"))
+CRD_FLAGS = dict(
+    feat_dim=128,
+    nce_n=16384,
+    nce_t=0.1,
+    nce_mom=0.5,
+    mode=("exact", "relax"),
+    bank=("device", "host"),
+)
 IRG_FLAGS = dict(w_irg_vert=0.1, w_irg_edge=5.0, w_irg_tran=5.0)
 BOTH = "channels+size"
 

@@ -219,6 +219,16 @@ def test_generators_go_on_where_they_were():
     assert torch.equal(first, torch.randn(3))
 
 
+def test_a_meter_goes_on_with_another_s_sums():
+    one, other = utils.Meter(), utils.Meter()
+    one.add(dict(a=torch.tensor(1.0)), 2)
+    other.load(one.state())
+    other.add(dict(a=torch.tensor(4.0)), 1)
+    assert other.read() == dict(a=2.0) and other.count == 3
+    other.began -= 1.0  # a second ago
+    assert 0.5 < other.speed <= 1.0  # what was loaded took its time elsewhere
+
+
 # --- the run directory -----------------------------------------------------------------------------
 
 

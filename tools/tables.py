@@ -39,6 +39,7 @@ from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
 
 BASE = "baseline"
+SIDES = ("teacher", "student")
 NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
 
 # --- the tables ------------------------------------------------------------------------------------
@@ -113,9 +114,6 @@ def published(name: str) -> list[dict]:
     with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == name]
     return [row | {side: own.get(row[side], row[side]) for side in SIDES} for row in rows]
-
-
-SIDES = ("teacher", "student")
 
 
 def short(net: str) -> str:
@@ -301,11 +299,10 @@ def check(job: Job) -> None:
     """A wrong flag or missing data is said before anything starts."""
     if job.folder.exists():
         return
+    script = train_base if job.script == "train_base.py" else train_kd
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
         # a first job has no teacher to wait for, or one that is there
-        dict(zip(("train_base.py", "train_kd.py"), (train_base, train_kd)))[job.script].main(
-            [*job.argv, "--dry_run"]
-        )
+        script.main([*job.argv, "--dry_run"])
 
 
 def work(todo: list[Job], jobs: list[Job], side_by_side: int, cuda) -> list[Job]:
@@ -485,15 +482,19 @@ def summarise(name: str, records: list[dict]) -> list[dict]:
     full = utils.PROTOCOLS[table.protocol].epochs if table.protocol else None
     pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
     pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
-    settings = dict.fromkeys((r["setting"], r["data"], r["epochs"]) for r in records)
-    there = {(data, epochs) for _, data, epochs in settings}
-    homes = [("published", data, full) for data in table.data if (data, full) not in there]
+    settings = (
+        {  # (where, data, epochs) -> whether it is a published one: no size of its own either
+            (r["setting"], r["data"], r["epochs"]): r["data"] in table.data
+            and r["setting"].startswith(f"{r['data']}-{full}ep")
+            for r in records
+        }
+    )
+    there = {data for (_, data, _), own in settings.items() if own}
+    settings |= {("published", data, full): True for data in table.data if data not in there}
     rows = []
-    for where, data, epochs in [*settings, *homes]:
+    for (where, data, epochs), own in settings.items():
         mine = [r for r in records if r["setting"] == where]
-        own = where == "published" or where.startswith(f"{data}-{full}ep")  # no size of its own
-        at_home = own and data in table.data
-        theirs = [f for f in figures if at_home and f["data"] == data]
+        theirs = [f for f in figures if own and f["data"] == data]
         for pair in pairs:
             rows += block(where, data, epochs, pair, mine, theirs)
     return rows

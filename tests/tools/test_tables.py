@@ -410,6 +410,14 @@ def test_other_settings_are_apart(other):
         assert "not a published setting" in tables.markdown("kdzoo-r20-r20", rows)
 
 
+@pytest.mark.parametrize("where, epochs", [("cifar10-64px-200ep", 200), ("cifar10-100ep", 100)])
+def test_another_setting_hides_no_published_figure(where, epochs):
+    """Nor has what was run elsewhere a place in the published block."""
+    rows = tables.summarise("kdzoo-r20-r20", [record(setting=where, epochs=epochs)])
+    home = [row for row in rows if (row["setting"], row["data"]) == ("published", "cifar10")]
+    assert len(home) == 21 and not any(row["seeds"] for row in home)
+
+
 def test_records_outlive_their_runs(tmp_path):
     path = tmp_path / "x.csv"
     tables.merge(path, [record(), record(seed=2, last=93.0)])
