@@ -474,6 +474,9 @@ def main(argv: list[str] | None = None) -> dict:
     )
     found_t = found_t or network.Weights(found_s.name, taps=args.t_taps)
     rows = parse(argv, found_t.name, found_s.name)[1]  # again, now that the pair is known
+    for found in (found_t, found_s):
+        own = [row.taps[found.name] for row in rows.values() if found.name in row.taps]
+        found.taps = found.taps or next(iter(own), None)
     recipe = resolve(args, rows, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
     for mode in [m for m, row in rows.items() if args.gather and not row.relates]:

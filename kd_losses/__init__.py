@@ -146,9 +146,14 @@ def boundary(kd, s, t, batch):
 
 @wants("stages", "preacts", "feat")
 def review(kd, s, t, batch):
-    """The student's maps after the activation (before it with --s_preact 1), the teacher's before."""
-    fms_s = s.preacts if kd.s_preact else s.stages
-    return kd([*fms_s, s.feat], [*t.preacts, t.feat])
+    return kd(*reviewed(s, t, kd.s_preact, kd.pooled))
+
+
+def reviewed(s, t, s_preact: bool, pooled: bool):
+    """The student's maps after the activation or before it, the teacher's before; each side's pooled
+    features after them, or not."""
+    fms_s = s.preacts if s_preact else s.stages
+    return [*fms_s, *[s.feat][:pooled]], [*t.preacts, *[t.feat][:pooled]]
 
 
 def one_each(kd, maps: list) -> list:
@@ -218,12 +223,10 @@ def build_bss(s, t, train, T, attack_size):
     return kd
 
 
-def build_reviewkd(s, t, train, mid_channel, s_preact):
-    fms_s, fms_t = [*(s.preacts if s_preact else s.stages), s.feat], [*t.preacts, t.feat]
-    widths = [fm.shape[1] for fm in fms_s]
-    mid_channel = min(mid_channel, widths[-1])
-    kd = ReviewKD(widths, [fm.shape[1] for fm in fms_t], mid_channel)
-    kd.s_preact = s_preact
+def build_reviewkd(s, t, train, mid_channel, s_preact, pooled):
+    s, t = ([fm.shape[1] for fm in fms] for fms in reviewed(s, t, s_preact, pooled))
+    kd = ReviewKD(s, t, min(mid_channel, s[-1]))
+    kd.s_preact, kd.pooled = s_preact, pooled
     return kd
 
 
@@ -321,6 +324,7 @@ class Method:
     supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow
     through it to the image) or 'trained'.
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
+    taps: {network: the modules whose maps are its stages}, where they are not the network's own.
     flags: a tuple lists the choices, the first being the default. batch_size: None for the protocol's.
     graph: whether a step never asks the device for a value, so that CUDA can capture it.
     relates: whether it compares the images of a batch with each other.
@@ -336,6 +340,7 @@ class Method:
     phases: tuple[Phase, ...] = ONE_PHASE
     teacher: str = "frozen"
     stages: tuple[int, ...] | None = None
+    taps: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reduce: str = "mean"
     lambda_ce: float = 1.0
     ramp: Callable = constant
@@ -403,7 +408,22 @@ REVIEWKD_IMAGENET = dict(
     flags=dict(mid_channel=512, s_preact=True),
     pairs={MOBILE: dict(lambda_kd=8.0, flags=dict(mid_channel=256))},
 )
-# KnowledgeReview's, by teacher and student
+# KnowledgeReview's: of ResNets the last block but one is a level of its own, of MobileNetV2 the
+# depthwise convolutions are the levels; no pooled features
+REVIEWED = {
+    f"torchvision/{name}": ("layer1", "layer2", "layer3", f"layer4.{blocks - 2}", "layer4")
+    for blocks, names in (
+        (2, ("resnet18",)),
+        (3, ("resnet34", "resnet50", "resnet101", "resnet152")),
+        (3, ("resnext50_32x4d", "resnext101_32x8d")),
+    )
+    for name in names
+}
+REVIEWED["torchvision/mobilenet_v2"] = (
+    *(f"features.{i}.conv.1" for i in (3, 6, 13, 17)),
+    "features.18",
+)
+# by teacher and student
 KNOWLEDGEREVIEW_WEIGHT = {
     ("resnet50", "mobilenet_v2"): 7.0,
     ("resnet152", "mobilenet_v2"): 8.0,
@@ -414,9 +434,13 @@ KNOWLEDGEREVIEW_WEIGHT = {
 }
 KNOWLEDGEREVIEW = dict(
     ramp=constant,
+    flags=dict(s_preact=True, pooled=False),
+    taps=REVIEWED,
     pairs={
-        tuple(f"torchvision/{name}" for name in pair): dict(lambda_kd=weight)
-        for pair, weight in KNOWLEDGEREVIEW_WEIGHT.items()
+        tuple(f"torchvision/{name}" for name in (t, s)): dict(
+            lambda_kd=weight, flags=dict(mid_channel=256 if s == "mobilenet_v2" else 512)
+        )
+        for (t, s), weight in KNOWLEDGEREVIEW_WEIGHT.items()
     },
 )
 # RepDistiller trains the paraphraser at 0.01 for ResNets, at the student's rate for other students
@@ -459,7 +483,7 @@ METHODS = {
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols={"crd": dict(lambda_kd=0.8, flags=dict(nce_t=0.07)), "mdistiller-imagenet": dict(batch_size=256)}),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
-    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS, "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS, "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
     "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols={"crd": DKD_PAIRS, "mdistiller-imagenet": DKD_IMAGENET}),
 }
 # fmt: on
@@ -497,6 +521,7 @@ FLAG_HELP = {
     "unfold": "rows of the unfolded map: channels and height, or positions",
     "mid_channel": "width of the fused maps, at most the student's last",
     "s_preact": "1: the student's maps before the activation",
+    "pooled": "0: without the pooled features, as KnowledgeReview",
     "alpha": "weight of the target class part",
     "beta": "weight of the other classes' part; under --protocol crd by the pair",
 }

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import network
 import toys
 import train_base
 import train_kd
 import utils
-from kd_losses import LIKE, METHODS
+from kd_losses import LIKE, METHODS, REVIEWED, reviewed
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
 
@@ -103,3 +104,43 @@ def test_batch_and_rate(flags, batch, lr):
     args, rows = train_kd.parse([*flags, *protocol, "--data_name", "imagenet"])
     recipe = train_kd.resolve(args, rows, "torchvision/resnet18", {})
     assert (recipe.batch_size, recipe.lr) == (batch, pytest.approx(lr))
+
+
+BASIC, BOTTLENECK = [64, 128, 256, 512, 512], [256, 512, 1024, 2048, 2048]
+WIDTHS = {
+    "mobilenet_v2": [144, 192, 576, 960, 1280],  # of the depthwise convolutions, and of the last
+    **dict.fromkeys(["resnet18", "resnet34"], BASIC),
+    **dict.fromkeys(["resnet50", "resnet101", "resnet152"], BOTTLENECK),
+    **dict.fromkeys(["resnext50_32x4d", "resnext101_32x8d"], BOTTLENECK),
+}
+LARGE = ("resnet101", "resnet152", "resnext101_32x8d")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LARGE)) for x in WIDTHS]
+)
+def test_levels_of_knowledgereview(name):
+    """Five levels, before the activations."""
+    row = METHODS["reviewkd"].under("knowledgereview")
+    widths, name = WIDTHS[name], f"torchvision/{name}"
+    net = network.Weights(name, taps=row.taps[name]).build(100, 1, 64).eval()
+    tapped = network.Tapped(net, ["stages", "preacts", "feat"])
+    with torch.no_grad():
+        s = tapped(torch.randn(2, 3, 64, 64))
+    fms_s, fms_t = reviewed(s, s, row.flags["s_preact"], row.flags["pooled"])
+    assert [fm.shape[1:] for fm in fms_t] == [
+        (width, side, side) for width, side in zip(widths, (16, 8, 4, 2, 2))
+    ]
+    for before, other, after in zip(fms_s, fms_t, s.stages, strict=True):
+        assert before is other and (before < 0).any() and (after >= 0).all()
+        assert torch.equal(before.clamp(0, 6 if "mobilenet" in name else None), after)
+
+
+def test_every_network_of_knowledgereview_has_its_levels():
+    row = METHODS["reviewkd"].under("knowledgereview")
+    assert {name for pair in row.pairs for name in pair} <= set(REVIEWED)
+    assert {f"torchvision/{name}" for name in WIDTHS} == set(REVIEWED)
+    pairs = {("resnet50", "mobilenet_v2"): (7.0, 256), ("resnet152", "resnet50"): (6.0, 512)}
+    for pair, expected in pairs.items():
+        own = row.between(*(f"torchvision/{name}" for name in pair))
+        assert (own.lambda_kd, own.flags["mid_channel"]) == expected
