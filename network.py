@@ -603,7 +603,7 @@ def _of_torchvision(name: str):
         known = models.get_model_weights(name)
         # the first ones: those of the published tables
         weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
-        net = _downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
+        net = downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
         if num_class != len(weights.meta["categories"]):
             _new_classifier(net, len(weights.meta["categories"]), num_class)
         return net
@@ -625,9 +625,9 @@ def _of_timm(name: str):
             return timm.create_model(name, pretrained=pretrained, num_classes=num_class, **wishes)
 
         try:
-            return _downloaded(lambda: create(img_size=img_size), name)
+            return downloaded(lambda: create(img_size=img_size), name)
         except TypeError:  # most networks take any size and no such argument
-            return _downloaded(create, name)
+            return downloaded(create, name)
 
     return make
 
@@ -635,7 +635,7 @@ def _of_timm(name: str):
 LIBRARIES = {"torchvision": _of_torchvision, "timm": _of_timm}
 
 
-def _downloaded(create, name: str) -> nn.Module:
+def downloaded(create, name: str) -> nn.Module:
     """`create()`, which may fetch weights."""
     try:
         return create()

@@ -303,7 +303,7 @@ def add_common_flags(parser: Parser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
     add("--epochs", type=number(int, 1), metavar="N", help="all else scales with it")
-    add("--batch_size", type=number(int, 2), metavar="N")
+    add_optimizer_flags(add)
     add(
         "--accumulate",
         type=number(int, 1),
@@ -311,11 +311,23 @@ def add_common_flags(parser: Parser) -> None:
         metavar="N",
         help="pieces in which a batch goes through, where it does not fit (default 1)",
     )
+    add("--nesterov", type=number(int, 0, 1), metavar="0|1")
+    add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile: minutes at first, then faster on GPUs",
+    )
+    add_machine_flags(parser)
+    add_run_flags(parser)
+
+
+def add_optimizer_flags(add) -> None:
+    """The flags of the optimizer and of chance, by a group's `add_argument`."""
+    add("--batch_size", type=number(int, 2), metavar="N")
     add("--lr", type=number(float, 0, open_low=True), metavar="X")
     add("--momentum", type=number(float, 0, 1), metavar="X")
     add("--weight_decay", type=number(float, 0), metavar="X")
-    add("--nesterov", type=number(int, 0, 1), metavar="0|1")
-    add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
     add(
         "--on_nan",
         choices=("stop", "skip"),
@@ -323,12 +335,10 @@ def add_common_flags(parser: Parser) -> None:
         help="a loss that is no number stops the run (default), or its steps are left out",
     )
     add("--seed", type=number(int, 0, 2**32 - 1), default=2, metavar="N", help="(default 2)")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile: minutes at first, then faster on GPUs",
-    )
-    add_machine_flags(parser)
+
+
+def add_run_flags(parser: Parser) -> None:
+    """The flags of a run's folder."""
     add = parser.add_argument_group("run directory").add_argument
     add("--save_root", type=filled, default="./runs", metavar="DIR", help="(default ./runs)")
     add("--note", type=one_folder, metavar="NAME", help="name of the run's folder in save_root")
@@ -952,13 +962,22 @@ class Run:
             meter, done = run.begin()
             if run.due(): run.pause(state, meter, step, where)    # inside an epoch
             run.epoch(row, speed, state())                        # at its end
+
+    loss, score: the metrics that the curves show; the best epoch is the one of the highest score.
     """
 
-    def __init__(self, recipe: argparse.Namespace, note: str, argv: list[str]):
+    def __init__(
+        self,
+        recipe: argparse.Namespace,
+        note: str,
+        argv: list[str],
+        loss: str = "ce",
+        score: str = "test_top1",
+    ):
         self.dir = Path(recipe.save_root) / note
-        self.recipe, self.argv = recipe, argv
+        self.recipe, self.argv, self.curves, self.score = recipe, argv, (loss, score), score
         self.history, self.timing = [], []
-        self.best = dict(epoch=0, top1=-1.0)
+        self.best = dict(epoch=0, score=-1.0)
         self.saved = self.inside = self.events = self.signal = None
         self.handlers, self.where, self.warned = {}, "before its first step", set()
         if recipe.tensorboard:
@@ -1004,7 +1023,7 @@ class Run:
         if self.inside:
             Meter().load(self.inside["meter"])
             self.inside["step"] + self.inside["seconds"]
-        self.best["top1"] + self.best["epoch"] + sum(row["seconds"] for row in self.timing)
+        self.best["score"] + self.best["epoch"] + sum(row["seconds"] for row in self.timing)
         lines = [_line(row) for row in self.history]
         if len(lines) != len(self.timing):
             raise ValueError(f"{len(lines)} epochs and the times of {len(self.timing)}")
@@ -1038,8 +1057,11 @@ class Run:
 
     def _same_flags(self, saved: dict) -> None:
         now = self._flags()
-        if "kd_mode" in {*now} ^ {*saved}:
-            other = "train_kd.py" if "kd_mode" in saved else "train_base.py"
+        scripts = dict(net_name="train_base.py", iters="train_det.py", kd_mode="train_kd.py")
+        other, own = (
+            next((x for key, x in scripts.items() if key in f), None) for f in (saved, now)
+        )
+        if other != own:
             raise UserError(f"--resume: the run in {self.dir} is one of {other}")
         for key in sorted(set(now) | set(saved)):
             if now.get(key) != saved.get(key):
@@ -1247,17 +1269,17 @@ class Run:
                 if not isinstance(value, str):
                     self.events.add_scalar(name, value, len(self.history))
             self.events.flush()
-        better = keep_best and row["test_top1"] > self.best["top1"]
+        better = keep_best and row[self.score] > self.best["score"]
         if better:
-            self.best = dict(epoch=len(self.history), top1=row["test_top1"])
+            self.best = dict(epoch=len(self.history), score=row[self.score])
         self.where = f"after epoch {len(self.history)}"
         self.save(state, better=better)
 
     def finish(self) -> dict:
         """Say the result, draw the curves, write result.json: last and best accuracy, the peer's too
         where two networks learned, and the seconds. Returns the same, and the folder."""
-        last = self.history[-1]["test_top1"]
-        best, seconds = self.best["top1"], sum(row["seconds"] for row in self.timing)
+        last = self.history[-1][self.score]
+        best, seconds = self.best["score"], sum(row["seconds"] for row in self.timing)
         result = dict(last=last, best=best, seconds=round(seconds, 3))
         peer = [row["peer_test_top1"] for row in self.history if "peer_test_top1" in row]
         if peer:
@@ -1269,7 +1291,7 @@ class Run:
         if rank() > 0:
             return dict(result, dir=str(self.dir))
         try:
-            draw_curves([self.dir], self.dir / "curves.png")
+            draw_curves([self.dir], self.dir / "curves.png", None, *self.curves)
             _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
         except OSError as error:
             raise self._full(error) from error
@@ -1350,9 +1372,13 @@ def _number(text: str):
 
 
 def draw_curves(
-    folders: list[str | Path], path: str | Path, labels: list[str] | None = None
+    folders: list[str | Path],
+    path: str | Path,
+    labels: list[str] | None = None,
+    loss: str = "ce",
+    score: str = "test_top1",
 ) -> bool:
-    """Loss and test accuracy of some runs, epoch by epoch, into one figure. False without matplotlib."""
+    """Two metrics of some runs, row by row, into one figure. False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -1361,21 +1387,22 @@ def draw_curves(
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
 
+    titles = dict(ce="training cross-entropy", loss="training loss", test_top1="test top-1 (%)")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
     colors = matplotlib.colormaps["tab10"].colors
     for i, folder in enumerate(folders):
         rows = read_metrics(folder)
         label = labels[i] if labels else Path(folder).name
         style = dict(color=colors[i % 10], label=label, marker=".", markersize=4)
-        for axis, key in ((loss, "ce"), (accuracy, "test_top1")):
+        for axis, key in ((left, loss), (right, score)):
             points = [(i, row[key]) for i, row in enumerate(rows, 1) if key in row]
             axis.plot(*zip(*points), **style)
-    for axis, title in ((loss, "training cross-entropy"), (accuracy, "test top-1 (%)")):
-        axis.set(title=title, xlabel="epoch, all phases")
+    for axis, key in ((left, loss), (right, score)):
+        axis.set(title=titles.get(key, key), xlabel="row of metrics.csv")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    loss.set_yscale("log")
-    accuracy.legend(fontsize=8)
+    left.set_yscale("log")
+    right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return True

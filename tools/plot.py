@@ -4,6 +4,7 @@
     python tools/plot.py tsne runs/*/model_best.pth.tar --out tsne.png
     python tools/plot.py correlation --t_model teacher.pth runs/at/model_best.pth.tar --out corr.png
     python tools/plot.py attention runs/at/model_best.pth.tar --images 3,17,42 --out attention.png
+    python tools/plot.py boxes runs/det/model_best.pth.tar --images 3,17 --out boxes.png
 
 A RUN is a run's folder, a MODEL a checkpoint: ours, a .safetensors file, or a public one. What the
 checkpoints know (network, dataset, normalisation) need not be said again; of several, the first
@@ -295,7 +296,50 @@ def attention(args: argparse.Namespace):
     return figure
 
 
-COMMANDS = dict(curves=curves, tsne=tsne, correlation=correlation, attention=attention)
+def boxes(args: argparse.Namespace):
+    """Boxes in validation images: the annotated ones, and those that detectors find."""
+    import coco
+    import train_det
+
+    machine = utils.machine(args.cuda, args.amp)
+    found = [train_det.find(None, path, "s", None) for path in args.what]
+    data = coco.load(args.img_root or found[0].meta.get("img_root", train_det.FOLDER)).val
+    for i in args.images:
+        if i >= len(data):
+            raise UserError(f"--images {i}: there are 0 to {len(data) - 1}")
+    names = data.categories
+    titles = args.labels or [f"{n} ({f.name})" for n, f in zip(short(args.what), found)]
+    columns = 1 + len(found)
+    head = f"Annotated boxes, and those found with a score of at least {args.score:g}"
+    heads = ["annotated", *titles] + [""] * (columns * (len(args.images) - 1))
+    figure, axes = panels(head, heads, 2.6, 2.7, columns)
+    color = dict(zip(names, colors(len(names))))
+
+    def draw(axis, boxes, labels, scores):
+        for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
+            style = dict(color=color[label], linewidth=1.5)
+            axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], **style)
+            text = names[label] + score
+            axis.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=color[label])
+
+    nets = [f.build(f.meta["num_class"], f.view, 0).to(machine.device).eval() for f in found]
+    rows = zip(*[iter(axes)] * columns)
+    for i, row in zip(args.images, rows):
+        img, target = data[i]
+        for axis in row:
+            axis.imshow(img.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"image {data.ids[i]}")
+        draw(row[0], target["boxes"], target["labels"], [""] * len(target["labels"]))
+        for axis, net in zip(row[1:], nets):
+            with torch.no_grad(), machine.autocast():
+                (out,) = net([img.to(machine.device) / 255])
+            out = {key: x.cpu()[out["scores"].cpu() >= args.score] for key, x in out.items()}
+            draw(axis, out["boxes"], out["labels"], [f" {x:.2f}" for x in out["scores"]])
+    return figure
+
+
+COMMANDS = dict(curves=curves, tsne=tsne, correlation=correlation, attention=attention, boxes=boxes)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -322,7 +366,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     else:
         several = utils.comma(utils.number(int, 0))
         add("--images", type=several, required=True, metavar="N,N", help="of the test, from 0")
-    if command != "curves":
+    if command == "boxes":
+        add(
+            "--score",
+            type=utils.number(float, 0, 1),
+            default=0.5,
+            metavar="X",
+            help="(default 0.5)",
+        )
+        add("--img_root", type=utils.filled, metavar="DIR", help="(default: the checkpoint's)")
+        utils.add_machine_flags(parser)
+    elif command != "curves":
         what = "network of the files that do not know it: one, or one for each"
         add("--net_name", nargs="+", metavar="NAME", help=what)
         utils.add_data_flags(parser)

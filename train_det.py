@@ -1,0 +1,653 @@
+"""Distil an object detector into another on COCO: ReviewKD on the levels of the feature pyramid,
+DKD on the class logits of the regions, or both.
+
+    python train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note r101
+    python train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
+                        --s_name fasterrcnn_resnet18 --s_pretrained
+
+The first trains a teacher, or a baseline. The detectors are torchvision's. What a checkpoint knows
+need not be said again. `--kd_mode MODE --help` lists the flags of a mode.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import coco
+import network
+import utils
+from kd_losses.dkd import DKD
+from kd_losses.reviewkd import ReviewKD
+from utils import UserError
+
+# --- detectors ------------------------------------------------------------------------------------
+
+KINDS = dict(
+    fasterrcnn=detection.FasterRCNN, maskrcnn=detection.MaskRCNN, retinanet=detection.RetinaNet
+)
+BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v2")
+DETECTORS = {f"{kind}_{name}": (kind, name) for kind in KINDS for name in BACKBONES}
+del DETECTORS["retinanet_mobilenet_v2"]
+# with weights of torchvision's own
+TRAINED = ("fasterrcnn_resnet50", "maskrcnn_resnet50", "retinanet_resnet50")
+
+
+FOLDER = "./datasets/coco"
+
+
+@dataclass(frozen=True)
+class View:
+    """How a detector sees an image.
+
+    min_size: lengths of the shorter side, in pixels, of which training draws one an image and
+    evaluation takes the last; max_size: of the longer side; anchor: side of the smallest anchor,
+    doubled from level to level; rois: regions an image that the box head is trained on.
+    """
+
+    min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    max_size: int = 1333
+    anchor: int = 32
+    rois: int = 512
+
+
+def build(
+    name: str, num_class: int, view: View, weights: str = "fresh", norm: str = "batch"
+) -> nn.Module:
+    """A detector with five levels of 256 channels, at strides 4 to 64 (RetinaNet: 8 to 128).
+
+    num_class: with the background, number 0. weights: 'fresh', 'backbone' (torchvision's of
+    ImageNet; of a ResNet the stem and the first stage stay as they are) or 'detector'
+    (torchvision's of COCO). norm: 'batch', or 'frozen' batch norms. Raises UserError where the
+    weights cannot be had.
+    """
+    kind, backbone = utils.named(DETECTORS, name, "detector")
+    sizes = dict(min_size=view.min_size, max_size=view.max_size)
+    if weights == "detector":
+        if name not in TRAINED:
+            raise UserError(f"torchvision has no trained {name}, only {', '.join(TRAINED)}")
+        make = getattr(detection, f"{name}_fpn")
+        trained = dict(weights="COCO_V1", weights_backbone=None)
+        return network.downloaded(lambda: make(**trained, **sizes), f"{name}_fpn")
+    known = dict(weights="IMAGENET1K_V1" if weights == "backbone" else None)
+    norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+    one_stage = kind == "retinanet"
+    if backbone == "mobilenet_v2":
+
+        def pyramid():
+            layers = models.mobilenet_v2(**known, norm_layer=norm_layer).features
+            levels = {"3": "0", "6": "1", "13": "2", "17": "3"}
+            return BackboneWithFPN(layers, levels, [24, 32, 96, 320], 256, LastLevelMaxPool())
+
+    else:
+
+        def pyramid():
+            return resnet_fpn_backbone(
+                backbone_name=backbone,
+                **known,
+                norm_layer=norm_layer,
+                trainable_layers=3 if weights == "backbone" else 5,
+                returned_layers=[2, 3, 4] if one_stage else [1, 2, 3, 4],
+                extra_blocks=LastLevelP6P7(256, 256) if one_stage else None,
+            )
+
+    anchors = [view.anchor * 2**i for i in range(5)]
+    if one_stage:
+        anchors = [tuple(int(x * 2 ** (i / 3)) for i in range(3)) for x in anchors]
+        own = dict(anchor_generator=AnchorGenerator(tuple(anchors), ((0.5, 1.0, 2.0),) * 5))
+    else:
+        anchors = tuple((x,) for x in anchors)
+        own = dict(
+            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
+            rpn_post_nms_top_n_train=1000,  # the published; torchvision has 2000
+            box_batch_size_per_image=view.rois,
+        )
+    return KINDS[kind](network.downloaded(pyramid, backbone), num_class, **sizes, **own)
+
+
+@dataclass
+class Found:
+    """A detector's name, its weights and what its checkpoint knows."""
+
+    name: str
+    state: dict | None
+    meta: dict
+    path: str | None
+    weights: str
+
+    @property
+    def norm(self) -> str:
+        """A file's own: counters tell batch norms from frozen ones."""
+        if self.state is None:
+            return "batch" if self.weights == "fresh" else "frozen"
+        counters = any(key.endswith("num_batches_tracked") for key in self.state)
+        return "batch" if counters else "frozen"
+
+    @property
+    def view(self) -> View:
+        """What its checkpoint says, the rest as published."""
+        known = {key: self.meta[key] for key in vars(View()) if key in self.meta}
+        return View(**known)
+
+    def build(self, num_class: int, view: View, seed: int) -> nn.Module:
+        utils.seed_everything(seed)
+        net = build(self.name, num_class, view, self.weights, self.norm)
+        if self.state is not None:
+            network.load_weights(net, self.state, self.path, self.name)
+        return net
+
+
+def find(name: str | None, path: str | None, side: str, pretrained: str | None) -> Found:
+    """What `--{side}_name`, `--{side}_model` or `_init` and `--{side}_pretrained` say together."""
+    file_flag = "t_model" if side == "t" else "s_init"
+    if path is None:
+        if name is None:
+            raise UserError(f"--{side}_name or --{file_flag} is needed")
+        utils.named(DETECTORS, name, "detector")
+        return Found(name, None, {}, None, pretrained or "fresh")
+    if pretrained:
+        raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
+    checkpoint = utils.read_checkpoint(path)
+    state, meta = network.read_weights(checkpoint, path), network.read_meta(checkpoint, path)
+    known = meta.get("network", name)
+    if known is None:
+        raise UserError(f"{path} does not say which detector it is: give --{side}_name")
+    if name not in (None, known):
+        raise UserError(f"--{side}_name {name} contradicts {path}, which holds a {known}")
+    utils.named(DETECTORS, known, "detector")
+    return Found(known, state, meta, path, "fresh")
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def build_levels(s: list[Tensor], t: list[Tensor], mid_channel: int) -> nn.Module:
+    return ReviewKD([x.shape[1] for x in s], [x.shape[1] for x in t], mid_channel)
+
+
+def build_regions(s, t, **flags) -> nn.Module:
+    return DKD(**flags)
+
+
+@dataclass(frozen=True)
+class Part:
+    """build: (levels of the student, of the teacher, **flags) -> loss; compare: (loss, Caught of
+    the student, of the teacher) -> scalar; regions: whether it needs the box head."""
+
+    build: Callable
+    compare: Callable
+    flags: dict
+    regions: bool = False
+
+
+PARTS = dict(
+    reviewkd=Part(build_levels, lambda kd, s, t: kd(s.levels, t.levels), dict(mid_channel=256)),
+    dkd=Part(
+        build_regions,
+        lambda kd, s, t: kd(s.logits, t.logits, s.labels),
+        dict(alpha=1.0, beta=0.25, T=1.0),
+        regions=True,
+    ),
+)
+MODES = dict(none=(), reviewkd=("reviewkd",), dkd=("dkd",), reviewdkd=("reviewkd", "dkd"))
+FLAG_HELP = dict(
+    mid_channel="width of the fused levels",
+    alpha="weight of the target class part",
+    beta="weight of the other classes' part",
+    T="temperature",
+)
+# of the published pairs, ReviewKD's weight
+REVIEWKD_WEIGHT = {
+    ("fasterrcnn_resnet101", "fasterrcnn_resnet18"): 1.2,
+    ("maskrcnn_resnet101", "maskrcnn_resnet18"): 1.5,
+    ("fasterrcnn_resnet101", "fasterrcnn_resnet50"): 1.0,
+    ("maskrcnn_resnet101", "maskrcnn_resnet50"): 0.8,
+    ("fasterrcnn_resnet50", "fasterrcnn_mobilenet_v2"): 2.0,
+    ("maskrcnn_resnet50", "maskrcnn_mobilenet_v2"): 1.0,
+    ("retinanet_resnet101", "retinanet_resnet50"): 1.0,
+}
+# detectron2's schedule as the published configurations have it; all counted in iterations
+COCO = utils.Protocol(
+    lr=0.01,
+    networks={name: dict(lr=0.005) for name in DETECTORS if name.startswith("retinanet")},
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=1e-4,
+    batch_size=8,
+    scales=True,
+    epochs=180_000,
+    milestones=(120_000, 160_000),
+    warmup=1000,
+    padding="",
+    constants={},
+)
+
+
+@dataclass
+class Caught:
+    """What a detector computed on the way: the resized images, the pyramid's levels and, of the
+    regions that the box head was trained on, the boxes of each image, the class logits (N, C) and
+    the classes (N,), 0 the background."""
+
+    images: object = None
+    levels: list[Tensor] | None = None
+    boxes: list[Tensor] | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Distillation:
+    """Student and frozen teacher, the parts of a mode between them, and hooks on the student for
+    what they compare. student, teacher: torchvision's detectors, teacher None without parts; kd:
+    nn.ModuleDict.
+    """
+
+    def __init__(self, student, teacher, parts: dict[str, Part], weights: list[float]):
+        self.student, self.teacher, self.parts = student, teacher, parts
+        self.weights, self.caught, self.kd = dict(zip(parts, weights)), Caught(), nn.ModuleDict()
+        if not parts:
+            return
+        teacher.eval().requires_grad_(False)
+        for part in parts.values():
+            if part.regions and not all(hasattr(net, "roi_heads") for net in (student, teacher)):
+                raise UserError(
+                    "dkd compares the classes of regions, and RetinaNet has no box head"
+                )
+        s, t = self._levels()
+        for name, part in parts.items():
+            try:
+                self.kd[name] = part.build(s, t, **part.flags)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"--kd_mode {name}: {utils.first_line(error)}") from error
+        self._hook()
+
+    @torch.no_grad()
+    def _levels(self) -> list[list[Tensor]]:
+        """The levels of both for an image of 128 pixels. Raises UserError where they are not
+        alike."""
+        mode, x = self.student.training, torch.zeros(1, 3, 128, 128)
+        both = [list(net.eval().backbone(x).values()) for net in (self.student, self.teacher)]
+        self.student.train(mode)
+        sides = [[tuple(fm.shape[2:]) for fm in levels] for levels in both]
+        if sides[0] != sides[1]:
+            raise UserError(
+                f"the pyramids of the two detectors have other levels: {sides[0]} and {sides[1]} "
+                "for an image of 128 pixels"
+            )
+        return both
+
+    def _hook(self) -> None:
+        def keep(**found):
+            if self.student.training:
+                self.caught = replace(self.caught, **found)
+
+        net = self.student
+        net.transform.register_forward_hook(lambda m, args, out: keep(images=out[0]))
+        net.backbone.register_forward_hook(lambda m, args, out: keep(levels=[*out.values()]))
+        if any(part.regions for part in self.parts.values()):
+            heads = net.roi_heads
+            heads.box_predictor.register_forward_hook(lambda m, args, out: keep(logits=out[0]))
+            sample = heads.select_training_samples
+
+            def select_training_samples(proposals, targets):
+                found = sample(proposals, targets)
+                keep(boxes=found[0], labels=torch.cat(found[2]))
+                return found
+
+            heads.select_training_samples = select_training_samples  # nothing else tells the labels
+
+    def learners(self) -> list[nn.Parameter]:
+        """What learns, in training mode; the teacher is not."""
+        self.student.train(), self.kd.train()
+        params = [*self.student.parameters(), *self.kd.parameters()]
+        return [p for p in params if p.requires_grad]
+
+    @torch.no_grad()
+    def teach(self, s: Caught) -> Caught:
+        """What the teacher makes of the student's images and regions."""
+        net = self.teacher
+        x = renormalised(s.images, self.student.transform, net.transform)
+        levels = net.backbone(x)
+        logits = None
+        if s.boxes is not None:
+            heads = net.roi_heads
+            regions = heads.box_roi_pool(levels, s.boxes, s.images.image_sizes)
+            logits = heads.box_predictor(heads.box_head(regions))[0]
+        return Caught(levels=list(levels.values()), logits=logits)
+
+    def losses(self, imgs: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
+        """The student's own losses, and those of the parts, unweighted, by name."""
+        terms = self.student(imgs, targets)
+        if self.parts:
+            s, self.caught = self.caught, Caught()
+            t = self.teach(s)
+            for name, part in self.parts.items():
+                terms[name] = part.compare(self.kd[name], s, t)
+        return terms
+
+    def to(self, device) -> None:
+        for net in (self.student, self.teacher, self.kd):
+            if net is not None:
+                net.to(device, memory_format=torch.channels_last)
+
+
+def renormalised(images, own, other) -> Tensor:
+    """The batch that the transform `own` made, as `other` would have normalised it: no second
+    resize, which would draw another size. What pads the images stays 0."""
+    x = images.tensors
+    if (own.image_mean, own.image_std) == (other.image_mean, other.image_std):
+        return x
+    mean, std, mean_t, std_t = (
+        torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None]
+        for v in (own.image_mean, own.image_std, other.image_mean, other.image_std)
+    )
+    inside = torch.zeros_like(x[:, :1])
+    for mask, (h, w) in zip(inside, images.image_sizes):
+        mask[:, :h, :w] = 1
+    return inside * (x * std + mean - mean_t) / std_t
+
+
+def train_step(job: Distillation, optimizer, imgs, targets, machine) -> dict[str, Tensor]:
+    """One step: the student's losses plus the weighted parts. Returns {name: detached 0-dim
+    tensor}, on the device; 'loss' is their sum."""
+    optimizer.zero_grad(set_to_none=True)
+    with machine.autocast():
+        terms = job.losses(imgs, targets)
+    loss = sum(job.weights.get(name, 1.0) * value for name, value in terms.items())
+    loss.backward()
+    utils.average_gradients(optimizer)
+    optimizer.step()
+    return {name: value.detach() for name, value in dict(loss=loss, **terms).items()}
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]):
+    first = utils.Parser(add_help=False)
+    first.add_argument("--kd_mode", type=utils.filled)
+    mode = first.parse_known_args(argv)[0].kd_mode
+    parts = {} if mode is None else {p: PARTS[p] for p in utils.named(MODES, mode, "--kd_mode")}
+
+    parser = utils.Parser(prog="train_det.py", description=__doc__)
+    add = parser.add_argument_group("distillation").add_argument
+    add("--kd_mode", required=True, metavar="MODE", help="one of " + ", ".join(MODES))
+    file = dict(type=utils.filled, metavar="FILE")
+    name = dict(type=utils.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
+    add("--t_model", **file, help="the teacher's checkpoint")
+    add("--t_name", **name)
+    add("--t_pretrained", action="store_true", help="the teacher is torchvision's, trained on COCO")
+    add("--s_init", **file, help="the student's first weights (default: fresh)")
+    add("--s_name", **name)
+    add(
+        "--s_pretrained",
+        action="store_true",
+        help="its backbone has torchvision's ImageNet weights",
+    )
+    weight = utils.comma(utils.number(float, 0))
+    add(
+        "--lambda_kd",
+        type=weight,
+        metavar="X[,X]",
+        help="weight of each part (default: the pair's)",
+    )
+    for part, row in parts.items():
+        add = parser.add_argument_group(f"--kd_mode {part}").add_argument
+        for flag, default in row.flags.items():
+            kind = utils.number(type(default), 0, 1e6, open_low=flag in ("T", "mid_channel"))
+            text = f"{FLAG_HELP[flag]} (default {default})"
+            add(f"--{flag}", type=kind, default=default, metavar="X", help=text)
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--img_root",
+        type=utils.filled,
+        metavar="DIR",
+        help="train2017, val2017 and annotations in it",
+    )
+    size = utils.number(int, 32, 8192)
+    add(
+        "--min_size", type=utils.comma(size), metavar="N[,N]", help="the shorter side: one is drawn"
+    )
+    add("--max_size", type=size, metavar="N", help="the longer side at most")
+    add("--anchor", type=utils.number(int, 1, 1024), metavar="N", help="smallest anchor's side")
+    add("--rois", type=utils.number(int, 2, 10_000), metavar="N", help="regions an image (512)")
+    add = parser.add_argument_group("training").add_argument
+    count = dict(type=utils.number(int, 1), metavar="N")
+    add("--iters", **count, help="steps; all else scales with them (default 180000)")
+    add("--milestones", type=utils.comma(count["type"]), metavar="I,I", help="lr falls after these")
+    add("--warmup", type=utils.number(int, 0), metavar="N", help="steps in which lr grows")
+    add("--eval_every", **count, help="steps between evaluations (default: a tenth of all)")
+    utils.add_optimizer_flags(add)
+    utils.add_machine_flags(parser)
+    utils.add_run_flags(parser)
+    args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
+    if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
+        raise UserError(f"--lambda_kd: {len(parts)} weight(s) wanted, one for each part of {mode}")
+    if not parts and (args.t_model or args.t_name or args.t_pretrained):
+        raise UserError("--kd_mode none has no teacher: leave it out, or choose another mode")
+    flags = {p: {flag: getattr(args, flag) for flag in row.flags} for p, row in parts.items()}
+    return args, {p: replace(row, flags=flags[p]) for p, row in parts.items()}
+
+
+def _owner(flag: str, mode: str) -> str | None:
+    owners = [part for part, row in PARTS.items() if flag.lstrip("-") in row.flags]
+    if owners:
+        return f"it belongs to {' and '.join(owners)}, which --kd_mode {mode} is not"
+
+
+def resolve(args, s: Found, t: Found | None):
+    """The flags with everything filled in: from the checkpoints, then from the published
+    schedule."""
+    recipe = type(args)(**vars(args))
+    plan = replace(COCO, **COCO.networks.get(s.name, {}))
+    knows = (t.meta if t else {}) | s.meta
+    for flag in ("min_size", "max_size", "anchor", "rois", "img_root"):
+        if getattr(recipe, flag) is None:
+            setattr(recipe, flag, knows.get(flag, getattr(View, flag, FOLDER)))
+    recipe.min_size = tuple(recipe.min_size)
+    if recipe.anchor != s.meta.get("anchor", recipe.anchor):
+        raise UserError(
+            f"--anchor {recipe.anchor} contradicts --s_init, which has {s.meta['anchor']}"
+        )
+    if max(recipe.min_size) > recipe.max_size:
+        raise UserError(f"--min_size {max(recipe.min_size)} is above --max_size {recipe.max_size}")
+    fill = dict(
+        iters=plan.epochs,
+        batch_size=plan.batch_size,
+        momentum=plan.momentum,
+        weight_decay=plan.weight_decay,
+        workers=min(8, utils.cpus()),
+    )
+    for flag, value in fill.items():
+        if getattr(recipe, flag) is None:
+            setattr(recipe, flag, value)
+    if recipe.lr is None:
+        recipe.lr = plan.lr * recipe.batch_size / plan.batch_size
+    if recipe.milestones is None:
+        recipe.milestones = tuple(utils.scaled(i, recipe.iters, plan) for i in plan.milestones)
+    if recipe.warmup is None:
+        recipe.warmup = utils.scaled(plan.warmup, recipe.iters, plan)
+    if recipe.eval_every is None:
+        recipe.eval_every = -(-recipe.iters // 10)
+    recipe.nesterov = 0
+    return recipe
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, parts = parse(argv)
+    found_s = find(args.s_name, args.s_init, "s", "backbone" if args.s_pretrained else None)
+    found_t = None
+    if parts:
+        found_t = find(args.t_name, args.t_model, "t", "detector" if args.t_pretrained else None)
+        if found_t.state is None and not args.t_pretrained:
+            raise UserError(
+                "--t_model FILE or --t_pretrained is needed: a teacher that was trained"
+            )
+    recipe = resolve(args, found_s, found_t)
+    machine = utils.machine(args.cuda, args.amp, ranks=True)
+    names = [found.name for found in (found_t, found_s) if found]
+    note = args.note or "-".join([args.kd_mode, *names])
+    run = utils.Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
+    masks = found_s.name.startswith("maskrcnn")
+    data = coco.load(recipe.img_root, masks=masks)
+    if recipe.batch_size > len(data.train.with_boxes):
+        raise UserError(
+            f"--batch_size {recipe.batch_size}: {len(data.train.with_boxes)} training images in "
+            f"{data.name} have boxes"
+        )
+    view = View(*(getattr(recipe, key) for key in vars(View())))
+    for found in (found_s, found_t):
+        known = found.meta.get("num_class", data.num_class) if found else data.num_class
+        known = 91 if found and found.weights == "detector" else known
+        if known != data.num_class:
+            raise UserError(
+                f"{found.path or found.name} tells {known} classes apart, {data.name} has "
+                f"{data.num_class} (the background is one)"
+            )
+    teacher = None
+    if found_t:
+        own = replace(view, anchor=found_t.meta.get("anchor", View.anchor))
+        teacher = found_t.build(data.num_class, own, recipe.seed)
+    student = found_s.build(data.num_class, view, recipe.seed)
+    weight = dict(reviewkd=REVIEWKD_WEIGHT.get(tuple(names), 1.0))
+    weights = recipe.lambda_kd or [weight.get(part, 1.0) for part in parts]
+    job = Distillation(student, teacher, parts, weights)
+    meta = dict(
+        network=found_s.name,
+        num_class=data.num_class,
+        classes={str(key): name for key, name in data.train.categories.items()},
+        img_root=recipe.img_root,
+        **vars(view),
+    )
+    lines = announcement(machine, job, data, recipe, found_s, found_t)
+    if run.saved:
+        with run.intact():  # or say so before anything is written
+            restore(run, job, utils.sgd(job.learners(), recipe))
+    if recipe.dry_run:
+        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
+
+    job.to(machine.device)
+    notes = dict(
+        parts={part: dict(lambda_kd=w, **parts[part].flags) for part, w in job.weights.items()}
+    )
+    if found_t:
+        sha = utils.sha256(found_t.path) if found_t.path else None
+        notes["teacher"] = dict(network=found_t.name, path=found_t.path, sha256=sha)
+    with run.start(machine, meta, notes):
+        for line in lines:
+            run.log(line)
+        if teacher is not None and not run.saved:
+            run.log(f"teacher AP {evaluate(teacher, data, recipe, machine)['AP']:.2f}")
+        utils.seed_everything(recipe.seed + 1_000_003 * utils.rank())
+        utils.same_everywhere(student, job.kd)
+        optimizer = run.watch(utils.sgd(job.learners(), recipe))
+        if run.saved:
+            restore(run, job, optimizer)
+            run.saved = None
+        for start in range(0, recipe.iters, recipe.eval_every)[len(run.history) :]:
+            stop = min(start + recipe.eval_every, recipe.iters)
+            train_stretch(run, machine, job, data, recipe, start, stop, optimizer)
+        return run.finish()
+
+
+def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
+    """The steps after `start` up to `stop`: train, evaluate, record, save."""
+    job.learners()  # evaluation has put the student into eval mode
+
+    def state():
+        utils.average_batch_norms(job.student)
+        weights = dict(snet=job.student.state_dict(), meta=run.meta)
+        return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
+
+    meter, done = run.begin()
+    batches = coco.train_batches(
+        data.train,
+        recipe.batch_size,
+        recipe.seed,
+        start + done,
+        stop,
+        share=utils.share(),
+        workers=recipe.workers,
+        device=machine.device,
+    )
+    for step, (imgs, targets) in enumerate(batches, start + done + 1):
+        lr = utils.step_decay(recipe.lr, step, recipe.milestones, recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        meter.add(train_step(job, optimizer, imgs, targets, machine), len(imgs))
+        if step % recipe.print_freq == 0:
+            now = meter.read()
+            utils.check_finite(now, f"step {step}")
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
+            run.log(f"  step {step:6d}  {shown}  {meter.speed:.1f} img/s")
+        if run.due():
+            run.pause(state, meter, step - start, f"step {step}")
+    now = meter.read()
+    utils.check_finite(now, f"step {stop}")
+    speed = meter.speed
+    lr = utils.step_decay(recipe.lr, stop, recipe.milestones, recipe.warmup)
+    saved = state()
+    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, recipe, machine))
+    run.epoch(row, speed, saved)
+
+
+def evaluate(net, data, recipe, machine) -> dict[str, float]:
+    """COCO's figures of `net` on the validation images, in percent."""
+    net.eval()
+
+    def detect(imgs):
+        with machine.autocast():
+            return net(imgs)
+
+    return coco.evaluate(detect, data.val, recipe.batch_size, recipe.workers, machine.device)
+
+
+def restore(run, job: Distillation, optimizer) -> None:
+    """Put the state of the run's checkpoint back."""
+    saved = run.saved
+    job.student.load_state_dict(saved["snet"])
+    job.kd.load_state_dict(saved["kd"])
+    utils.load_optimizer(optimizer, saved["optimizer"])
+    utils.set_rng_state(saved["rng"])
+
+
+def announcement(machine, job, data, recipe, found_s, found_t) -> list[str]:
+    """The resolved recipe, as lines of the log."""
+    start = (
+        found_s.path or dict(fresh="fresh weights", backbone="ImageNet's backbone")[found_s.weights]
+    )
+    learns = sum(p.numel() for p in job.learners())
+    lines = [
+        f"{machine}: {f'{found_t.name} -> ' if found_t else ''}{found_s.name}, {data.name}",
+        f"{len(data.train)} training and {len(data.val)} validation images, "
+        f"{len(data.train.categories)} categories, student from {start}, "
+        f"{learns:,} parameters learn",
+        f"lr {recipe.lr:g}, falls after {recipe.milestones}, warm-up {recipe.warmup}, momentum "
+        f"{recipe.momentum:g}, weight decay {recipe.weight_decay:g}, batch {recipe.batch_size}, "
+        f"{recipe.iters} steps",
+        f"shorter side {recipe.min_size}, longer at most {recipe.max_size}, anchors from "
+        f"{recipe.anchor}, {recipe.rois} regions an image",
+    ]
+    if recipe.iters != COCO.epochs:
+        lines.append(f"scaled from {COCO.epochs} steps to {recipe.iters}: milestones, warm-up")
+    for name, weight in job.weights.items():
+        flags = "".join(f", {key} {value}" for key, value in job.parts[name].flags.items())
+        lines.append(f"{name}: lambda_kd {weight:g}{flags}")
+    return lines + data.notes
+
+
+if __name__ == "__main__":
+    main()
