@@ -82,7 +82,8 @@ class Stream(Split):
     """One split whose images, of `size` pixels, are read when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
-    reference count by reference count). The rest as in Images.
+    reference count by reference count). `loader`: that of the last whole epoch of training, whose
+    processes wait for the next and end with the Stream. The rest as in Images.
     """
 
     items: np.ndarray
@@ -93,6 +94,7 @@ class Stream(Split):
     size: int
     flip: bool = True
     workers: int = 0
+    loader: torch.utils.data.DataLoader | None = field(default=None, init=False, repr=False)
 
     def to(self, device) -> "Stream":
         return replace(self, labels=self.labels.to(device))
@@ -614,29 +616,47 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
     """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
-    training where there is a seed for each place of `order`."""
-    workers = images.workers if workers is None else workers
-    order, draws = (x.numpy() for x in (order, order if seeds is None else seeds))
-    loader = torch.utils.data.DataLoader(
-        Reader(images.items, transform(images, train=seeds is not None)),
-        batch_size=None,  # what the sampler gives is a batch
-        sampler=[(order[start:stop], draws[start:stop]) for start, stop in bounds],
-        num_workers=min(workers, len(bounds)) if len(bounds) > 1 else 0,
-        pin_memory=images.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # or it would draw from torch's own
-    )
-    for pixels in loader:
-        if isinstance(pixels, str):
-            raise UserError(pixels)
-        yield pixels.to(images.device, non_blocking=True)
+    training where there is a seed for each place of `order`.
+
+    Training's processes go on from epoch to epoch; a test's start anew. Kept as well, they would be
+    as many again, with nothing to do through all of training's steps.
+    """
+    train, workers = seeds is not None, images.workers if workers is None else workers
+    workers = min(workers, len(bounds)) if len(bounds) > 1 else 0
+    order, draws = (x.numpy() for x in (order, seeds if train else order))
+    loader = None
+    if train:  # taken away, and put back by a whole epoch alone
+        loader, images.loader = images.loader, None
+    if loader is None or loader.num_workers != workers:
+        loader = torch.utils.data.DataLoader(
+            Reader(images.items, transform(images, train)),
+            batch_size=None,  # what the sampler gives is a batch
+            sampler=[],
+            num_workers=workers,
+            pin_memory=images.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # or it would draw from torch's own
+            persistent_workers=train and workers > 0,
+        )
+    loader.sampler[:] = [(order[start:stop], draws[start:stop]) for start, stop in bounds]
+    try:
+        for pixels in loader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            yield pixels.to(images.device, non_blocking=True)
+    except BaseException:
+        loader = None  # ends its processes, which a traceback would keep
+        raise
+    if train:
+        images.loader = loader
 
 
 def _stream(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
     """Yield (img, target, index) for each of `bounds`."""
     scale_shift = _scale_shift(images)
     place = order.to(images.device)
-    for (start, stop), pixels in zip(bounds, _read(images, order, bounds, seeds, workers)):
+    # the pixels first: zip asks for one more, so that `_read` comes to its end
+    for pixels, (start, stop) in zip(_read(images, order, bounds, seeds, workers), bounds):
         index = place[start:stop]
         yield _normalise(pixels, *scale_shift), images.labels[index], index
 

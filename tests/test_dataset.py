@@ -3,6 +3,8 @@ import os
 import pickle
 import random
 import re
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -448,7 +450,58 @@ def test_the_same_bytes_for_any_number_of_workers(photos):
     two = dataset.Data("x", *(replace(split, workers=2) for split in (data.train, data.test)))
     assert_same(epoch(data.train), epoch(two.train))
     assert_same(dataset.test_batches(data.test, 4), dataset.test_batches(two.test, 4))
-    assert multiprocessing.active_children() == []
+    del two
+    assert not children()
+
+
+def children():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_processes_go_on_from_epoch_to_epoch(photos):
+    """The same from the first, begun inside an epoch, on; a test's own end with it. Where an epoch is
+    left half-way, or the images go, they end."""
+    alone, data = load(photos).train, load(photos, workers=2).train
+    seen = []
+    for number, skip in ((1, 2), (2, 0), (3, 0), (1, 0)):
+        assert_same(epoch(alone, number=number, skip=skip), epoch(data, number=number, skip=skip))
+        list(dataset.test_batches(data, 4))
+        seen.append(children())
+    assert len(seen[0]) == 2 and seen.count(seen[0]) == 4
+    batches = dataset.train_batches(data, 4, 0, 4)
+    next(batches)
+    assert children() == seen[0]
+    del batches
+    assert not children()
+    assert_same(epoch(alone, number=4, skip=1), epoch(data, number=4, skip=1))
+    assert len(children()) == 2
+    del data
+    assert not children()
+
+
+def test_two_epochs_at_a_time(photos):
+    data = load(photos, workers=2).train
+    whole = epoch(data)
+    both = zip(*(dataset.train_batches(data, 4, 0, 1) for _ in range(2)))
+    for expected, (one, other) in zip(whole, both, strict=True):
+        assert_same([expected, expected], [one, other])
+
+
+def test_a_worker_killed_between_epochs_is_one_line(photos, capsys):
+    @utils.command
+    def main(argv=None):
+        data = load(photos, workers=2).train
+        epoch(data)
+        victim, _ = multiprocessing.active_children()
+        os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(1)  # as an evaluation would pass the time
+        epoch(data, number=2)
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert re.search(r"^error: DataLoader worker .* give fewer --workers, or --workers 0$", err)
 
 
 @pytest.mark.slow

@@ -434,6 +434,35 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
         network.build("resnet20", 10, 32, pretrained=True)
 
 
+@pytest.mark.parametrize(
+    "script, flags, file",
+    [
+        (train_base, "--pretrained --net_name", "mobilenet_v2-b0353104.pth"),
+        (train_kd, "--s_pretrained --t_name resnet8 --s_name", "mobilenet_v2-b0353104.pth"),
+        (train_kd, "--t_pretrained --s_name resnet8 --t_name", "resnet50-0676ba61.pth"),
+    ],
+)
+def test_offline_a_script_says_one_line(script, flags, file, tmp_path, monkeypatch, capfd):
+    """The file asked for is torchvision's first one, as in the tables; its second ones are better."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    wanted = []
+
+    def offline(url, *args, **kwargs):
+        wanted.append(url.rpartition("/")[2])
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    name = file.rpartition("-")[0]
+    argv = [*flags.split(), f"torchvision/{name}", "--save_root", str(tmp_path / "runs"), *DATA]
+    with pytest.raises(SystemExit) as stop:
+        script.main([*argv, *["--kd_mode", "dml"] * (script is train_kd)])
+    *others, line = capfd.readouterr().err.splitlines()
+    assert all(other.startswith("Downloading: ") for other in others), "torch's own"
+    assert wanted == [file] and stop.value.code == 2 and not (tmp_path / "runs").exists()
+    reason = f"error: the weights of {name} cannot be had (no route to host): a network connection"
+    assert line.startswith(reason) and line.endswith(str(tmp_path / "cache/hub/checkpoints"))
+
+
 # --- through the scripts ---------------------------------------------------------------------------
 
 QUICK = ["--cuda", "0", "--amp", "off", "--epochs", "1", "--batch_size", "216"]

@@ -5,7 +5,8 @@ epoch is besides its steps.
     python tools/bench.py step --modes at,crd --json step.json
     python tools/bench.py step --profile crd              # where that step spends its time
     python tools/bench.py loss --size imagenet            # time and memory of every loss alone
-    python tools/bench.py data --workers 2                # loaders
+    python tools/bench.py loss --modes crd --crd_paths    # crd by gathered rows and by the whole bank
+    python tools/bench.py data --workers 2                # loaders, ours against plain ones
     python tools/bench.py epoch                           # loader, evaluation, files of an epoch
 
 A Markdown table on stdout, what it means below it; --json FILE writes the same figures ('-': to
@@ -15,6 +16,7 @@ stdout, the table to stderr). What is compared takes turns in one process, on th
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import io
 import itertools
@@ -46,8 +48,7 @@ import network  # noqa: E402
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
-from kd_losses import METHODS  # noqa: E402
-from kd_losses.crd import CRD  # noqa: E402
+from kd_losses import METHODS, crd  # noqa: E402
 from utils import UserError  # noqa: E402
 
 BASE = "train_base"
@@ -363,6 +364,7 @@ READS = dict(  # what a comparison reads of student and teacher, where it is not
 MAPS = {"stem", "stages", "preacts"}
 FIT = 1.1e9  # bytes: a broadcast version whose largest tensor would be larger gets fewer samples
 VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the inputs
+PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores: what GATHER says
 
 
 def loss_flags(parser: utils.Parser) -> None:
@@ -384,6 +386,11 @@ def loss_flags(parser: utils.Parser) -> None:
         default="channels_last",
         help="of the maps (default channels_last, as training has them)",
     )
+    add(
+        "--crd_paths",
+        action="store_true",
+        help="crd twice: rows of the banks gathered, then products with whole banks, in turns",
+    )
     add("--memory", action="store_true", help="memory alone, no times")
     add_rounds(parser)
     parser.set_defaults(amp="off")
@@ -401,11 +408,15 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
         nets = [network.Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
             bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout)
-            rounds = 0 if args.memory else args.rounds
-            measured = bench.measure(args.batch_size or batch_size, rounds, machine.device)
+            how = args.batch_size or batch_size, 0 if args.memory else args.rounds, machine.device
             # a name's last part tells torchvision's networks apart
             names = " -> ".join(x.split("/")[-1] for x in (teacher, student))
-            yield dict(mode=mode, pair=names, batch=args.batch_size or batch_size, **measured)
+            if mode == "crd" and args.crd_paths:
+                measured = {f"crd, {path}": found for path, found in bench.paths(*how).items()}
+            else:
+                measured = {mode: bench.measure(*how)}
+            for name, found in measured.items():
+                yield dict(mode=name, pair=names, batch=how[0], **found)
 
 
 class Loss:
@@ -488,7 +499,7 @@ class Loss:
 
     def budget(self, inputs: list[Tensor], batch_size: int) -> tuple[str, float]:
         """What the memory is allowed to be, in words and in bytes."""
-        if isinstance(self.part.loss, CRD):
+        if isinstance(self.part.loss, crd.CRD):
             bank = sum(x.nbytes for x in self.part.loss.buffers())
             return f"banks + ({batch_size}, {self.n_data})", bank + 4 * batch_size * self.n_data
         if not MAPS & {kind for reads in self.reads for kind in reads}:
@@ -513,6 +524,38 @@ class Loss:
             found["ms"] = 1000 * median(own)
         else:
             run()  # what is made at the first call alone is not counted
+        return found | self.memory(run, part, inputs, batch_size, device)
+
+    def paths(self, batch_size: int, rounds: int, device: torch.device) -> dict[str, dict]:
+        """For each of PATHS what `measure` says of crd, without the broadcast version."""
+        part = copy.deepcopy(self.part).to(device)
+        features = self.features(batch_size, device)
+        run, inputs = self.call(part, *features), self.inputs(*features[:2])
+
+        cpu = [[] for _ in PATHS]
+
+        def along(limit: float, spent: list[float]):
+            crd.GATHER = limit
+            began = time.process_time()
+            run()
+            spent.append(1000 * (time.process_time() - began))
+
+        calls = [functools.partial(along, *x) for x in zip(PATHS.values(), cpu)]
+        before = crd.GATHER
+        try:
+            times = quick_or_slow(calls, rounds, device) if rounds else [[]] * len(calls)
+            found = [dict(ms=1000 * median(own)) if own else {} for own in times]
+            for call, one, spent in zip(calls, found, cpu):
+                if rounds and device.type == "cpu":
+                    one["cpu_ms"] = median(spent)
+                call()
+                one |= self.memory(call, part, inputs, batch_size, device)
+        finally:
+            crd.GATHER = before
+        return dict(zip(PATHS, found))
+
+    def memory(self, run, part, inputs: list[Tensor], batch_size: int, device) -> dict:
+        """What a call of `run` needs and what `part` holds, against the budget."""
         for x in (*inputs, *part.parameters()):
             x.grad = None
         memory = peak_bytes(run, device)
@@ -520,7 +563,6 @@ class Loss:
         words, limit = self.budget(inputs, batch_size)
         total = sum(x.nbytes for x in inputs)
         return dict(
-            **found,
             memory_mb=(memory + state) / MB,
             state_mb=state / MB,
             inputs_mb=total / MB,
@@ -738,7 +780,7 @@ def data_flags(parser: utils.Parser) -> None:
 
 
 def data(args: argparse.Namespace, machine: utils.Machine):
-    """Yield a row for each way in which images come."""
+    """Yield two rows for each way in which images come: ours and a plain DataLoader, in turns."""
     device = machine.device
     images = random_images(args.samples, args.num_class)
     bare = bare_step(args, machine, images, *pair(args, images), alone=True)
@@ -750,40 +792,41 @@ def data(args: argparse.Namespace, machine: utils.Machine):
         folder = dataset.load(
             "imagefolder", root, utils.IMAGENET, args.img_size, workers=args.workers
         )
-        stream = folder.train.to(device)
-        size, workers, batch_size = args.img_size, args.workers, args.batch_size
-        files = on_disk(root, size)
-        sources = (  # name, pixels, processes, an epoch of it
-            ("resident", 32, 0, lambda: dataset.train_batches(resident, batch_size, 2, 1)),
-            ("plain DataLoader", 32, workers, lambda: plain_loader(InMemory(images), args)),
+        turns = (  # name, images and processes of ours; name and images of the plain loader
+            ("resident", resident, 0, "plain DataLoader", InMemory(images)),
             (
                 "resident, 32 enlarged, AutoAugment",
-                size,
+                larger,
                 0,
-                lambda: dataset.train_batches(larger, batch_size, 2, 1),
-            ),
-            (
                 "plain DataLoader, the same",
-                size,
-                workers,
-                lambda: plain_loader(InMemory(larger.to("cpu")), args),
+                InMemory(larger.to("cpu")),
             ),
             (
                 f"streamed, JPEG of {kilobytes:.0f} kB",
-                size,
-                workers,
-                lambda: dataset.train_batches(stream, batch_size, 2, 1),
+                folder.train.to(device),
+                args.workers,
+                "plain DataLoader, the same files",
+                on_disk(root, args.img_size),
             ),
-            ("plain DataLoader, the same files", size, workers, lambda: plain_loader(files, args)),
         )
-        for name, pixels, processes, epoch in sources:
-            rounds = range(args.rounds if pixels == 32 else 1)
-            speed = median(throughput(epoch(), processes, args.batches, device) for _ in rounds)
-            row = dict(loader=name, pixels=pixels, workers=processes, img_per_s=speed)
-            row["batch_ms"] = 1000 * batch_size / speed
-            if pixels == 32:
-                row |= dict(step_ms=1000 * step_s, share=row["batch_ms"] / (10 * step_s))
-            yield row
+        for name, own, processes, other, plain in turns:
+            rounds = []
+            for _ in range(args.rounds):
+                batches = dataset.train_batches(own, args.batch_size, 2, 1)
+                speed = throughput(batches, processes, args.batches, device)
+                batches = plain_loader(plain, args)
+                rounds.append((speed, throughput(batches, args.workers, args.batches, device)))
+            ratios = [a / b for a, b in rounds]
+            found = dict(spread("ratio", ratios), met="yes" if median(ratios) >= 1 else "no")
+            rows = [dict(loader=name, workers=processes) | found]
+            rows += [dict(loader=other, workers=args.workers)]
+            for row, speeds in zip(rows, zip(*rounds)):
+                speed = median(speeds)
+                row |= dict(pixels=own.size, img_per_s=speed)
+                row["batch_ms"] = 1000 * args.batch_size / speed
+                if own.size == 32:
+                    row |= dict(step_ms=1000 * step_s, share=row["batch_ms"] / (10 * step_s))
+                yield row
 
 
 def throughput(batches, workers: int, count: int, device: torch.device) -> float:
@@ -988,6 +1031,7 @@ LOSS = dict(
     pair=("teacher -> student", ""),
     batch=("batch", "d"),
     ms=("ms", ".2f"),
+    cpu_ms=("CPU ms", ".2f"),
     broadcast_ms=("broadcast ms", ".2f"),
     broadcast_batch=("at batch", "d"),
     faster=("times faster", ".1f"),
@@ -1005,6 +1049,10 @@ DATA = dict(
     workers=("workers", "d"),
     img_per_s=("img/s", ".0f"),
     batch_ms=("ms a batch", ".2f"),
+    ratio=("times plain", ".2f"),
+    ratio_min=("min", ".2f"),
+    ratio_max=("max", ".2f"),
+    met=("met", ""),
     step_ms=("step ms", ".1f"),
     share=("share of it %", ".2f"),
 )
@@ -1032,12 +1080,19 @@ NOTES = dict(
     loss=(
         "float32, forward and backward, on random features; times faster, difference: of the "
         "broadcast version at its own batch, which is smaller where it would not fit",
+        "CPU ms, of --crd_paths: the processor's time of all threads, where other work takes its turn",
         "memory: peak of torch's allocator above the inputs, gradients of inputs and parameters "
         "included, and what the method holds all the time (state: parameters, banks)",
         "budget: an adapter's layers count as a network of the method's own; crd: its banks and "
         "labels and one float32 matrix (batch, samples)",
     ),
-    data=("share: of the student's bare step, resnet20",),
+    data=(
+        "plain: torchvision's own dataset and transforms, of PIL's images one by one, normalised by "
+        "the workers",
+        "times plain: ours over the plain one's images a second, round by round, the median; met: "
+        "at least 1",
+        "share: of the student's bare step, resnet20",
+    ),
     epoch=(
         "loader: what a step of train_base costs more than the same on one batch",
         "evaluation: of a fifth as many images, over the network's eval mode under inference_mode "

@@ -1,4 +1,5 @@
 import json
+import math
 from argparse import Namespace
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ import torch
 import network
 import train_kd
 import utils
-from kd_losses import METHODS
+from kd_losses import METHODS, crd
 from tools import bench
 
 CPU = torch.device("cpu")
@@ -95,12 +96,53 @@ def test_loss(capsys):
         assert row.get("difference", 0) < 1e-4
 
 
+def test_crd_s_two_paths(monkeypatch, capsys):
+    """Both run, whatever the sizes say, in turns; afterwards the sizes choose again."""
+    before, seen = crd.GATHER, []
+    nce = crd.CRD._nce
+
+    def look(*args):
+        seen.append(crd.GATHER)
+        return nce(*args)
+
+    monkeypatch.setattr(crd.CRD, "_nce", look)
+    result = bench.main([*LOSS, "--modes", "crd", "--crd_paths"])
+    same(capsys.readouterr().out, result, bench.LOSS)
+    assert crd.GATHER == before and seen[::2] == seen[1::2], "two sides a call"
+    # two to warm up and one in the round, then one and the memory's of each
+    assert seen[::2] == [0, 0, math.inf, math.inf, 0, math.inf, 0, 0, math.inf, math.inf]
+    rows, whole = result["rows"]
+    assert (rows["mode"], whole["mode"]) == ("crd, rows gathered", "crd, whole bank")
+    assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in (rows, whole))
+    assert rows["state_mb"] == whole["state_mb"] and rows["budget"] == "banks + (4, 40)"
+
+
 def test_data(capsys):
     result = bench.main(DATA)
     table = same(capsys.readouterr().out, result, bench.DATA)
     assert [row["pixels"] for row in table] == ["32"] * 2 + ["97"] * 4
     for row in result["rows"]:
         assert row["batch_ms"] == pytest.approx(4000 / row["img_per_s"], rel=1e-4)
+    for own, plain in zip(result["rows"][::2], result["rows"][1::2]):
+        assert own["ratio"] == pytest.approx(own["img_per_s"] / plain["img_per_s"], rel=1e-4)
+        assert own["met"] == ("yes" if own["ratio"] >= 1 else "no") and "ratio" not in plain
+
+
+def test_loaders_take_turns(monkeypatch, capsys):
+    """Ours and the plain one, round after round; the ratio is that of a round."""
+    speeds, order = iter([6.0, 3.0, 8.0, 8.0, 5.0, 10.0] * 3), []
+
+    def throughput(batches, workers, count, device):
+        order.append(type(batches).__name__)
+        return next(speeds)
+
+    monkeypatch.setattr(bench, "throughput", throughput)
+    rows = bench.main([*DATA, "--rounds", "3"])["rows"]
+    assert order == ["generator", "DataLoader"] * 9
+    assert [(row["ratio"], row["img_per_s"], row["met"]) for row in rows[::2]] == [
+        (1, 6, "yes")
+    ] * 3
+    assert (rows[0]["ratio_min"], rows[0]["ratio_max"], rows[1]["img_per_s"]) == (0.5, 2, 8)
 
 
 def test_epoch(capsys):
