@@ -233,9 +233,11 @@ def train_batches(
     padding: str = "reflect",
     skip: int = 0,
     share: tuple[int, int] = (0, 1),
+    strong: bool = False,
 ):
     """Yield (img, target, index) over one shuffled, augmented epoch, from batch `skip` on; of every
-    batch the `share` (rank, world) of one process.
+    batch the `share` (rank, world) of one process. `strong`: (img, target, index, a second view of
+    the images), with a crop and a mirror image of its own, RandAugment and a square cut out.
 
     img: float32 (B, 3, H, W) in channels_last, normalised; target, index: int64 (B,).
     Images: a crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then
@@ -258,23 +260,36 @@ def train_batches(
     low, high = (0, side - size) if images.enlarged else (-pad, pad)
     shift = torch.randint(low, high + 1, (2, n), generator=generator)
     flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
-    augment = None
+    augment = second = None
     if images.enlarged and images.autoaugment:
-        augment = AutoAugment(n, size, bounds, generator, device)
+        augment = Augment(*autoaugment(n, size, generator), size, bounds, device)
+    if strong:
+        draws = torch.randint(low, high + 1, (2, n), generator=generator)
+        mirror = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
+        change = Augment(*randaugment(n, size, generator), size, bounds, device)
+        square = torch.rand(3, n, generator=generator)
+        second = [x.to(device, non_blocking=True) for x in (draws, mirror, square)]
     order, shift, flip = (x.to(device, non_blocking=True) for x in (order, shift, flip))
     scale_shift = _scale_shift(images)
     arange = torch.arange(size, device=device)
+
+    def view(index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        rows = arange + shift[0, :, None]
+        columns = torch.where(flip[:, None], arange.flip(0), arange) + shift[1, :, None]
+        if images.enlarged:
+            return _enlarge(images.pixels[index], rows, columns, side)
+        return _gather(images, index, rows, columns, padding).permute(0, 3, 1, 2)
+
     for k, (start, stop) in enumerate(bounds):
         index = order[start:stop]
-        rows = arange + shift[0, start:stop, None]
-        columns = torch.where(flip[start:stop, None], arange.flip(0), arange)
-        columns = columns + shift[1, start:stop, None]
-        if images.enlarged:
-            pixels = _enlarge(images.pixels[index], rows, columns, side)
-            pixels = _interleave(augment(k, pixels) if augment else pixels)
-        else:
-            pixels = _gather(images, index, rows, columns, padding)
-        yield _normalise(pixels, *scale_shift), images.labels[index], index
+        pixels = view(index, shift[:, start:stop], flip[start:stop])
+        batch = [augment(k, pixels) if augment else pixels]
+        if strong:
+            draws, mirror, square = (x[..., start:stop] for x in second)
+            pixels = change(k, view(index, draws, mirror).contiguous())
+            batch.append(cut_out(pixels, square))
+        img, *views = (_normalise(_interleave(x), *scale_shift) for x in batch)
+        yield img, images.labels[index], index, *views
 
 
 def test_batches(
@@ -350,7 +365,9 @@ def _neighbours(place: Tensor, size: int, side: int) -> tuple[Tensor, Tensor, Te
 
 
 def _interleave(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, W, 3)."""
+    """(B, 3, H, W) -> (B, H, W, 3), contiguous."""
+    if pixels.is_contiguous(memory_format=torch.channels_last):
+        return pixels.permute(0, 2, 3, 1)
     return torch.stack(pixels.unbind(1), -1)
 
 
@@ -367,7 +384,7 @@ def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-# --- AutoAugment's policy for CIFAR-10, on whole batches -------------------------------------------
+# --- AutoAugment's policy for CIFAR-10, and RandAugment, on whole batches --------------------------
 # uint8 (B, 3, S, S), on their device, as torchvision.transforms.v2.AutoAugment applies it to one tensor:
 # the same chances, magnitudes and pixels, but the images of a batch that get the same operation get it
 # together, each with numbers of its own. What an image gets is drawn before the epoch, so that no step
@@ -427,27 +444,76 @@ def magnitude(op: str, level: int | None, size: int) -> float:
     return 0.0 if top is None else float(torch.linspace(0.0, top, 10)[level])
 
 
-class AutoAugment:
-    """What the `n` images of an epoch get, in their order, whose batches have the `bounds`."""
+def autoaugment(n: int, size: int, generator) -> tuple[list[tuple[str, float]], Tensor]:
+    """What AutoAugment does to `n` images: the changes that there are, and which of them each image
+    gets first and second (2, n), counted from 1; 0 stands for none."""
+    policies = policy()
+    changes = [
+        (op, sign * magnitude(op, level, size))
+        for steps in policies
+        for op, _, level in steps
+        for sign in (1, -1 if op in SIGNED else 1)
+    ]
+    chances = torch.tensor([[p for _, p, _ in steps] for steps in policies])
+    which = torch.randint(len(policies), (n,), generator=generator)
+    applied = torch.rand(2, n, generator=generator) <= chances[which].T
+    negative = torch.rand(2, n, generator=generator) <= 0.5
+    row = 1 + 4 * which + 2 * torch.tensor([[0], [1]]) + negative
+    return changes, torch.where(applied, row, 0)
 
-    def __init__(self, n: int, size: int, bounds: list[tuple[int, int]], generator, device):
-        policies = policy()
+
+LEVELS = 31  # of RandAugment's magnitudes
+FACTORS = "Brightness", "Color", "Contrast", "Sharpness"
+
+
+def randaugment(n: int, size: int, generator) -> tuple[list[tuple[str, float]], Tensor]:
+    """The same of RandAugment as semi-supervised training has it: two of fourteen operations, the
+    identity among them, each at a magnitude drawn evenly."""
+    even = torch.linspace(0, 1, LEVELS).tolist()
+    ways = {op: [(op, -0.95 + 0.9 * x) for x in even] for op in FACTORS}  # factors of 0.05 to 0.95
+    for op, top in (("Rotate", 30.0), ("ShearX", 0.3), ("ShearY", 0.3)):
+        ways[op] = [(op, top * (2 * x - 1)) for x in even]
+    for op in ("TranslateX", "TranslateY"):
+        ways[op] = [(op, 0.3 * size * (2 * x - 1)) for x in even]
+    ways["Posterize"] = [("Posterize", round(4 + 4 * x)) for x in even]  # bits
+    ways["Solarize"] = [("Solarize", x) for x in even]
+    ways |= {op: [(op, 0.0)] * LEVELS for op in ("AutoContrast", "Equalize")}
+    changes = [change for way in ways.values() for change in way]
+    row = torch.randint((len(ways) + 1) * LEVELS, (2, n), generator=generator) + 1
+    return changes, torch.where(row > len(changes), 0, row)
+
+
+def cut_out(pixels: Tensor, square: Tensor) -> Tensor:
+    """`pixels` (B, 3, S, S) with a grey square of up to half the side; `square` (3, B) in 0..1: its
+    side and the place of its middle."""
+    size = pixels.shape[-1]
+    half, y, x = (square * torch.tensor([[0.25], [1.0], [1.0]], device=square.device)) * size
+    place = torch.arange(size, device=pixels.device) + 0.5
+    rows, columns = ((place - middle[:, None]).abs() < half[:, None] for middle in (y, x))
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return pixels.masked_fill(inside, 127)
+
+
+class Augment:
+    """Changes for the images of an epoch, in their order, whose batches have the `bounds`; `changes`
+    and `row` as of `autoaugment`."""
+
+    def __init__(
+        self,
+        changes: list[tuple[str, float]],
+        row: Tensor,
+        size: int,
+        bounds: list[tuple[int, int]],
+        device,
+    ):
         # a row of numbers for each way in which an image can be changed; the first: not at all
         functions, kinds, rows = [None], [0], [[0.0] * NUMBERS]
-        for op, _, level in (step for steps in policies for step in steps):
-            for sign in (1, -1 if op in SIGNED else 1):
-                function, *numbers = numbers_of(op, sign * magnitude(op, level, size), size)
-                if function not in functions:
-                    functions.append(function)
-                kinds.append(functions.index(function))
-                rows.append(numbers + [0.0] * (NUMBERS - len(numbers)))
-        chances = torch.tensor([[p for _, p, _ in steps] for steps in policies])
-
-        which = torch.randint(len(policies), (n,), generator=generator)
-        applied = torch.rand(2, n, generator=generator) <= chances[which].T
-        negative = torch.rand(2, n, generator=generator) <= 0.5
-        row = 1 + 4 * which + 2 * torch.tensor([[0], [1]]) + negative
-        row = torch.where(applied, row, 0)
+        for op, value in changes:
+            function, *numbers = numbers_of(op, value, size)
+            if function not in functions:
+                functions.append(function)
+            kinds.append(functions.index(function))
+            rows.append(numbers + [0.0] * (NUMBERS - len(numbers)))
 
         # each batch sorted by function; a group is (function, first or second, from, to)
         kinds, place, self.groups = torch.tensor(kinds), torch.zeros_like(row), []

@@ -563,10 +563,12 @@ def build(
 def constructor(name: str):
     """The function (num_class, img_size, pretrained) -> nn.Module behind a name; see `build`."""
     library, _, model = name.partition("/")
-    if ".py:" in name:
+    if ".py:" in name and not name.startswith("simkd:"):
         return _of_file(*name.rsplit(":", 1))
     if library in LIBRARIES and model:
         return LIBRARIES[library](model)
+    if name.startswith("simkd:"):
+        return _of_simkd(name)
     own = named(NETWORKS, name, "network")
 
     def make(num_class, img_size, pretrained):
@@ -575,6 +577,63 @@ def constructor(name: str):
                 f"{name} has no weights of its own: pretrained is for torchvision/NAME and timm/NAME"
             )
         return own(num_class)
+
+    return make
+
+
+def behead(net: nn.Module) -> None:
+    """Take the classifier away, once: the network then returns its pooled features."""
+    if not isinstance(net.get_submodule(classifier_of(net)), nn.Identity):
+        net.set_submodule(classifier_of(net), nn.Identity())
+
+
+class Reusing(nn.Module):
+    """A network whose last map goes through a projector and another network's classifier (SimKD).
+
+    net: it loses its own classifier; projector: with `predict(fm, classifier)`.
+    """
+
+    def __init__(self, net: nn.Module, projector: nn.Module, classifier: nn.Module):
+        super().__init__()
+        behead(net)
+        self.net, self.projector, self.classifier = net, projector, classifier
+        self.tapped = Tapped(net, ("stages",), (-1,))
+        self.taps = dict(feat="classifier:in")
+        for key in ("stem", "stages", "preacts"):
+            path = net.taps.get(key)
+            if path:
+                inside = [f"net.{x}" for x in path] if isinstance(path, list) else f"net.{path}"
+                self.taps[key] = inside
+        self.taps["layout"] = {f"net.{x}": how for x, how in net.taps.get("layout", {}).items()}
+
+    def forward(self, img: Tensor) -> Tensor:
+        return self.projector.predict(self.tapped(img).stages[0], self.classifier)
+
+
+def reusing_name(name: str, spec: tuple[int, ...]) -> str:
+    """What `build` calls a Reusing of the network `name`, whose projector has the `spec`."""
+    return ":".join(map(str, ("simkd", name, *spec)))
+
+
+def _of_simkd(name: str):
+    """simkd:NETWORK:S_DIM:T_DIM:FACTOR:HEIGHT:WIDTH, a Reusing."""
+    from kd_losses.simkd import SimKD
+
+    _, _, rest = name.partition(":")
+    inner, *numbers = rest.rsplit(":", 5)
+    if len(numbers) < 5 or not all(x.isdecimal() for x in numbers):
+        raise UserError(f"no network {name!r}: simkd:NETWORK and five numbers are wanted")
+    s_dim, t_dim, factor, *size = map(int, numbers)
+    own = constructor(inner)
+
+    def make(num_class, img_size, pretrained):
+        net = own(num_class, img_size, pretrained)
+        ensure_taps(net, inner, num_class, img_size)
+        try:
+            projector = SimKD(s_dim, t_dim, factor, tuple(size))
+        except ValueError as error:
+            raise UserError(f"{name}: {first_line(error)}") from error
+        return Reusing(net, projector, nn.Linear(t_dim, num_class))
 
     return make
 
@@ -923,7 +982,7 @@ class Features:
 
     stem (B, C, H, W) | stages, preacts: lists of (B, C, H, W), shallow to deep | feat (B, D) |
     out: logits (B, K) | net: the bare network, for a method that calls it again | numbers: which
-    stages the lists hold, counted from the deepest (-1).
+    stages the lists hold, counted from the deepest (-1) | strong: the same of the images' second view.
     """
 
     out: Tensor
@@ -933,6 +992,12 @@ class Features:
     preacts: list[Tensor] = field(default_factory=list)
     feat: Tensor | None = None
     numbers: tuple[int, ...] = ()
+    strong: "Features | None" = None
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The network's last linear layer."""
+        return self.net.get_submodule(classifier_of(self.net))
 
 
 class Tapped:
@@ -990,6 +1055,11 @@ class Tapped:
             for kind, path in self._paths.items()
         }
         return Features(out, self.net, numbers=self.numbers, **maps)
+
+
+def classifier_of(net: nn.Module) -> str:
+    """The path of the last linear layer, whose input the pooled features are."""
+    return split_tap(net.taps["feat"])[0]
 
 
 def split_tap(path: str) -> tuple[str, int | None, str]:

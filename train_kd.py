@@ -8,6 +8,7 @@ What the checkpoints know (network, dataset, classes) need not be said again. `-
 lists the flags of a method.
 """
 
+import copy
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import dataset
 import network
 import utils
-from kd_losses import FLAG_HELP, METHODS, Method, Phase
+from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
 from utils import UserError
 
 ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor", "regressor+relu")})
@@ -92,6 +93,11 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         help="of several processes: compare the images of all, not each its own, where the method "
         "compares images with each other",
     )
+    add(
+        "--logit_stand",
+        action="store_true",
+        help="standardise the logits of both networks first (LSKD), where the method compares them alone",
+    )
     weight = utils.number(float, 0)
     add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
     add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy")
@@ -109,12 +115,13 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
             if f"--{flag}" in parser._option_string_actions:
                 continue  # two methods own it: it goes to both
             choices = default if isinstance(default, tuple) else None
+            text = FLAG_HELP.get(f"{mode}.{flag}") or FLAG_HELP[flag]
             group.add_argument(
                 f"--{flag}",
                 type=None if choices else _flag_type(default),
                 choices=choices,
                 metavar=None if choices else "0|1" if isinstance(default, bool) else "X",
-                help=f"{FLAG_HELP[flag]} (default {choices[0] if choices else _plain(default)})",
+                help=f"{text} (default {choices[0] if choices else _plain(default)})",
             )
     utils.add_common_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, rows))
@@ -164,6 +171,15 @@ def _override(row: Method, args, i: int, count: int) -> Method:
     return replace(row, **changes)
 
 
+def sized(rows: dict[str, Method], recipe) -> dict[str, Method]:
+    """The rows, those that are built for one size of batches with that of a process's piece."""
+    size = recipe.batch_size // utils.world() // recipe.accumulate
+    return {
+        mode: replace(row, flags=row.flags | dict(batch=size)) if row.sized else row
+        for mode, row in rows.items()
+    }
+
+
 # --- the networks and what hangs between them ------------------------------------------------------
 
 
@@ -175,7 +191,8 @@ class Part(nn.Module):
 
     def __init__(self, mode: str, row: Method, picked: list[int], s, t, train):
         super().__init__()
-        self.mode, self.row, self.picked, self.gathers = mode, row, picked, False
+        self.mode, self.row, self.picked = mode, row, picked
+        self.gathers = self.standardises = False
         s, t = self._pick(s), self._pick(t)
         self.adapter = network.Adapter(row.needs, row.compare.wants, s, t)
         s, t = self.adapter.eval()(s, t)
@@ -198,6 +215,8 @@ class Part(nn.Module):
             s, t = self.adapter(self._pick(s), t)
         if self.gathers:
             s, t = gathered(s), gathered(t)
+        if self.standardises:
+            s, t = standardised(s), standardised(t)
         value = compare(self.loss, s, t, batch)
         if isinstance(value, list):
             value = sum(value) / (len(value) if self.row.reduce == "mean" else 1)
@@ -207,16 +226,32 @@ class Part(nn.Module):
 def gathered(x):
     """Features of the images of all ranks, for losses that compare images with each other."""
     kinds = ("out", "stem", "stages", "preacts", "feat")
-    return replace(x, **{kind: utils.gather(getattr(x, kind)) for kind in kinds})
+    strong = x.strong and gathered(x.strong)
+    return replace(x, strong=strong, **{kind: utils.gather(getattr(x, kind)) for kind in kinds})
+
+
+def standardised(x):
+    """Features with standardised logits."""
+    return replace(x, out=standardise(x.out), strong=x.strong and standardised(x.strong))
 
 
 @dataclass
 class Batch:
-    """img (B, 3, H, W), target (B,) and index (B,), the samples' places in the training set."""
+    """img (B, 3, H, W), target (B,) and index (B,), the samples' places in the training set; strong: a
+    second, strongly augmented view, where a method wants one."""
 
     img: Tensor
     target: Tensor
     index: Tensor
+    strong: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if x is not None}
+
+    def seen_by(self, tapped):
+        """The features of a network, those of the second view with them."""
+        x = tapped(self.img)
+        return x if self.strong is None else replace(x, strong=tapped(self.strong))
 
 
 class Distillation:
@@ -244,6 +279,10 @@ class Distillation:
             raise UserError(
                 f"the student has no classifier to set apart: {snet.taps['lacks']['feat']}"
             )
+        if any(row.reuses for row in rows.values()):
+            wants.add("feat")
+            if "feat" in snet.taps:
+                network.behead(snet)
         self.student = network.Tapped(snet, sorted(wants), union)
         self.teacher = network.Tapped(tnet, sorted(wants), union)
         dry = torch.zeros(2, 3, train.size, train.size)
@@ -254,6 +293,18 @@ class Distillation:
                 Part(mode, row, [union.index(i) for i in stages[mode]], s, t, train)
                 for mode, row in rows.items()
             )
+        self.deployed = snet
+        for part in self.kd:
+            if part.row.reuses:
+                self.deployed = network.Reusing(snet, part.loss, copy.deepcopy(t.classifier))
+        self.strong = any(row.strong for row in rows.values())
+        self.timed = [part.loss for part in self.kd if hasattr(part.loss, "clock")]
+        self.told = None
+        self.prepares = [  # parts that look at all training images first
+            (part, network.Tapped(tnet, part.row.prepare.wants, (-1,)))
+            for part in self.kd
+            if part.row.prepare
+        ]
         self.names = ["kd"] if len(rows) == 1 else [f"kd_{mode}" for mode in rows]
         self.phases = next((r.phases for r in rows.values() if r.teacher == self.role), None)
 
@@ -261,11 +312,13 @@ class Distillation:
         """Call every comparison on two images, so that what does not fit is said before anything is
         written. Returns the multiply-adds an image that the parts' own layers cost."""
         img, target, index = next(dataset.test_batches(train, 2, workers=0))
-        batch = Batch(img.requires_grad_(self.image_grad), target, index)
+        batch = Batch(
+            img.requires_grad_(self.image_grad), target, index, img if self.strong else None
+        )
         macs = 0
         for phase in self.phases:
             with torch.set_grad_enabled(self.image_grad):
-                s, t = self.student(batch.img), self.teacher(batch.img)
+                s, t = batch.seen_by(self.student), batch.seen_by(self.teacher)
                 for part in self.kd.eval() if phase.kd else []:
                     compare = part.comparison(phase)
                     try:
@@ -310,6 +363,39 @@ class Distillation:
         modules = (snet, tnet, self.kd)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
+    def name(self, s_name: str) -> str:
+        """What `network.build` calls the network that is trained."""
+        spec = [part.loss.spec for part in self.kd if part.row.reuses]
+        return network.reusing_name(s_name, spec[0]) if spec else s_name
+
+    def groups(self, phase: Phase) -> list[dict]:
+        """`learners`, as the optimizer wants them: without weight decay where a method excludes it."""
+        params = self.learners(phase)
+        still = {id(p) for part in self.kd if not part.row.decay for p in part.parameters()}
+        groups = [
+            dict(params=[p for p in params if id(p) not in still]),
+            dict(params=[p for p in params if id(p) in still], weight_decay=0.0),
+        ]
+        return [group for group in groups if group["params"]]
+
+    def tell(self, place: int, total: int) -> None:
+        """Tell the losses that want to know it the epoch, of `total` ones."""
+        if (place, total) != self.told:
+            self.told = place, total
+            for loss in self.timed:
+                loss.clock[0].fill_(place), loss.clock[1].fill_(total)
+
+    def prepare(self, images, say) -> None:
+        """Let the parts that want it look at all the training images once; `say` what they say."""
+        for part, teacher in self.prepares:
+            try:
+                found = part.row.prepare(
+                    part.loss, teacher, dataset.test_batches(images, 100), images.labels
+                )
+            except (ValueError, RuntimeError, MemoryError) as error:
+                raise UserError(f"--kd_mode {part.mode}: {utils.first_line(error)}") from error
+            say(f"{part.mode}: {found}")
+
     def compile(self) -> str:
         """torch.compile both networks, where the method allows it. Returns what to log."""
         if self.image_grad:
@@ -319,7 +405,7 @@ class Distillation:
         return "both networks are compiled at their first step"
 
     def to(self, device) -> None:
-        for net in (self.student.net, self.teacher.net):
+        for net in (self.student.net, self.teacher.net, self.deployed):
             net.to(device, memory_format=torch.channels_last)
         self.kd.to(device, memory_format=torch.channels_last)
 
@@ -338,7 +424,7 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     total = {}
-    for piece, share in utils.pieces(pieces, batch.img, batch.target, batch.index):
+    for piece, share in utils.pieces(pieces, *batch.tensors().values()):
         loss, terms = losses(job, phase, Batch(*piece), weights, machine)
         (loss if share == 1 else share * loss).backward()
         for name, value in terms.items():
@@ -363,17 +449,20 @@ def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
     terms, loss = {}, 0.0
     with machine.autocast():
         if s_runs:
-            s = job.student(batch.img)
+            s = batch.seen_by(job.student)
         if kd_runs or t_learns:
             with t_graph:
-                t = job.teacher(batch.img)
+                t = batch.seen_by(job.teacher)
         for name, weight, part in zip(job.names, weights, job.kd):
             if kd_runs and weight:
                 compare = part.comparison(phase)
                 terms[name] = part(compare, s, t, batch)
                 # a rank has the gradient in its own images alone, and what is averaged is a sum
                 loss = loss + weight * (utils.world() if part.gathers else 1) * terms[name]
+    # a student that reuses the teacher's classifier has no logits of its own
+    s_learns = s_learns and job.deployed is job.student.net
     learning = [x for x, learns in ((s, s_learns), (t, t_learns)) if learns]
+    learning += [x.strong for x in learning if x.strong]
     if learning:
         with nullcontext() if phase.ce else torch.no_grad():
             ce = [F.cross_entropy(x.out.float(), batch.target) for x in learning]
@@ -408,11 +497,11 @@ class Captured:
             return self._aside(lambda: train_step(*step, batch, weights, machine, pieces))
         if key != self.key:
             self.key, self.graph = key, torch.cuda.CUDAGraph()
-            self.batch = Batch(batch.img.clone(), batch.target.clone(), batch.index.clone())
+            self.batch = Batch(**{name: x.clone() for name, x in batch.tensors().items()})
             with torch.cuda.graph(self.graph):
                 self.terms = train_step(*step, self.batch, weights, machine, pieces)
         with torch.no_grad():  # the images may require gradients
-            for name, value in vars(batch).items():
+            for name, value in batch.tensors().items():
                 getattr(self.batch, name).copy_(value)
         self.graph.replay()
         return self.terms
@@ -451,6 +540,7 @@ def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
     by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth."""
     total = utils.PROTOCOLS[recipe.protocol].epochs
     place = int(done * total + 1e-6) + 1
+    job.tell(place, total)
     return [part.row.lambda_kd * part.row.ramp(place, total) for part in job.kd]
 
 
@@ -479,6 +569,9 @@ def main(argv: list[str] | None = None) -> dict:
         found.taps = found.taps or next(iter(own), None)
     recipe = resolve(args, rows, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
+    for mode in [m for m, row in rows.items() if args.logit_stand and row.compare not in LOGITS]:
+        raise UserError(f"--logit_stand: {mode} compares more than logits")
+    rows = sized(rows, recipe)
     for mode in [m for m, row in rows.items() if args.gather and not row.relates]:
         raise UserError(f"--gather: {mode} compares no images of a batch with each other")
     if args.cuda_graph:
@@ -511,6 +604,11 @@ def main(argv: list[str] | None = None) -> dict:
         if callable(row.lambda_kd):
             rows[mode] = replace(row, lambda_kd=row.lambda_kd(num_class))
     job = Distillation(snet, tnet, rows, data.train)
+    if job.strong and isinstance(data.train, dataset.Stream):
+        raise UserError(
+            f"--kd_mode {args.kd_mode}: a second view is made of images up to {dataset.RESIDENT} "
+            "pixels, or enlarged from such, not of files read one by one"
+        )
     weighs = any(row.lambda_kd for row in rows.values())
     for phase in job.phases:
         if not (phase.ce and job.lambda_ce) and not (phase.kd and weighs):
@@ -518,7 +616,7 @@ def main(argv: list[str] | None = None) -> dict:
                 f"--lambda_kd, --lambda_ce: 0 leaves phase {phase.name} nothing to learn from"
             )
     phases = planned(job.phases, recipe)
-    meta = dict(network=found_s.name, **utils.describe_data(recipe, data))
+    meta = dict(network=job.name(found_s.name), **utils.describe_data(recipe, data))
     methods = {
         mode: dict(
             lambda_kd=row.lambda_kd,
@@ -532,6 +630,7 @@ def main(argv: list[str] | None = None) -> dict:
     macs = job.rehearse(data.train)
     for part in job.kd:
         part.gathers = args.gather and utils.world() > 1
+        part.standardises = args.logit_stand
     lines = announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs)
     if run.saved:
         with run.intact():
@@ -550,6 +649,8 @@ def main(argv: list[str] | None = None) -> dict:
         data = data.to(machine.device)
         if recipe.compile:
             run.log(job.compile())
+        if not run.saved:
+            job.prepare(data.train, run.log)
         if not trained:
             score = utils.evaluate(tnet, data.test, machine)
             run.log(f"teacher test_top1 {score['test_top1']:.2f}")
@@ -562,7 +663,7 @@ def main(argv: list[str] | None = None) -> dict:
 
         step = Captured() if recipe.cuda_graph else train_step
         for phase, first, epochs in remaining(phases, len(run.history)):
-            optimizer = run.watch(utils.sgd(job.learners(phase), recipe, phase.nesterov))
+            optimizer = run.watch(utils.sgd(job.groups(phase), recipe, phase.nesterov))
             if run.saved:
                 restore(run, job, first, optimizer)
                 run.saved = None
@@ -589,7 +690,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
 
     def state():
         utils.average_batch_norms(snet, tnet, job.kd)
-        weights = dict(snet=snet.state_dict(), meta=run.meta)
+        weights = dict(snet=job.deployed.state_dict(), meta=run.meta)
         if "teacher" in phase.learns:  # KD-Zoo's names for two networks that learn
             weights |= dict(net1=tnet.state_dict(), net2=weights["snet"])
         return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
@@ -607,6 +708,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         padding=recipe.padding,
         skip=done,
         share=utils.share(),
+        strong=job.strong,
     )
     for i, batch in enumerate(batches, done + 1):
         weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
@@ -629,7 +731,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     extra = {}
     if phase.student_learns:
-        row |= utils.evaluate(snet, data.test, machine)
+        row |= utils.evaluate(job.deployed, data.test, machine)
     if "teacher" in phase.learns:
         peer = utils.evaluate(tnet, data.test, machine)
         row |= {f"peer_{name}": value for name, value in peer.items()}
@@ -650,7 +752,7 @@ def restore(run, job: Distillation, first: int, optimizer) -> None:
     """Put the state of the run's checkpoint back; the optimizer's not where a phase begins, at its
     epoch `first` of 1 and none of its steps done."""
     saved = run.saved
-    job.student.net.load_state_dict(saved["snet"])
+    job.deployed.load_state_dict(saved["snet"])
     if "net1" in saved:
         job.teacher.net.load_state_dict(saved["net1"])
     job.kd.load_state_dict(saved["kd"])
@@ -662,7 +764,7 @@ def restore(run, job: Distillation, first: int, optimizer) -> None:
 def try_restore(run, job: Distillation, phases, recipe) -> None:
     """Restore once for nothing, so that a damaged checkpoint is found before anything is written."""
     for phase, first, _ in remaining(phases, len(run.history)):
-        return restore(run, job, first, utils.sgd(job.learners(phase), recipe, phase.nesterov))
+        return restore(run, job, first, utils.sgd(job.groups(phase), recipe, phase.nesterov))
 
 
 def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs) -> list[str]:
@@ -689,6 +791,9 @@ def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, 
     for part in job.kd:
         lines += [f"{part.mode}: adapter, {note}" for note in part.adapter.notes]
     added = network.count_parameters(job.kd)
+    if job.deployed is not job.student.net:
+        whole = network.count_parameters(job.deployed)
+        lines.append(f"trained and evaluated: {job.name(found_s.name)}, {whole:,} parameters")
     if added:
         lines.append(f"the method adds {added:,} parameters and {macs:,} multiply-adds an image")
     return lines + found_t.warnings(data.train) + found_s.warnings(data.train)

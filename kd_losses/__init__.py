@@ -5,7 +5,9 @@ comparison needs of the two networks, its phases, the teacher's part and what a 
 holds no state. To add a method: one file beside this one, one row here, its values in tests/data.
 """
 
+import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Callable
 
 import torch
@@ -15,26 +17,51 @@ from .ab import AB
 from .afd import AFD
 from .at import AT
 from .bss import BSS, BSSAttacker, select
+from .catkd import CATKD
 from .cc import CC, NeighbourCC
 from .crd import CRD
+from .crld import CRLD
+from .ctkd import CTKD
+from .dist import DIST
 from .dkd import DKD
 from .dml import DML
 from .fitnet import Hint
 from .fsp import FSP
 from .ft import FT, Paraphraser, Translator
+from .ickd import ICKD
 from .irg import IRG
+from .itrd import ITRD
 from .kdsvd import KDSVD
 from .logits import Logits
+from .lskd import LSKD, standardise
 from .lwm import LwM
+from .mgd import MGD
+from .mlkd import MLKD
+from .nkd import NKD
 from .nst import NST
+from .ofa import OFA
 from .ofd import OFD, bn_margin
+from .pefd import PEFD
 from .pkt import PKTCosSim
 from .reviewkd import ReviewKD
 from .rkd import RKD
+from .rld import RLD
+from .sdd import SDD
+from .sdd import dkd as dkd_of_rows
+from .sdd import kl as kl_of_rows
+from .semckd import SemCKD
+from .simkd import SimKD
 from .sobolev import Sobolev
 from .sp import SP
+from .srrl import SRRL
 from .st import SoftTarget
+from .ttm import TTM
 from .vid import VID
+from .vkd import VKD
+from .wkd_f import WKDF
+from .wkd_l import WKDL, cka_cost
+from .wsld import WSLD
+from .wttm import WTTM
 
 # --- what is compared: (kd, s, t, batch) -> a loss, or one per stage -------------------------------
 # kd: the module that `build` made; s, t: the Features of student and teacher; batch: img, target, index
@@ -156,6 +183,60 @@ def reviewed(s, t, s_preact: bool, pooled: bool):
     return [*fms_s, *[s.feat][:pooled]], [*t.preacts, *[t.feat][:pooled]]
 
 
+@wants("stages")
+def last(kd, s, t, batch):
+    return kd(s.stages[-1], t.stages[-1])
+
+
+@wants("out")
+def two_views(kd, s, t, batch):
+    return kd(s.out, s.strong.out, t.out, t.strong.out)
+
+
+@wants("out")
+def at_its_epoch(kd, s, t, batch):
+    return kd(s.out, t.out, kd.clock[0])
+
+
+@wants("out")
+def transport(kd, s, t, batch):
+    """The weight of the transport alone fades, over the last three eighths, by a cosine."""
+    done = (kd.clock[0] / kd.clock[1] / FADES - 1) * FADES / (1 - FADES)
+    return kd(s.out, t.out, batch.target, (1 + torch.cos(math.pi * done.clamp(0, 1))) / 2)
+
+
+@wants("out", "stages", "feat")
+def teachers_logits(kd, s, t, batch):
+    x = s.feat if kd.form == "pooled" else s.stages[-1]
+    return kd(x, t.feat, t.out, t.classifier)
+
+
+@wants("stages", "feat")
+def class_maps(kd, s, t, batch):
+    return kd(s.stages[-1], s.classifier.weight, t.stages[-1], t.classifier.weight)
+
+
+@wants("stages", "feat")
+def regions(kd, s, t, batch):
+    return kd(s.stages[-1], s.classifier, t.stages[-1], t.classifier, batch.target)
+
+
+@wants("out", "stages", "feat")
+def branches(kd, s, t, batch):
+    return kd(s.stages, s.out, t.out, batch.target)
+
+
+@wants("stages")
+def whole_batches(kd, s, t, batch):
+    """A last batch of another size, which the method is not made for, is left out."""
+    if len(batch.target) != kd.batch:
+        return s.stages[0].new_zeros(())
+    return kd(s.stages, t.stages)
+
+
+LOGITS = logits, mutual, with_target, two_views, at_its_epoch, transport  # compare nothing else
+
+
 def one_each(kd, maps: list) -> list:
     """The loss of each map: a ModuleList has its own for each, another module serves all."""
     return list(kd) if isinstance(kd, nn.ModuleList) else [kd] * len(maps)
@@ -228,6 +309,99 @@ def build_reviewkd(s, t, train, mid_channel, s_preact, pooled):
     kd = ReviewKD(s, t, min(mid_channel, s[-1]))
     kd.s_preact, kd.pooled = s_preact, pooled
     return kd
+
+
+def between(loss, kind: str):
+    """`loss(width of the student, of the teacher, **flags)`, of 'feat' or of the last of 'stages'."""
+
+    def width(x):
+        x = getattr(x, kind)
+        return (x[-1] if isinstance(x, list) else x).shape[1]
+
+    return lambda s, t, train, **flags: loss(width(s), width(t), **flags)
+
+
+def timed(kd: nn.Module) -> nn.Module:
+    """A loss that knows the epoch, counted from 1, and the epochs, both in the protocol's number."""
+    kd.register_buffer("clock", torch.tensor([1.0, 240.0]), persistent=False)
+    return kd
+
+
+def build_ctkd(s, t, train, **flags):
+    return timed(CTKD(**flags))
+
+
+def build_mlkd(s, t, train, base, form):
+    return MLKD((2.0, 3.0, base, 5.0, 6.0), base, form)
+
+
+def build_wkd_l(s, t, train, sharpen, measured, **flags):
+    kd = timed(WKDL(torch.zeros(train.num_class, train.num_class), **flags))
+    kd.sharpen, kd.measured = sharpen, measured
+    return kd
+
+
+@wants("stages", "feat")
+@torch.no_grad()
+def class_distances(kd, teacher, batches, labels) -> str:
+    """Measure how far apart the teacher sees the classes. `batches`: of the training images, in order.
+    Returns what to log."""
+    found = [_measured(kd.measured, teacher(img)) for img, *_ in batches]
+    found, labels = torch.cat(found), labels.cpu()
+    each = int(labels.bincount().min())
+    if each < 2:
+        raise ValueError("at least two training images of each class are needed")
+    classes = [found[labels == k][:each] for k in range(int(labels.max()) + 1)]
+    found = torch.stack([x.flatten(0, -2) for x in classes]).to(kd.cost.device)
+    kd.cost.copy_(cka_cost(found, kd.sharpen))
+    return f"distances of the classes from {each} training images each"
+
+
+def _measured(what: str, t) -> torch.Tensor:
+    """(B, positions, D) of a batch, on the CPU, where there is room for all."""
+    if what == "positions":
+        return t.stages[-1].flatten(2).transpose(1, 2).float().cpu()
+    return (t.feat if what == "pooled" else t.out)[:, None].float().cpu()
+
+
+def build_wkd_f(s, t, train, **flags):
+    return WKDF(*(tuple(x.stages[-1].shape[1:]) for x in (s, t)), **flags)
+
+
+def build_srrl(s, t, train, weight, project):
+    s_dim = (s.feat if project == "vector" else s.stages[-1]).shape[1]
+    return SRRL(s_dim, t.feat.shape[1], weight, "pooled" if project == "vector" else "map")
+
+
+def build_simkd(s, t, train, factor):
+    (_, s_dim, *_), (_, t_dim, *t_size) = s.stages[-1].shape, t.stages[-1].shape
+    kd = SimKD(s_dim, t_dim, factor, tuple(t_size))
+    kd.spec = (s_dim, t_dim, factor, *t_size)  # with which the trained network is built again
+    return kd
+
+
+def build_itrd(s, t, train, lambda_corr, lambda_mutual, power):
+    return ITRD(s.feat.shape[1], t.feat.shape[1], lambda_corr, lambda_mutual, power)
+
+
+def build_sdd(s, t, train, inner, scales, w_comp, T, alpha, beta):
+    inner = (
+        partial(kl_of_rows, T=T)
+        if inner == "kl"
+        else partial(dkd_of_rows, alpha=alpha, beta=beta, T=T)
+    )
+    return SDD(inner, tuple(map(int, scales.split(","))), w_comp)
+
+
+def build_semckd(s, t, train, soft, batch):
+    kd = SemCKD(*([fm.shape[1] for fm in x.stages] for x in (s, t)), batch, soft)
+    kd.batch = batch
+    return kd
+
+
+def build_ofa(s, t, train, eps, T):
+    shapes = [tuple(fm.shape[1:]) for fm in s.stages]
+    return OFA(shapes, t.feat.shape[1], train.num_class, eps, T)
 
 
 # --- phases ----------------------------------------------------------------------------------------
@@ -308,6 +482,15 @@ def late_and_fading(epoch: int, epochs: int) -> float:
     return 0.0 if epoch <= 10 else max(1 - 1.25 * (epoch - 1) / epochs, 0.0)
 
 
+FADES = 150 / 240  # share of the training after which a weight begins to fade (WKD)
+
+
+def fading(epoch: int, epochs: int) -> float:
+    """1, and then falling to 0 by a cosine."""
+    done = (epoch / epochs - FADES) / (1 - FADES)
+    return (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+
+
 def up_to_ten_classes(few: float, many: float):
     """A weight that depends on the dataset: `few` up to 10 classes (CIFAR-10), else `many`."""
     return lambda num_class: few if num_class <= 10 else many
@@ -328,6 +511,10 @@ class Method:
     flags: a tuple lists the choices, the first being the default. batch_size: None for the protocol's.
     graph: whether a step never asks the device for a value, so that CUDA can capture it.
     relates: whether it compares the images of a batch with each other.
+    strong: whether it wants a second, strongly augmented view. sized: whether it is built for one size
+    of batches, its flag 'batch'. decay: whether weight decay acts on its own parameters. reuses: whether
+    the trained network is the student with the method's projector and the teacher's classifier.
+    prepare: (loss, tapped teacher, training batches, labels) -> a line, once before training.
     protocols: fields of the row that a protocol changes; its `flags` are merged into the row's.
     pairs: the same for a (teacher, student), or for a student with any teacher.
     """
@@ -347,6 +534,11 @@ class Method:
     batch_size: int | None = None
     graph: bool = True
     relates: bool = False
+    strong: bool = False
+    sized: bool = False
+    decay: bool = True
+    reuses: bool = False
+    prepare: Callable | None = None
     protocols: dict = field(default_factory=dict)
     pairs: dict = field(default_factory=dict)
 
@@ -447,6 +639,84 @@ KNOWLEDGEREVIEW = dict(
 OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 FT_PAIRS = {student: dict(phases=paraphrase_first(1.0)) for student in OTHERS}
 
+# of the newer methods' authors, by pair
+NETS = dict(
+    r20="resnet20",
+    r32="resnet32",
+    r56="resnet56",
+    r110="resnet110",
+    r8x4="resnet8x4",
+    r32x4="resnet32x4",
+    r50="ResNet50",
+    w162="wrn_16_2",
+    w401="wrn_40_1",
+    w402="wrn_40_2",
+    v8="vgg8",
+    v13="vgg13",
+    mv2="MobileNetV2",
+    s1="ShuffleV1",
+    s2="ShuffleV2",
+)
+
+
+def pairs_of(**rows: dict) -> dict:
+    """{(teacher, student): fields}, the pairs written like r56_r20."""
+    return {tuple(NETS[x] for x in pair.split("_")): row for pair, row in rows.items()}
+
+
+def _cat(weight: float, resolution: int = 2, normalize: bool = False) -> dict:
+    return dict(lambda_kd=weight, flags=dict(resolution=resolution, normalize=normalize))
+
+
+LSKD_PAIRS = pairs_of(
+    v13_v8=dict(flags=dict(T=3.0)),
+    r110_r20=dict(lambda_kd=12.0, flags=dict(T=4.0)),
+    r50_mv2=dict(lambda_kd=1.0, flags=dict(T=3.0)),
+    v13_mv2=dict(flags=dict(T=3.0)),
+    r32x4_w162=dict(flags=dict(T=3.0)),
+    r32x4_w402=dict(flags=dict(T=3.0)),
+)
+CATKD_PAIRS = pairs_of(
+    r32x4_r8x4=_cat(15.0),
+    w402_w162=_cat(12.0),
+    w402_w401=_cat(1.5),
+    r56_r20=_cat(0.7),
+    r110_r32=_cat(1.8),
+    v13_v8=_cat(4.5),
+    v13_mv2=_cat(15.0, 2, True),
+    r50_mv2=_cat(40.0, 2, True),
+    w402_s1=_cat(80.0, 4, True),
+    r32x4_s1=_cat(600.0, 4, True),
+    r32x4_s2=_cat(600.0, 4, True),
+)
+ITRD_PAIRS = pairs_of(w402_w162=dict(flags=dict(lambda_mutual=1.0, power=1.01)))
+WKD_L_PAIRS = pairs_of(w402_s1=dict(flags=dict(T=6.0, weight=200.0)))
+WKD_F_PAIRS = pairs_of(w402_s1=dict(lambda_kd=0.3, flags=dict(ratio=3.0, grid=4)))
+R34 = ("torchvision/resnet34", "torchvision/resnet18")
+CATKD_IMAGENET = {R34: _cat(0.5, 4), MOBILE: _cat(10.0, 2, True)}
+WKD_L_FLAGS = dict(
+    T=8.0,
+    weight=600.0,
+    eps=0.05,
+    iters=10,
+    sharpen=1.0,
+    measured=("positions", "pooled", "logits"),
+)
+WKD_L_IMAGENET = dict(
+    flags=dict(T=2.0, weight=30.0, measured="pooled"),
+    pairs={MOBILE: dict(flags=dict(weight=25.0, sharpen=2.0))},
+)
+SDD_FLAGS = dict(
+    inner=("kl", "dkd"),
+    scales=("1,2,4", "1,2"),
+    w_comp=2.0,
+    T=4.0,
+    alpha=1.0,
+    beta=8.0,
+)
+CTKD_FLAGS = dict(t_start=1.0, t_end=20.0, loops=10.0)
+IMAGENET = "mdistiller-imagenet"
+
 CRD_FLAGS = dict(
     feat_dim=128,
     nce_n=16384,
@@ -485,6 +755,30 @@ METHODS = {
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
     "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS, "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
     "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols={"crd": DKD_PAIRS, "mdistiller-imagenet": DKD_IMAGENET}),
+    # since then
+    "lskd":     Method(plain(LSKD),        logits,            9.0, dict(T=2.0), lambda_ce=0.1, protocols=dict(crd=dict(pairs=LSKD_PAIRS))),
+    "dist":     Method(plain(DIST),        logits,            2.0, dict(beta=1.0, gamma=1.0, T=4.0), relates=True, protocols={IMAGENET: dict(flags=dict(T=1.0))}),
+    "nkd":      Method(plain(NKD),         with_target,       1.0, dict(gamma=3.5, T=3.0), protocols={IMAGENET: dict(flags=dict(gamma=1.5, T=1.0))}),
+    "ttm":      Method(plain(TTM),         logits,           45.0, dict(gamma=0.1)),
+    "wttm":     Method(plain(WTTM),        logits,            4.0, dict(gamma=0.2)),
+    "rld":      Method(plain(RLD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0, alpha_T=1.0), ramp=warmup(20), protocols={IMAGENET: dict(ramp=constant, flags=dict(beta=0.5, T=1.0))}),
+    "ctkd":     Method(build_ctkd,         at_its_epoch,      0.9, CTKD_FLAGS, lambda_ce=0.1, protocols={IMAGENET: dict(lambda_kd=1.0, lambda_ce=1.0, flags=dict(loops=5.0))}),
+    "wsld":     Method(plain(partial(WSLD, 1.0)), with_target, 2.25, dict(T=4.0), protocols={IMAGENET: dict(lambda_kd=2.5, flags=dict(T=2.0))}),
+    "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector"))),
+    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), phases=(Phase(ce=False),), reuses=True),
+    "itrd":     Method(build_itrd,         feat,              1.0, dict(lambda_corr=2.0, lambda_mutual=0.05, power=1.5), relates=True, protocols=dict(crd=dict(pairs=ITRD_PAIRS))),
+    "pefd":     Method(between(PEFD, "feat"), feat,          25.0, dict(n=3)),
+    "vkd":      Method(between(VKD, "feat"), feat,           25.0, dict(map=("cayley", "matrix_exp", "householder")), decay=False),
+    "ickd":     Method(between(ICKD, "stages"), last,         2.5),
+    "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}),
+    "mlkd":     Method(build_mlkd,         two_views,         0.9, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
+    "wkd_l":    Method(build_wkd_l,        transport,         1.0, WKD_L_FLAGS, prepare=class_distances, protocols={"crd": dict(pairs=WKD_L_PAIRS), IMAGENET: WKD_L_IMAGENET}),
+    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}),
+    "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
+    "mgd":      Method(between(MGD, "stages"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}),
+    "crld":     Method(plain(CRLD),        two_views,         1.0, dict(wv=2.0, cv=0.5, T=4.0, tau_w=0.9, tau_s=0.2), strong=True),
+    "semckd":   Method(build_semckd,       whole_batches,   400.0, dict(soft=1.0), relates=True, sized=True),
+    "ofa":      Method(build_ofa,          branches,          1.0, dict(eps=1.0, T=1.0)),
 }
 # fmt: on
 
@@ -521,6 +815,49 @@ FLAG_HELP = {
     "unfold": "rows of the unfolded map: channels and height, or positions",
     "mid_channel": "width of the fused maps, at most the student's last",
     "s_preact": "1: the student's maps before the activation",
+    # of one method alone, where others have a flag of the name
+    "dist.beta": "weight of the correlation within a sample",
+    "dist.gamma": "weight of the correlation of a class over the batch",
+    "nkd.gamma": "weight of the classes other than the target",
+    "nkd.T": "their temperature",
+    "ttm.gamma": "power of the teacher's probabilities, a temperature of 1 / gamma",
+    "wttm.gamma": "power of the teacher's probabilities, a temperature of 1 / gamma",
+    "rld.alpha": "weight of the confidence part",
+    "rld.beta": "weight of the classes below the label",
+    "rld.T": "temperature of the latter",
+    "alpha_T": "temperature of the confidence part",
+    "t_start": "least temperature",
+    "t_end": "width of the range above it",
+    "loops": "epochs until the temperature's gradient is fully reversed",
+    "weight": "of the logits' term beside the features'",
+    "project": "the student's map, pooled afterwards, or its pooled vector",
+    "simkd.factor": "how much narrower the projector is inside",
+    "lambda_corr": "weight of the correlation term",
+    "lambda_mutual": "weight of the mutual term (authors' example: 1)",
+    "power": "of the correlations (networks of one family: 1.01)",
+    "n": "number of projectors",
+    "map": "how the orthonormal matrix is parametrised",
+    "resolution": "side of the pooled class activation maps",
+    "normalize": "1: scale each map to length 1",
+    "base": "temperature of plain distillation among the others",
+    "form": "what the release executes, or what it was meant to",
+    "wkd_l.weight": "of the transport beside the target's part",
+    "eps": "smoothing of the transport",
+    "iters": "Sinkhorn steps",
+    "sharpen": "of the classes' distances, 0: as they are",
+    "measured": "of the teacher, for the classes' distances: each position of its last map, ...",
+    "ratio": "weight of the means beside the deviations",
+    "grid": "cells a side, each with its own Gaussian",
+    "inner": "loss on each region's logits",
+    "scales": "regions a side",
+    "w_comp": "weight of regions where the teacher contradicts itself",
+    "lam": "share of the student's channels that are masked",
+    "wv": "weight within a view",
+    "cv": "weight across the views",
+    "tau_w": "least confidence of the teacher on the weak view",
+    "tau_s": "the same on the strong view",
+    "soft": "temperature of the attention",
+    "ofa.eps": "above 1 it raises the target's weight (ImageNet's ResNet18: 1.5)",
     "pooled": "0: without the pooled features, as KnowledgeReview",
     "alpha": "weight of the target class part",
     "beta": "weight of the other classes' part; under --protocol crd by the pair",

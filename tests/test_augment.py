@@ -117,7 +117,8 @@ def test_each_image_gets_what_was_drawn_for_it(bounds):
     n, size = 41, 97
     pixels = torch.cat([pictures(size)] * 7)[:n]
     drawn = list(draws(n, torch.Generator().manual_seed(1)))
-    augmented = augment.AutoAugment(n, size, bounds, torch.Generator().manual_seed(1), "cpu")
+    plan = augment.autoaugment(n, size, torch.Generator().manual_seed(1))
+    augmented = augment.Augment(*plan, size, bounds, "cpu")
     for k, (start, stop) in enumerate(bounds):
         for i, out in zip(range(start, stop), augmented(k, pixels[start:stop].clone())):
             expected = pixels[i]
@@ -126,3 +127,55 @@ def test_each_image_gets_what_was_drawn_for_it(bounds):
                 expected = by_torchvision(op, expected, m)
             rotated = any(op == "Rotate" for op, *_ in drawn[i])
             assert (out != expected).float().mean() <= (1e-4 if rotated else 0)
+
+
+def test_randaugment_draws_two_of_fourteen_evenly():
+    n, size = 40_000, 32
+    changes, row = augment.randaugment(n, size, torch.Generator().manual_seed(0))
+    counts = Counter("Identity" if i == 0 else changes[i - 1][0] for i in row.flatten().tolist())
+    assert len(counts) == 14 and row.shape == (2, n)
+    for count in counts.values():
+        assert abs(count / (2 * n) - 1 / 14) < 0.006
+    spans = {op: [m for name, m in changes if name == op] for op in counts if op != "Identity"}
+    for op, (low, high) in dict(
+        Brightness=(-0.95, -0.05),
+        Rotate=(-30, 30),
+        ShearX=(-0.3, 0.3),
+        TranslateY=(-9.6, 9.6),
+        Posterize=(4, 8),
+        Solarize=(0, 1),
+    ).items():
+        assert (min(spans[op]), max(spans[op])) == pytest.approx((low, high))
+    first, second = row
+    assert abs((first == second).float().mean().item() - 1 / (14 * 31) - 1 / 14**2) < 0.01
+
+
+def test_cut_out_is_a_square_inside():
+    pixels = torch.full((3, 3, 32, 32), 9, dtype=torch.uint8)
+    square = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.0, 0.5], [0.5, 1.0, 0.5]])
+    out = augment.cut_out(pixels, square)
+    grey = out == 127
+    assert grey.sum((1, 2, 3)).tolist() == [3 * 16 * 16, 3 * 4 * 4, 0]
+    assert grey[0, :, 8:24, 8:24].all() and grey[1, :, :4, 28:].all()
+    assert (out[~grey] == 9).all()
+
+
+@pytest.mark.parametrize("img_size", [None, 48])
+def test_the_strong_view(img_size):
+    """Another view of the same images; the weak one, order and labels are those without it."""
+    pixels = torch.randint(0, 256, (20, 24, 24, 3), dtype=torch.uint8)
+    images = augment.Images(
+        pixels, torch.arange(20) % 4, list("abcd"), (0.5,) * 3, (0.25,) * 3, img_size=img_size
+    )
+    plain = list(augment.train_batches(images, 8, 1, 2))
+    both = list(augment.train_batches(images, 8, 1, 2, strong=True))
+    again = list(augment.train_batches(images, 8, 1, 2, strong=True, skip=1))
+    side = img_size or 24
+    for one, two in zip(plain, both, strict=True):
+        for x, y in zip(one, two):
+            assert torch.equal(x, y)
+        assert two[3].shape == (len(two[1]), 3, side, side)
+        assert two[3].is_contiguous(memory_format=torch.channels_last)
+        assert not torch.equal(two[0], two[3])
+    for x, y in zip(both[1], again[0]):
+        assert torch.equal(x, y)

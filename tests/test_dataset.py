@@ -745,12 +745,12 @@ def test_enlarged_test_is_torchvision_s_resize(size):
 def test_autoaugment_comes_last(monkeypatch):
     plain, seen = enlarged(), []
 
-    class Watched(dataset.AutoAugment):
+    class Watched(dataset.Augment):
         def __call__(self, k, pixels):
             seen.append(pixels.permute(0, 2, 3, 1).clone())
             return super().__call__(k, pixels)
 
-    monkeypatch.setattr(dataset, "AutoAugment", Watched)
+    monkeypatch.setattr(dataset, "Augment", Watched)
     batches = epoch(replace(plain, autoaugment=True))
     assert all(torch.equal(raw(plain, x[0]), y) for x, y in zip(epoch(plain), seen, strict=True))
     changed = [(raw(plain, x[0]) != y).flatten(1).any(1) for x, y in zip(batches, seen)]

@@ -7,6 +7,7 @@ from torch import nn
 import dataset
 import train_kd
 
+BATCH = 8
 SMALL = {"--nce_n": "16", "--feat_dim": "8"}  # flags that keep a toy a toy, where a method has them
 
 
@@ -42,7 +43,7 @@ class Toy(nn.Module):
         img = self.relu0(self.conv0(img))
         for i in (1, 2, 3):
             img = getattr(self, f"relu{i}")(getattr(self, f"conv{i}")(img))
-            img = getattr(self, f"mark{i}")(img).to(self.fc.weight.dtype)
+            img = getattr(self, f"mark{i}")(img).to(self.conv0.weight.dtype)
         return self.fc(F.adaptive_avg_pool2d(img, 1).flatten(1))
 
 
@@ -55,7 +56,9 @@ def images(n=20, num_class=5, size=8):
 def job(mode, student=None, teacher=None, train=None, argv=()):
     """A train_kd.Distillation of `mode` between toys."""
     flags = [x for m in mode.split("+") for x in _small(m)]
-    _, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "x", *flags, *argv])
+    args, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "x", *flags, *argv])
+    args.batch_size = args.batch_size or BATCH
+    rows = train_kd.sized(rows, args)
     return train_kd.Distillation(student or Toy(), teacher or Toy(), rows, train or images())
 
 
@@ -64,6 +67,7 @@ def _small(mode):
     return [x for flag, value in SMALL.items() if flag[2:] in flags for x in (flag, value)]
 
 
-def batch(n=6, num_class=5, dtype=torch.float64, size=8):
+def batch(n=BATCH, num_class=5, dtype=torch.float64, size=8, strong=False):
     img = torch.randn(n, 3, size, size, dtype=dtype)
-    return train_kd.Batch(img, torch.arange(n) % num_class, torch.arange(n))
+    second = img + 0.1 if strong else None
+    return train_kd.Batch(img, torch.arange(n) % num_class, torch.arange(n), second)

@@ -1,0 +1,90 @@
+"""ITRD: Information Theoretic Representation Distillation (Miles, Lopez Rodriguez, Mikolajczyk,
+BMVC 2022, section 3), https://arxiv.org/abs/2112.00459
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class ITRD(nn.Module):
+    """Student and teacher correlated unit by unit, and alike in how they relate the samples.
+
+        e = W feat_s + b;   x = feat_s if s_dim = t_dim, else e
+        z = each column minus its mean over the batch, divided by its standard deviation (B - 1)
+        c_j    = mean over B of z(e)_j z(feat_t)_j
+        corr   = log2 of the sum over j of |c_j - 1|^(2 alpha)
+        G      = (B, B) matrix of the cosines between samples,   H(G) = sum of (G / tr G)^2
+        mutual = H(G_s) - H(G_s * G_t)                      G_s of x, G_t of feat_t; * by entries
+        loss   = lambda_corr * corr + lambda_mutual * mutual
+
+    s_dim, t_dim: widths of student and teacher; lambda_corr: 2; lambda_mutual: 0.05 in the authors'
+    code, 1 in their example; alpha: 1.5, in their example, two networks of one family, 1.01. W, b
+    learn with the student. The loss may be negative: mean over B and the standard deviation's B - 1
+    make c (B - 1) / B at best.
+    Differs from the authors' code: a unit that is constant over the batch counts as uncorrelated,
+    its standard deviation being taken as at least 1e-5, where it gave nan.
+    """
+
+    def __init__(
+        self,
+        s_dim: int,
+        t_dim: int,
+        lambda_corr: float = 2.0,
+        lambda_mutual: float = 0.05,
+        alpha: float = 1.5,
+    ):
+        super().__init__()
+        if alpha <= 0:
+            raise ValueError(f"alpha must be above 0, not {alpha}")
+        self.lambda_corr, self.lambda_mutual, self.alpha = lambda_corr, lambda_mutual, alpha
+        self.embed = nn.Linear(s_dim, t_dim)
+
+    def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        """feat_s (B, s_dim), feat_t (B, t_dim). Returns a scalar.
+
+        Raises ValueError where the shapes do not fit or the batch holds one sample.
+        """
+        s_dim, t_dim = self.embed.in_features, self.embed.out_features
+        if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (t_dim,):
+            raise ValueError(
+                f"ITRD wants vectors (B, {s_dim}) and (B, {t_dim}), not "
+                f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
+            )
+        if len(feat_s) < 2:
+            raise ValueError("ITRD needs at least two samples: it correlates them")
+        feat_s = feat_s.to(torch.promote_types(feat_s.dtype, torch.float32))
+        e = self.embed(feat_s)
+        with torch.autocast(feat_s.device.type, enabled=False):
+            e, feat_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (e, feat_t.detach())
+            )
+            return self.lambda_corr * self.corr(e, feat_t) + self.lambda_mutual * self.mutual(
+                feat_s if s_dim == t_dim else e, feat_t
+            )
+
+    def corr(self, e: Tensor, feat_t: Tensor) -> Tensor:
+        c = (_standardised(e) * _standardised(feat_t)).mean(0)
+        # c is at most (B - 1) / B, so that the logarithm is finite
+        return (2 * self.alpha * (1 - c).log()).logsumexp(0) / math.log(2)
+
+    def mutual(self, x: Tensor, feat_t: Tensor) -> Tensor:
+        g_s, g_t = _cosines(x), _cosines(feat_t)
+        return _square(g_s) - _square(g_s * g_t)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    # the least variance is far above what rounding makes of a constant column
+    return (x - x.mean(0)) / x.var(0).clamp(min=1e-10).sqrt()
+
+
+def _cosines(x: Tensor) -> Tensor:
+    # a least norm of 1e-6: zero rows stay, and the gradient in tiny ones keeps in range
+    x = x / x.square().sum(1, keepdim=True).clamp(min=1e-12).sqrt()
+    return x @ x.T
+
+
+def _square(g: Tensor) -> Tensor:
+    # the trace counts the rows that are not zero: only where all are is it below 1
+    return g.square().sum() / g.trace().clamp(min=1).square()

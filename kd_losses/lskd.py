@@ -1,0 +1,71 @@
+"""LSKD: Logit Standardization in Knowledge Distillation (Sun, Ren, Li, Wang, Cao, CVPR 2024),
+https://arxiv.org/abs/2403.01427
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def standardise(out: Tensor) -> Tensor:
+    """Every row without its mean and in units of its standard deviation: only the order of the
+    logits and their relative distances are left.
+
+        z = (out - mean) / max(std + 1e-7, 0.001)           std with the divisor K - 1
+
+    out: logits (B, K), half types in float32 afterwards. Its gradient in a row is orthogonal to the
+    row and to shifts of it. With two classes every row becomes (a, -a), a = 1 / sqrt(2) or its
+    negative: nothing but the order is left, and the gradient all but vanishes.
+    Raises ValueError where out is no matrix or has fewer than two classes.
+    """
+    if out.dim() != 2 or out.shape[1] < 2:
+        raise ValueError(
+            f"standardise wants logits (B, K) of at least two classes, not {(*out.shape,)}"
+        )
+    with torch.autocast(out.device.type, enabled=False):
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        # constant rows become exactly 0 before the mean can round
+        out = out - out.detach().amax(1, keepdim=True)
+        # 1e-7: the authors'; the floor bounds the gradient where a row is all but constant
+        scale = (out.std(1, keepdim=True) + 1e-7).clamp_min(1e-3)
+        return (out - out.mean(1, keepdim=True)) / scale
+
+
+class LSKD(nn.Module):
+    """A loss of logits after the standardisation of both sides, by itself that of soft targets.
+
+        loss = T^2 / B * sum_b KL(softmax(z_t / T) || softmax(z_s / T)),   z = standardise(out)
+        loss = inner(z_s, z_t, *rest)                       with another loss inside
+
+    T: temperature, above 0 (authors' code: 2; 3 or 4 for some pairs); inner: a module that is
+    called in the place of the divergence, such as DKD, with its own temperature. What the student's
+    logits lose, their mean and scale, only the cross-entropy fixes.
+    Differs from the authors' code: without the floor of `standardise` it has a gradient of nearly
+    1e6 in a constant row.
+    """
+
+    def __init__(self, T: float = 2.0, inner: nn.Module | None = None):
+        super().__init__()
+        if not T > 0:
+            raise ValueError(f"the temperature T must be above 0, not {T}")
+        self.T, self.inner = T, inner
+
+    def forward(self, out_s: Tensor, out_t: Tensor, *rest) -> Tensor:
+        """out_s, out_t: logits (B, K); rest: what `inner` takes after them. Returns a scalar.
+
+        Raises ValueError where the shapes differ, for fewer than two classes, and where there is a
+        rest without `inner`.
+        """
+        if out_s.shape != out_t.shape:
+            raise ValueError(
+                f"LSKD wants logits of one shape, not {(*out_s.shape,)} and {(*out_t.shape,)}"
+            )
+        z_s, z_t = standardise(out_s), standardise(out_t.detach())
+        if self.inner is not None:
+            return self.inner(z_s, z_t, *rest)
+        if rest:
+            raise ValueError("LSKD without an inner loss wants logits alone")
+        with torch.autocast(out_s.device.type, enabled=False):
+            log_p_s, log_p_t = (F.log_softmax(z / self.T, dim=1) for z in (z_s, z_t))
+            loss = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+            return loss * self.T**2

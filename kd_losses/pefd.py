@@ -1,0 +1,50 @@
+"""PEFD: Improved Feature Distillation via Projector Ensemble (Chen, Wang, Liu, Xu, de Hoog, Huang,
+NeurIPS 2022, section 3), https://arxiv.org/abs/2210.15274
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class PEFD(nn.Module):
+    """Cosine distance between the teacher's feature and the mean of several projections.
+
+        f    = mean over k = 1 .. n of relu(W_k feat_s + b_k)
+        loss = mean over B of 1 - <f, feat_t> / (||f|| ||feat_t||)
+
+    s_dim, t_dim: widths of student and teacher; n: projectors (3); they differ by their random
+    start alone, and learn with the student. A zero vector has cosine 0 with every other.
+    Differs from the paper: nothing is known; its code gives nan for a zero vector.
+    """
+
+    def __init__(self, s_dim: int, t_dim: int, n: int = 3):
+        super().__init__()
+        if n < 1:
+            raise ValueError(f"PEFD wants at least one projector, not {n}")
+        self.n, self.t_dim = n, t_dim
+        # the n projectors' rows one after the other: each starts as in a layer of its own
+        self.projectors = nn.Linear(s_dim, n * t_dim)
+
+    def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+        """feat_s (B, s_dim), feat_t (B, t_dim). Returns a scalar.
+
+        Raises ValueError where the shapes do not fit.
+        """
+        s_dim = self.projectors.in_features
+        if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (self.t_dim,):
+            raise ValueError(
+                f"PEFD wants vectors (B, {s_dim}) and (B, {self.t_dim}), not "
+                f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
+            )
+        f = self.projectors(feat_s.to(torch.promote_types(feat_s.dtype, torch.float32)))
+        with torch.autocast(feat_s.device.type, enabled=False):
+            f, feat_t = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (f, feat_t.detach())
+            )
+            f = f.relu().unflatten(1, (self.n, self.t_dim)).mean(1)
+            return 1 - (_unit(f) * _unit(feat_t)).sum(1).mean()
+
+
+def _unit(x: Tensor) -> Tensor:
+    # a least norm of 1e-6: zero rows stay, and the gradient in tiny ones keeps in range
+    return x / x.square().sum(1, keepdim=True).clamp(min=1e-12).sqrt()

@@ -1,0 +1,108 @@
+"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen, Mei, Zhang, Wang, Feng, Chen,
+AAAI 2021), https://arxiv.org/abs/2012.03236
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SemCKD(nn.Module):
+    """Distance of each of the student's maps to all of the teacher's, weighted by an attention.
+
+        G    = vec(fm) vec(fm)^T                        (B, B), a row for each sample of the batch
+        q_i  = unit(embed_i(G of fms_s[i]))             queries; keys k_j of fms_t[j] likewise
+        a_ij = softmax over j of q_i . k_j / soft       (B, n_s, n_t)
+        d_ij = mean over C, H, W of (project_ij(fms_s[i]) - fms_t[j])^2    the larger map pooled
+        loss = 1 / (B * n_s) * sum over B, i, j of a_ij * d_ij
+
+    embed: Linear(B, 2 (B // 4)), ReLU, Linear to B // 4, so that the batch's size belongs to the
+    parameters; project: 1x1, 3x3 and 1x1 convolutions of width 2 C_t, batch norm and ReLU between;
+    unit: division by the length, at least 1e-6.
+    s_dims, t_dims: channels of the student's and the teacher's maps; batch: B, at least 4 (64);
+    soft: temperature of the attention, above 0 (1). All of it learns with the student.
+    Differs from the authors' code: a length has a least value, there an embedding of 0 gives NaN; a
+    batch of another size is refused, there it is reshaped, which mixes samples; layers that are
+    never used are left out.
+    """
+
+    def __init__(self, s_dims: list[int], t_dims: list[int], batch: int, soft: float = 1.0):
+        super().__init__()
+        if not s_dims or not t_dims:
+            raise ValueError("SemCKD wants at least one map of each network")
+        if batch < 4 or soft <= 0:
+            raise ValueError(
+                f"SemCKD wants batches of at least 4 and soft above 0, not {batch} and {soft}"
+            )
+        self.s_dims, self.t_dims, self.batch, self.soft = list(s_dims), list(t_dims), batch, soft
+        self.queries = nn.ModuleList(_embed(batch) for _ in s_dims)
+        self.keys = nn.ModuleList(_embed(batch) for _ in t_dims)
+        self.projections = nn.ModuleList(
+            nn.ModuleList(_project(c_s, c_t) for c_t in t_dims) for c_s in s_dims
+        )
+
+    def forward(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
+        """fms_s, fms_t: maps (B, C, H, W) from shallow to deep. Returns a scalar.
+
+        Raises ValueError where numbers, channels or the batch are not those of the constructor.
+        """
+        for name, fms, dims in (("student", fms_s, self.s_dims), ("teacher", fms_t, self.t_dims)):
+            if [fm.shape[1] for fm in fms] != dims:
+                raise ValueError(
+                    f"SemCKD was built for {name} channels {dims}, not {[x.shape[1] for x in fms]}"
+                )
+            if any(len(fm) != self.batch for fm in fms):
+                raise ValueError(
+                    f"SemCKD was built for batches of exactly {self.batch} samples, the width of "
+                    f"its linear layers, not {[len(fm) for fm in fms]}"
+                )
+        fms_s = [fm.to(torch.promote_types(fm.dtype, torch.float32)) for fm in fms_s]
+        fms_t = [fm.detach().to(torch.promote_types(fm.dtype, torch.float32)) for fm in fms_t]
+        attention = self.attention(fms_s, fms_t)
+        loss = 0.0
+        for i, fm_s in enumerate(fms_s):
+            for j, fm_t in enumerate(fms_t):
+                size = [min(n) for n in zip(fm_s.shape[2:], fm_t.shape[2:])]
+                x = self.projections[i][j](F.adaptive_avg_pool2d(fm_s, size))
+                with torch.autocast(x.device.type, enabled=False):
+                    x = x.to(torch.promote_types(x.dtype, torch.float32))
+                    distance = (x - F.adaptive_avg_pool2d(fm_t, size)).square().mean((1, 2, 3))
+                    loss = loss + (attention[:, i, j] * distance).sum()
+        return loss / (self.batch * len(fms_s))
+
+    def attention(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
+        """a (B, n_s, n_t), which sums to 1 over the teacher's maps."""
+        with torch.autocast(fms_s[0].device.type, enabled=False):  # small, and softmax sharpens it
+            query, key = (
+                torch.stack([_unit(embed(_gram(fm))) for embed, fm in zip(embeds, fms)], dim=1)
+                for embeds, fms in ((self.queries, fms_s), (self.keys, fms_t))
+            )
+            return (query @ key.transpose(1, 2) / self.soft).softmax(2)
+
+
+def _embed(batch: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(batch, 2 * (batch // 4)), nn.ReLU(), nn.Linear(2 * (batch // 4), batch // 4)
+    )
+
+
+def _project(c_s: int, c_t: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(c_s, 2 * c_t, 1, bias=False),
+        nn.BatchNorm2d(2 * c_t),
+        nn.ReLU(),
+        nn.Conv2d(2 * c_t, 2 * c_t, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * c_t),
+        nn.ReLU(),
+        nn.Conv2d(2 * c_t, c_t, 1, bias=False),
+    )
+
+
+def _gram(fm: Tensor) -> Tensor:
+    flat = fm.flatten(1)
+    return flat @ flat.T
+
+
+def _unit(x: Tensor) -> Tensor:
+    # the floor goes below the root, whose gradient at 0 is infinite
+    return x / x.square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
