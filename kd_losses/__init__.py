@@ -777,7 +777,7 @@ METHODS = {
     "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
     "mgd":      Method(between(MGD, "stages"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}),
     "crld":     Method(plain(CRLD),        two_views,         1.0, dict(wv=2.0, cv=0.5, T=4.0, tau_w=0.9, tau_s=0.2), strong=True),
-    "semckd":   Method(build_semckd,       whole_batches,   400.0, dict(soft=1.0), relates=True, sized=True),
+    "semckd":   Method(build_semckd,       whole_batches,    40.0, dict(soft=1.0), relates=True, sized=True, protocols=dict(crd=dict(lambda_kd=400.0))),
     "ofa":      Method(build_ofa,          branches,          1.0, dict(eps=1.0, T=1.0)),
 }
 # fmt: on
