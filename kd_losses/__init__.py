@@ -765,7 +765,7 @@ METHODS = {
     "ctkd":     Method(build_ctkd,         at_its_epoch,      0.9, CTKD_FLAGS, lambda_ce=0.1, protocols={IMAGENET: dict(lambda_kd=1.0, lambda_ce=1.0, flags=dict(loops=5.0))}),
     "wsld":     Method(plain(partial(WSLD, 1.0)), with_target, 2.25, dict(T=4.0), protocols={IMAGENET: dict(lambda_kd=2.5, flags=dict(T=2.0))}),
     "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector"))),
-    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), phases=(Phase(ce=False),), reuses=True),
+    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), lambda_ce=0.0, reuses=True),
     "itrd":     Method(build_itrd,         feat,              1.0, dict(lambda_corr=2.0, lambda_mutual=0.05, power=1.5), relates=True, protocols=dict(crd=dict(pairs=ITRD_PAIRS))),
     "pefd":     Method(between(PEFD, "feat"), feat,          25.0, dict(n=3)),
     "vkd":      Method(between(VKD, "feat"), feat,           25.0, dict(map=("cayley", "matrix_exp", "householder")), decay=False),

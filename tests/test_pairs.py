@@ -80,7 +80,7 @@ def test_a_step(teacher, student, mode, protocol):
         parts = [part for part in parts if any(p.requires_grad for p in part)]
         before = [[p.detach().clone() for p in part] for part in parts]
         optimizer = utils.sgd(learning, RECIPE, phase.nesterov)
-        batch = toys.batch(8, 10, torch.float32, 32)
+        batch = toys.batch(8, 10, torch.float32, 32, job.strong)
         terms = train_kd.train_step(job, phase, optimizer, batch, [weight], FLOAT32)
 
         assert ("kd" in terms) == bool(phase.kd)

@@ -45,10 +45,40 @@ def worker(root: Path) -> dict:
         sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
         found[mode] = len(set(map(str, utils.everyone(sums)))) == 1
 
+    found["detectors"] = detectors(root)
     for mode in SAME:
         found[f"{mode} alone"] = compare(mode)
     leave()
     return found
+
+
+def detectors(root: Path) -> bool:
+    """Whether a distilled detector and its fusion are equal on both."""
+    import coco_like
+    import train_det
+    import utils
+
+    view = train_det.View((64,), 96, 8, 16)
+    if utils.rank() == 0:
+        coco_like.draw(root / "coco", train=8, val=4, size=64, seed=1)
+        teacher = train_det.build("fasterrcnn_resnet18", 8, view)
+        meta = dict(network="fasterrcnn_resnet18", num_class=8, **vars(view))
+        utils.save_checkpoint(dict(snet=teacher.state_dict(), meta=meta), root / "det.pth.tar")
+    utils.everyone(None)
+    jobs, make = [], train_det.Distillation.__init__
+
+    def kept(self, *args):
+        make(self, *args)
+        jobs.append(self)
+
+    train_det.Distillation.__init__ = kept
+    argv = ["--kd_mode", "reviewdkd", "--t_model", f"{root}/det.pth.tar", "--cuda", "0"]
+    argv += ["--s_name", "fasterrcnn_resnet18", "--img_root", f"{root}/coco", "--batch_size", "4"]
+    argv += ["--iters", "2", "--workers", "0", "--save_root", str(root), "--note", "det"]
+    train_det.main(argv)
+    modules = (jobs[-1].student, jobs[-1].kd)
+    sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
+    return len(set(map(str, utils.everyone(sums)))) == 1
 
 
 def compare(mode: str) -> float:
@@ -121,6 +151,12 @@ def test_both_end_with_equal_weights(mode, found):
     assert len((root / mode / "metrics.csv").read_text().splitlines()) >= 3
     log = (root / mode / "log.txt").read_text()
     assert log.count("teacher test_top1") == (mode != "dml") and "2 processes" in log
+
+
+def test_both_end_with_the_same_detector(found):
+    root, result = found
+    assert result["detectors"] is True
+    assert "2 processes" in (root / "det" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("mode", SAME)

@@ -200,7 +200,7 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
 
     def watched(job, phase, *args):
         terms = step(job, phase, *args)
-        if "kd" in terms:
+        if "kd" in terms and len(args[1].target) >= 64:  # some leave out a last, smaller batch
             seen.setdefault(phase.name, []).append(terms["kd"].item())
         return terms
 

@@ -317,10 +317,10 @@ def boxes(args: argparse.Namespace):
 
     def draw(axis, boxes, labels, scores):
         for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
-            style = dict(color=color[label], linewidth=1.5)
-            axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], **style)
-            text = names[label] + score
-            axis.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=color[label])
+            paint = color.get(label, "grey")  # of a number that no category has
+            axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=paint, linewidth=1.5)
+            text = names.get(label, f"{label}") + score
+            axis.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=paint)
 
     nets = [f.build(f.meta["num_class"], f.view, 0).to(machine.device).eval() for f in found]
     rows = zip(*[iter(axes)] * columns)

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+import coco
+import coco_like
 import dataset
 import network
 import train_base
+import train_det
 import train_kd
 import utils
 from tools import plot as tool
@@ -270,6 +273,36 @@ def test_streamed_images_can_be_picked(tmp_path):
     assert img.shape == (2, 3, 100, 100) and img[0].min() > img[1].max() and len(target) == 2
 
 
+# --- boxes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A checkpoint of an untrained detector, which knows the images that it would be trained on."""
+    root = tmp_path_factory.mktemp("boxes")
+    coco_like.draw(root / "coco", train=4, val=4, size=64, seed=1)
+    view = train_det.View((64,), 96, 8, 16)
+    net = train_det.build("fasterrcnn_resnet18", 8, view)
+    meta = dict(network="fasterrcnn_resnet18", num_class=8, img_root=str(root / "coco"))
+    state = dict(snet=net.state_dict(), meta=meta | vars(view))
+    utils.save_checkpoint(state, root / "checkpoint.pth.tar")
+    return root / "checkpoint.pth.tar"
+
+
+def test_boxes(detector, out):
+    """The annotated ones beside those found, image by image; a score of 0 lets all through."""
+    argv = ["boxes", str(detector), "--images", "0,2", "--score", "0", "--labels", "mine", *PLAIN]
+    axes = draw(out, *argv)
+    assert [axis.get_title() for axis in axes] == ["annotated", "mine", "", ""]
+    val = coco.load(detector.parent / "coco").val
+    for axis, i in ((axes[0], 0), (axes[2], 2)):
+        boxes = val[i][1]["boxes"]
+        drawn = [(min(x), min(y), max(x), max(y)) for x, y in (e.get_data() for e in axis.lines)]
+        assert len(boxes) == len(drawn) and np.allclose(drawn, boxes)
+    strict = ["boxes", str(detector), "--images", "0,2", "--score", "1", "--force", *PLAIN]
+    assert not draw(out, *strict)[1].lines
+
+
 # --- files and networks from elsewhere ---------------------------------------------------------------
 
 
@@ -332,6 +365,8 @@ def test_the_first_that_knows_says_which_images(runs, tmp_path):
         (["correlation", "{model}", "--t_model={tmp}/five.pth", "{out}"], "five.pth has 5 classes"),
         (["correlation", "{tmp}/five.pth", "--t_model={model}", "{out}"], "5 classes"),
         (["correlation", "{model}", "--t_model={tmp}/none", "{out}"], "none: no such checkpoint"),
+        (["boxes", "{model}", "--images", "0", "{out}"], "no detector 'resnet14'"),
+        (["boxes", "{model}", "{out}"], "required: --images"),
         (["attention", "{model}", "{out}"], "required: --images"),
         (["attention", "{model}", "--images", "3,500", "{out}"], "500: there are 0 to 499"),
         (["attention", "{model}", "--images=-1", "{out}"], "at least 0"),
