@@ -568,7 +568,7 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
     job.learners()  # evaluation has put the student into eval mode
 
     def state():
-        utils.average_batch_norms(job.student)
+        utils.average_batch_norms(job.student, job.kd)
         weights = dict(snet=job.student.state_dict(), meta=run.meta)
         return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
 

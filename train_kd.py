@@ -172,8 +172,8 @@ def _override(row: Method, args, i: int, count: int) -> Method:
 
 
 def sized(rows: dict[str, Method], recipe) -> dict[str, Method]:
-    """The rows, those that are built for one size of batches with that of a process's piece."""
-    size = recipe.batch_size // utils.world() // recipe.accumulate
+    """The rows, those that are built for one size of batches with that of what they compare at once."""
+    size = recipe.batch_size // recipe.accumulate // (1 if recipe.gather else utils.world())
     return {
         mode: replace(row, flags=row.flags | dict(batch=size)) if row.sized else row
         for mode, row in rows.items()
@@ -430,6 +430,10 @@ def train_step(
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()
             total[name] = total[name] + value if name in total else value
+    for part in job.kd:  # what a loss owns has seen the images of all, where the networks saw a share
+        for p in part.loss.parameters() if part.gathers else ():
+            if p.grad is not None:
+                p.grad /= utils.world()
     utils.average_gradients(optimizer)
     optimizer.step()
     return total

@@ -229,7 +229,7 @@ def branches(kd, s, t, batch):
 @wants("stages")
 def whole_batches(kd, s, t, batch):
     """A last batch of another size, which the method is not made for, is left out."""
-    if len(batch.target) != kd.batch:
+    if len(s.stages[0]) != kd.batch:
         return s.stages[0].new_zeros(())
     return kd(s.stages, t.stages)
 
@@ -764,18 +764,18 @@ METHODS = {
     "rld":      Method(plain(RLD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0, alpha_T=1.0), ramp=warmup(20), protocols={IMAGENET: dict(ramp=constant, flags=dict(beta=0.5, T=1.0))}),
     "ctkd":     Method(build_ctkd,         at_its_epoch,      0.9, CTKD_FLAGS, lambda_ce=0.1, protocols={IMAGENET: dict(lambda_kd=1.0, lambda_ce=1.0, flags=dict(loops=5.0))}),
     "wsld":     Method(plain(partial(WSLD, 1.0)), with_target, 2.25, dict(T=4.0), protocols={IMAGENET: dict(lambda_kd=2.5, flags=dict(T=2.0))}),
-    "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector"))),
-    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), lambda_ce=0.0, reuses=True),
+    "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector")), stages=(-1,)),
+    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), lambda_ce=0.0, reuses=True, stages=(-1,)),
     "itrd":     Method(build_itrd,         feat,              1.0, dict(lambda_corr=2.0, lambda_mutual=0.05, power=1.5), relates=True, protocols=dict(crd=dict(pairs=ITRD_PAIRS))),
     "pefd":     Method(between(PEFD, "feat"), feat,          25.0, dict(n=3)),
     "vkd":      Method(between(VKD, "feat"), feat,           25.0, dict(map=("cayley", "matrix_exp", "householder")), decay=False),
-    "ickd":     Method(between(ICKD, "stages"), last,         2.5),
-    "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}),
+    "ickd":     Method(between(ICKD, "stages"), last,         2.5, stages=(-1,)),
+    "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}, stages=(-1,)),
     "mlkd":     Method(build_mlkd,         two_views,         0.9, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
     "wkd_l":    Method(build_wkd_l,        transport,         1.0, WKD_L_FLAGS, prepare=class_distances, protocols={"crd": dict(pairs=WKD_L_PAIRS), IMAGENET: WKD_L_IMAGENET}),
-    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}),
-    "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
-    "mgd":      Method(between(MGD, "stages"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}),
+    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}, stages=(-1,)),
+    "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1, stages=(-1,)),
+    "mgd":      Method(between(MGD, "stages"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}, stages=(-1,)),
     "crld":     Method(plain(CRLD),        two_views,         1.0, dict(wv=2.0, cv=0.5, T=4.0, tau_w=0.9, tau_s=0.2), strong=True),
     "semckd":   Method(build_semckd,       whole_batches,    40.0, dict(soft=1.0), relates=True, sized=True, protocols=dict(crd=dict(lambda_kd=400.0))),
     "ofa":      Method(build_ofa,          branches,          1.0, dict(eps=1.0, T=1.0)),

@@ -28,9 +28,9 @@ def steps(mode, step, machine, count=8):
     torch.manual_seed(1)
     losses = []
     for i in range(count):
-        n = 4 if i == count - 1 else 6
-        batch = toys.batch(n, dtype=torch.float32, size=16)
-        batch = train_kd.Batch(*(x.to(machine.device) for x in vars(batch).values()))
+        n = 4 if i == count - 1 else toys.BATCH
+        batch = toys.batch(n, dtype=torch.float32, size=16, strong=job.strong)
+        batch = train_kd.Batch(**{k: x.to(machine.device) for k, x in batch.tensors().items()})
         terms = step(job, phase, optimizer, batch, [1e-3], machine)
         losses.append({name: value.clone() for name, value in terms.items()})
     return losses, [p.detach().clone() for p in optimizer.param_groups[0]["params"]]

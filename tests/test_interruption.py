@@ -23,7 +23,16 @@ import utils
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--print_freq", "3"]
 NETS = ["--t_name", "resnet14", "--s_name", "resnet8"]
-STATES = ["at", "crd", "ft", "fsp", "dml", "simkd", "mlkd", "wkd_l"]  # between them every kind of state
+STATES = [
+    "at",
+    "crd",
+    "ft",
+    "fsp",
+    "dml",
+    "simkd",
+    "mlkd",
+    "wkd_l",
+]  # between them every kind of state
 # a process that is killed at the Nth chance: after a step, before or after a file is put in its place
 KILLED = """
 import os, signal, sys

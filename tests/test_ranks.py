@@ -11,7 +11,19 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
-SAME = ["st", "at", "rkd", "sp", "pkt", "irg", "cc"]  # as if there were one process
+SAME = [
+    "st",
+    "at",
+    "rkd",
+    "sp",
+    "pkt",
+    "irg",
+    "cc",
+    "dist",
+    "itrd",
+    "mlkd",
+    "semckd",
+]  # as if there were one process
 
 
 def worker(root: Path) -> dict:
@@ -89,7 +101,7 @@ def compare(mode: str) -> float:
 
     def step(batch, gathers):
         torch.manual_seed(0)
-        job = toys.job(mode)
+        job = toys.job(mode, argv=["--batch_size", "256"])  # of both: 128 each, or gathered
         for module in (job.student.net, job.teacher.net, job.kd):
             module.double()
         for part in job.kd:
@@ -105,9 +117,9 @@ def compare(mode: str) -> float:
         return meter, torch.cat([p.grad.flatten() for p in params if p.grad is not None])
 
     torch.manual_seed(5)
-    whole = toys.batch(128)
+    whole = toys.batch(128, strong=mode == "mlkd")
     half = slice(64 * utils.rank(), 64 * utils.rank() + 64)
-    share = train_kd.Batch(*(x[half] for x in vars(whole).values()))
+    share = train_kd.Batch(**{name: x[half] for name, x in whole.tensors().items()})
     relates = train_kd.METHODS[mode].relates
     meter, grad = step(share, relates)
     average, utils.average_gradients = utils.average_gradients, lambda optimizer: None

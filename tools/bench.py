@@ -56,12 +56,13 @@ BUDGET = {  # of a step, as a multiple of the bare one
     mode: limit
     for limit, modes in {
         1.10: "logits st dkd pkt cc fitnet",
+        1.15: "lskd dist nkd ttm wttm rld ctkd wsld itrd pefd vkd",
         1.20: "at sp nst fsp ab irg afd rkd",
-        1.35: "vid ft ofd",
+        1.35: "vid ft ofd srrl simkd ickd catkd wkd_f sdd mgd semckd ofa",
         1.7: "reviewkd",
         2.0: "lwm crd",
-        2.2: "dml",
-        3.0: "bss kdsvd",
+        2.2: "dml mlkd crld",  # the latter forward two views
+        3.0: "bss kdsvd wkd_l",
         7.0: "sobolev",
     }.items()
     for mode in modes.split()
@@ -268,7 +269,7 @@ def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False)
         return call, "no teacher"
 
     job, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
-    batches = endless(images.to(device), args.batch_size, settings, fixed)
+    batches = endless(images.to(device), args.batch_size, settings, fixed, job.strong)
 
     def call():
         batch = train_kd.Batch(*next(batches))
@@ -284,16 +285,17 @@ def distillation(mode: str, args, machine, images, snet, tnet):
     snet, tnet = copy.deepcopy((snet, tnet))
     if "bss" in mode.split("+"):
         images = attackable(images, snet, tnet)
-    job = train_kd.Distillation(snet, tnet, rows_of(mode, args.num_class), images)
+    rows = rows_of(mode, args.num_class, args.batch_size)
+    job = train_kd.Distillation(snet, tnet, rows, images)
     job.to(machine.device)
     phase = longest(job.phases)
-    return job, phase, utils.sgd(job.learners(phase), recipe(), phase.nesterov), images
+    return job, phase, utils.sgd(job.groups(phase), recipe(), phase.nesterov), images
 
 
-def endless(images: dataset.Images, batch_size: int, settings, fixed: bool):
-    """Batches of one epoch after another, or the first for ever."""
+def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
+    """Batches of one epoch after another, or the first for ever; `strong`: with a second view."""
     epochs = (
-        dataset.train_batches(images, batch_size, 2, epoch, padding=settings.padding)
+        dataset.train_batches(images, batch_size, 2, epoch, padding=settings.padding, strong=strong)
         for epoch in itertools.count(1)
     )
     batches = itertools.chain.from_iterable(epochs)
@@ -310,8 +312,9 @@ def attackable(images: dataset.Images, *nets) -> dataset.Images:
     return replace(images, labels=torch.zeros_like(images.labels))
 
 
-def rows_of(mode: str, num_class: int) -> dict:
+def rows_of(mode: str, num_class: int, batch_size: int) -> dict:
     _, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "none"])
+    rows = train_kd.sized(rows, argparse.Namespace(batch_size=batch_size, accumulate=1))
     return {
         m: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
         for m, row in rows.items()
@@ -359,8 +362,14 @@ SIZES = dict(
     cifar=(32, 100, 50_000), imagenet=(224, 1000, 200_000)
 )  # pixels, classes, crd's samples
 READS = dict(  # what a comparison reads of student and teacher, where it is not all that it wants
-    reviewkd=(("stages", "feat"), ("preacts", "feat"))
+    reviewkd=(("stages", "feat"), ("preacts", "feat")),
+    srrl=(("stages",), ("feat", "out")),
+    catkd=(("stages",), ("stages",)),
+    sdd=(("stages",), ("stages",)),
+    ofa=(("stages", "out"), ("out",)),
 )
+LAST = "srrl simkd ickd catkd wkd_f sdd mgd".split()  # of the stages they read the deepest alone
+HEADS = "srrl catkd sdd".split()  # read classifiers too
 MAPS = {"stem", "stages", "preacts"}
 FIT = 1.1e9  # bytes: a broadcast version whose largest tensor would be larger gets fewer samples
 VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the inputs
@@ -407,8 +416,8 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
     for teacher, student, batch_size in pairs:
         nets = [network.Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
-            bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout)
             how = args.batch_size or batch_size, 0 if args.memory else args.rounds, machine.device
+            bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout, how[0])
             # a name's last part tells torchvision's networks apart
             names = " -> ".join(x.split("/")[-1] for x in (teacher, student))
             if mode == "crd" and args.crd_paths:
@@ -422,19 +431,31 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
 class Loss:
     """One mode between random features of the networks' shapes."""
 
-    def __init__(self, mode: str, nets: list, size: int, num_class: int, n_data: int, layout: str):
+    def __init__(
+        self,
+        mode: str,
+        nets: list,
+        size: int,
+        num_class: int,
+        n_data: int,
+        layout: str,
+        batch_size: int,
+    ):
         self.mode, self.num_class, self.n_data, self.layout = mode, num_class, n_data, layout
-        (self.row,) = rows_of(mode, num_class).values()
+        (self.row,) = rows_of(mode, num_class, batch_size).values()
         self.alone = self.row.teacher != "grad" and mode != "bss"
         if not self.alone:
             return
         self.phase = longest(self.row.phases)
         self.reads = READS.get(mode, (self.row.compare.wants,) * 2)
-        stages = network.align(*nets, self.row.stages)
+        stages = network.align(*nets, (-1,) if mode in LAST else self.row.stages)
         dry = torch.zeros(2, 3, size, size)
         with torch.no_grad():
-            self.shapes = [network.Tapped(x, r, stages)(dry) for x, r in zip(nets, self.reads)]
-        self.shapes = [replace(x, net=None) for x in self.shapes]
+            # a loss may be built from more than its comparison reads
+            wants = [{*reads, *self.row.compare.wants} for reads in self.reads]
+            self.shapes = [network.Tapped(x, r, stages)(dry) for x, r in zip(nets, wants)]
+        heads = mode in HEADS
+        self.shapes = [replace(x, net=Head(x.classifier) if heads else None) for x in self.shapes]
         classes = [str(i) for i in range(num_class)]
         labels = torch.arange(n_data) % num_class
         train = dataset.Images(dry, labels, classes, (0.5,) * 3, (0.25,) * 3)
@@ -468,6 +489,10 @@ class Loss:
                 value = getattr(shapes, kind)
                 one = torch.is_tensor(value)
                 found[kind] = draw(value, kind) if one else [draw(x, kind) for x in value]
+            if shapes.net is not None:
+                found["net"] = copy.deepcopy(shapes.net).to(device).requires_grad_(grad)
+            if self.row.strong:
+                found["strong"] = replace(shapes, out=draw(shapes.out, "out"))
             both.append(replace(shapes, **dict(out=None) | found))
         index = torch.randperm(self.n_data, generator=generator)[:batch_size].to(device)
         return *both, train_kd.Batch(None, index % self.num_class, index)
@@ -475,6 +500,7 @@ class Loss:
     def inputs(self, s, t) -> list[Tensor]:
         """The tensors that the comparison reads."""
         values = [getattr(x, kind) for x, reads in zip((s, t), self.reads) for kind in reads]
+        values += [x.strong.out for x in (s, t) if x.strong]
         return [x for value in values for x in ([value] if torch.is_tensor(value) else value)]
 
     def broadcast(self) -> train_kd.Part:
@@ -486,7 +512,8 @@ class Loss:
 
     def call(self, part: train_kd.Part, s, t, batch):
         """A function that computes loss and gradients afresh and returns the loss."""
-        leaves = [x for x in (*self.inputs(s, t), *part.parameters()) if x.requires_grad]
+        heads = [p for x in (s, t) if x.net is not None for p in x.net.parameters()]
+        leaves = [x for x in (*self.inputs(s, t), *part.parameters(), *heads) if x.requires_grad]
 
         def run():
             for x in leaves:
@@ -595,6 +622,14 @@ class Loss:
         while largest and batch_size > 3 and 4 * largest(self, batch_size) > FIT:
             batch_size = max(3, batch_size * 3 // 4)
         return batch_size
+
+
+class Head(nn.Module):
+    """What is left of a network whose classifier alone is read."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier, self.taps = copy.deepcopy(classifier), dict(feat="classifier:in")
 
 
 class Plain(nn.Module):
@@ -1074,12 +1109,14 @@ NOTES = dict(
         "bare step, the median of the rounds",
         f"met: 'yes' with {SPARE} to spare, 'just' without",
         "the method's weight is that of the middle of the phase; the learning rate is 0, so that "
-        "networks stay as they are; bss: all images that it may attack, for all its steps",
+        "networks stay as they are; bss: all images that it may attack, for all its steps; wkd_l: "
+        "without its look at all the images, its costs 0: that changes the values, not the work",
     ),
     profile=("self: an operator's own time, without that of the operators it calls",),
     loss=(
         "float32, forward and backward, on random features; times faster, difference: of the "
-        "broadcast version at its own batch, which is smaller where it would not fit",
+        "broadcast version at its own batch, which is smaller where it would not fit; wkd_l's costs "
+        "are 0",
         "CPU ms, of --crd_paths: the processor's time of all threads, where other work takes its turn",
         "memory: peak of torch's allocator above the inputs, gradients of inputs and parameters "
         "included, and what the method holds all the time (state: parameters, banks)",
@@ -1209,7 +1246,8 @@ def main(argv: list[str] | None = None) -> dict:
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--json {path} cannot be written: a folder, or in none that is there")
     if args.profile and args.profile != BASE:
-        rows_of(args.profile, args.num_class)  # an unknown mode is an error at once
+        # an unknown mode is an error at once
+        rows_of(args.profile, args.num_class, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
     machine = utils.machine(args.cuda, args.amp)

@@ -50,8 +50,9 @@ class Table:
     """protocol: None where its recipe is not there. teacher: the epoch of the teacher that teaches, 'best'
     or 'last', as its authors have it, or 'library': its weights are those of its library. rows: what it
     consists of, (teacher, student, mode), where nothing is published; else they are those of
-    published.csv. names: networks of published.csv that have another name here. pretrained: whether
-    teachers and students start from their library's weights."""
+    published.csv. names: networks of published.csv that have another name here. budget: what published
+    methods spend beyond the protocol. pretrained: whether teachers and students start from their
+    library's weights."""
 
     title: str
     protocol: str | None
@@ -59,6 +60,7 @@ class Table:
     data: tuple[str, ...] = ("cifar100",)
     rows: tuple[tuple[str, str, str], ...] = ()
     names: dict[str, str] = field(default_factory=dict)
+    budget: dict[str, str] = field(default_factory=dict)
     pretrained: bool = False
 
 
@@ -74,6 +76,13 @@ LIBRARY = {
         ("MobileNetV2", "mobilenet_v2"),
     )
 }
+REUSED = "deploys projector and teacher's classifier"
+BUDGET = {  # the first by the README that has its figures; its authors' files say 240 to 960 epochs
+    "MLKD": "480 epochs, 2 views: 2 to 4 times",
+    "MLKD+LS": "480 epochs (ShuffleNet 960), 2 views",
+    "MLKD+LS, last epoch of one run": "480 epochs (ShuffleNet 960), 2 views",
+    **{f"SimKD{factor}": REUSED for factor in ("", ", factor 2", ", factor 8")},
+}
 SMALL = tuple(("resnet20", "resnet8", mode) for mode in (BASE, *METHODS))
 TABLES = {
     "kdzoo-r20-r20": Table("KD-Zoo: resnet20 -> resnet20", "kdzoo", data=CIFAR),
@@ -83,6 +92,7 @@ TABLES = {
     "crd": Table("the CRD benchmark (RepDistiller)", "crd", "last"),
     "mdistiller": Table("MDistiller on CIFAR-100: KD and DKD", "crd", "last"),
     "reviewkd": Table("ReviewKD on CIFAR-100", "reviewkd", "last"),
+    "sota": Table("CIFAR-100: the newer methods", "crd", "last", budget=BUDGET),
     "knowledgereview": Table(
         "KnowledgeReview: CIFAR-100 at 224 pixels",
         "knowledgereview",
@@ -110,9 +120,10 @@ TABLES = {
 
 def published(name: str) -> list[dict]:
     """The published figures of a table; one may be published by several sources."""
-    own = TABLES[name].names
+    own, spent = TABLES[name].names, TABLES[name].budget
     with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == name]
+    rows = [row | dict(budget=spent.get(row["method"], "")) for row in rows]
     return [row | {side: own.get(row[side], row[side]) for side in SIDES} for row in rows]
 
 
@@ -411,7 +422,7 @@ def time_left(jobs: list[Job], left: list[Job], side_by_side: int) -> str:
 RECORD = "protocol setting data teacher student mode seed epochs last best seconds added precision"
 COLUMNS = (
     "setting data epochs teacher student mode method metric seeds last_mean last_std best_mean best_std "
-    "published reported difference added seconds precision source also note"
+    "published reported budget difference added seconds precision source also note"
 )
 
 
@@ -440,7 +451,9 @@ def collect(runs: Path, protocol: str) -> list[dict]:
             precision="bf16" if "bfloat16" in args["machine"] else "fp32",
         )
         if not mode.startswith("base-"):
-            common |= dict(mode=mode, teacher=args["teacher"]["network"])
+            # the trained network may be the student with parts of the teacher
+            student = recipe.get("s_name") or meta["network"]
+            common |= dict(mode=mode, teacher=args["teacher"]["network"], student=student)
         records.append(common)
         if "peer_last" in result:
             peer = dict(last=result["peer_last"], best=result["peer_best"])
@@ -535,8 +548,8 @@ def block(
             row |= beside(same)
         if key[0] == "teacher":
             row["method"] = "teacher"
-        if runs and same and same[0]["value"] != "N/A":
-            ours = row[f"{row['reported']}_mean"]
+        ours = row.get(f"{row['reported']}_mean")  # of an epoch that its source says
+        if runs and same and same[0]["value"] != "N/A" and ours is not None:
             row["difference"] = round(ours - float(row["published"]), 2)
         rows.append(row)
     return rows
@@ -558,6 +571,7 @@ def beside(same: list[dict]) -> dict:
         metric=first["metric"],
         published=first["value"],
         reported=first["epoch"],
+        budget=first["budget"],
         source=first["source"],
         also=also,
         note=first["note"],
@@ -588,6 +602,7 @@ def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
     head = ["method"]
     head += ["last epoch", "best epoch", "seeds"] if ours else []
     head += ["published", "its epoch"] if theirs else []
+    head += ["their budget"] if any(r["budget"] for r in part) else []
     head += ["difference"] if ours and theirs else []
     head += ["added parameters", "seconds"] if ours else []
     head += ["others"] if any(r["also"] for r in part) else []
@@ -596,6 +611,7 @@ def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
         cells = dict(r, method=r["method"] + ("" if r["metric"] == "top1" else f" ({r['metric']})"))
         cells |= {f"{what} epoch": spread(r, what) for what in ("last", "best")}
         cells |= {"its epoch": r["reported"], "added parameters": r["added"], "others": r["also"]}
+        cells["their budget"] = r["budget"]
         cells["difference"] = f"{r['difference']:+.2f}" if r["difference"] != "" else ""
         lines.append([str(cells[name]) for name in head])
     return ["| " + " | ".join(line) + " |" for line in lines]

@@ -216,7 +216,8 @@ def test_bad_input_is_one_line(argv, message, capsys):
 
 
 def test_a_step_is_that_of_training(monkeypatch):
-    """The learners, batches and weights of train_kd.py; bss with its weight on, attacking."""
+    """The learners, batches and weights of train_kd.py; bss with its weight on, attacking; mlkd with
+    two views."""
     images = bench.random_images(40, 4)
     args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
     nets = bench.pair(args, images)
@@ -229,13 +230,14 @@ def test_a_step_is_that_of_training(monkeypatch):
         return terms
 
     monkeypatch.setattr(train_kd, "train_step", look)
-    for mode in ("bss", "reviewkd", "fsp"):
+    count = dict(bss=2 + 10 + 2, mlkd=4)  # the attack takes all its steps
+    for mode in ("bss", "reviewkd", "fsp", "mlkd"):
         call, _ = bench.full_step(mode, args, utils.machine(0, "off"), images, *nets)
         with passes() as runs:
             call()
-        assert len(runs) == (2 + 10 + 2 if mode == "bss" else 2), "the attack takes all its steps"
+        assert len(runs) == count.get(mode, 2)
     weights, sizes, terms = zip(*seen)
-    assert weights == ([0.75], [1.0], [1.0]) and sizes == (8, 8, 8)
+    assert weights == ([0.75], [1.0], [1.0], [0.9]) and sizes == (8, 8, 8, 8)
     assert all(term["kd"].isfinite() for term in terms)
 
 
@@ -319,7 +321,7 @@ def nets():
     ],
 )
 def test_budgets_of_memory(mode, words, limit):
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "contiguous")
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "contiguous", 6)
     s, t, _ = loss.features(6, CPU)
     inputs = loss.inputs(s, t)
     size = sum(x.numel() * 4 for x in inputs)
@@ -350,14 +352,20 @@ def test_memory_meter():
 @pytest.mark.parametrize("mode", [m for m in METHODS if m not in ("sobolev", "bss", "lwm")])
 def test_inputs_are_what_the_comparison_reads(mode):
     """All of the student's have a part in the loss; the teacher's are constants, but for dml."""
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last")
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last", 4)
     s, t, batch = loss.features(4, CPU)
     loss.call(loss.part, s, t, batch)()
     both = loss.inputs(s, t)
     learning = [x for x in both if x.requires_grad]
-    assert len(learning) == (len(both) if mode == "dml" else len(both) // 2)
+    own = [getattr(s, kind) for kind in loss.reads[0]] + ([s.strong.out] if s.strong else [])
+    count = sum(1 if torch.is_tensor(x) else len(x) for x in own)
+    assert len(learning) == (len(both) if mode == "dml" else count)
     assert all(x.grad.isfinite().all() for x in learning)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in both if x.ndim == 4)
+    if mode in ("catkd", "sdd"):
+        assert s.classifier.weight.grad.isfinite().all()
+    if mode in bench.HEADS:
+        assert t.classifier.weight.grad is None
 
 
 # --- the broadcast versions -----------------------------------------------------------------------
@@ -366,7 +374,7 @@ def test_inputs_are_what_the_comparison_reads(mode):
 @pytest.mark.parametrize("mode", bench.BROADCAST)
 def test_broadcast_versions_are_the_same_losses(mode):
     """In value, and in what the student learns from them; crd in a second step too."""
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last")
+    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last", 6)
     parts = bench.copy.deepcopy(loss.part).double(), loss.broadcast().double()
     results = []
     for part in parts:
@@ -401,7 +409,7 @@ def double(features):
 
 def test_broadcast_versions_fit(monkeypatch):
     """Fewer samples where the largest tensor would be too large, never fewer than three."""
-    loss = bench.Loss("nst", nets(), 32, 5, 40, "contiguous")
+    loss = bench.Loss("nst", nets(), 32, 5, 40, "contiguous", 16)
     largest = 4 * 256 * 256 * 64  # bytes a sample
     monkeypatch.setattr(bench, "FIT", 12 * largest)
     assert (loss.fitting(12), loss.fitting(16)) == (12, 12)

@@ -1,4 +1,5 @@
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import train_base
 import train_kd
 import utils
+from kd_losses import METHODS
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,12 @@ def figure(table, teacher, student, method, data="cifar100"):
             "83.130",
         ),
         (("imagenet-r50-mv1", "resnet50", "MobileNetV1", "ReviewKD", "imagenet"), "72.56"),
+        (("sota", "resnet32x4", "resnet8x4", "MLKD"), "77.08"),
+        (("sota", "wrn_40_2", "ShuffleV1", "WKD-F"), "77.36"),
+        (("sota", "ResNet50", "MobileNetV2", "ITRD"), "71.34"),
+        (("sota", "resnet32x4", "wrn_40_2", "KD+LS"), "77.92"),
+        (("sota", "vgg13", "vgg8", "ICKD-C without KD"), "73.42"),
+        (("sota", "resnet32x4", "ShuffleNetV2_1.5", "SimKD, factor 8"), "78.96"),
     ],
 )
 def test_published_figures(where, value):
@@ -61,9 +69,26 @@ def test_a_row_that_repeats_another_is_corrected_and_said():
 def test_the_numbers_of_pairs():
     pairs = {
         name: len({row[:2] for row in tables.rows_of(name, "cifar100", None, None) if row[0]})
-        for name in ("crd", "mdistiller", "knowledgereview")
+        for name in ("crd", "mdistiller", "knowledgereview", "sota")
     }
-    assert pairs == dict(crd=13, mdistiller=11, knowledgereview=6)
+    assert pairs == dict(crd=13, mdistiller=11, knowledgereview=6, sota=17)
+
+
+def test_the_newer_methods_say_what_they_spend(tmp_path, capsys):
+    """And what has no mode, or a network that is not ours, is shown but not run."""
+    rows = {r["method"]: r for r in tables.published("sota") if r["student"] == "resnet8x4"}
+    spend = {method for method, row in rows.items() if row["budget"]}
+    assert spend == set(tables.BUDGET) and rows["MLKD"]["budget"].startswith("480 epochs, 2 views")
+    shown = "NORM", "DKD+LS", "SDD (StreamLined's rerun)"
+    assert not any(rows[method]["mode"] for method in shown)
+    run = tables.rows_of("sota", "cifar100", None, None)
+    assert {mode for *_, mode in run} < {"baseline", *METHODS}
+    assert "ShuffleNetV2_1.5" not in {s for _, s, _ in run}
+    tables.main(["show", "sota", "--runs", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| MLKD | 77.08 | best | 480 epochs, 2 views" in out
+    assert "| SimKD | 78.08 | unknown | deploys projector" in out
+    assert "resnet32x4 -> ShuffleNetV2_1.5" in out
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -140,6 +165,9 @@ CRD = [
         ("mdistiller", "resnet32x4-resnet8x4/dkd-1", ["beta 8.0"]),
         ("mdistiller", "vgg13-MobileNetV2/dkd-1", ["lr 0.01", "beta 6.0"]),
         ("mdistiller", "ResNet50-MobileNetV2/dkd-1", ["beta 8.0"]),
+        ("sota", "resnet32x4-resnet8x4/wkd_l-1", [*CRD, "weight 600.0", "measured positions"]),
+        ("sota", "wrn_40_2-ShuffleV1/wkd_f-1", ["lambda_kd 0.3", "ratio 3.0, grid 4", "lr 0.01"]),
+        ("sota", "resnet32x4-ShuffleV1/catkd-1", ["lambda_kd 600.0", "4, normalize True"]),
         (
             "reviewkd",
             "resnet56-resnet20/reviewkd-1",
@@ -389,6 +417,34 @@ def test_the_last_epoch_is_compared_with_a_published_last_one():
     what = record(**setting, teacher="resnet56", mode="st", last=70.0, best=71.0)
     row = next(r for r in tables.summarise("crd", [what]) if r["seeds"])
     assert (row["published"], row["reported"], row["difference"]) == ("70.66", "last", -0.66)
+
+
+def test_a_source_that_does_not_say_its_epoch_is_compared_with_none():
+    setting = dict(protocol="crd", setting="cifar100-240ep", data="cifar100", epochs=240)
+    what = record(**setting, teacher="resnet32x4", student="resnet8x4", mode="simkd", last=78.0)
+    row = next(r for r in tables.summarise("sota", [what]) if r["seeds"])
+    assert (row["published"], row["reported"], row["difference"]) == ("78.08", "unknown", "")
+
+
+def test_a_student_with_parts_of_the_teacher_stands_in_its_pair(tmp_path):
+    folder = tmp_path / "kdzoo" / "digits-1ep" / "resnet20-resnet8" / "simkd-1"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(dict(last=1.0, best=2.0, seconds=3.0)))
+    args = dict(
+        recipe=dict(data_name="digits", epochs=1, s_name="resnet8"),
+        meta=dict(network="simkd:resnet8:64:64:2:8:8"),
+        teacher=dict(network="resnet20"),
+        machine="CPU",
+        added=13_568,
+    )
+    (folder / "args.json").write_text(json.dumps(args))
+    (found,) = tables.collect(tmp_path, "kdzoo")
+    assert [found[key] for key in ("teacher", "student", "mode", "added")] == [
+        "resnet20",
+        "resnet8",
+        "simkd",
+        13_568,
+    ]
 
 
 @pytest.mark.parametrize(
