@@ -252,6 +252,7 @@ class WideResNet(nn.Module):
             stem="conv1",
             stages=["block1", "block2", "block3"],
             preacts=norms,
+            last="relu",
             feat="fc:in",
             norms=norms,
         )
@@ -398,6 +399,7 @@ class MobileNetV2(nn.Module):
             stem="conv1",
             stages=stages,
             preacts=stages,
+            last="conv2",
             feat="classifier.0:in",
             norms=[f"blocks.{i}.{self.GROUPS[i][2] - 1}.conv.7" for i in ends],
         )
@@ -508,12 +510,13 @@ class ShuffleV2(nn.Module):
         self.layer3 = _stage(ShuffleV2Block, 232, 464, 4, stride=2)
         self.conv2, self.bn2 = _conv_bn(464, 1024, 1)
         self.linear = nn.Linear(1024, num_class)
-        self.taps = _shuffle_taps((3, 7, 3))
+        self.relu2 = nn.ReLU()
+        self.taps = _shuffle_taps((3, 7, 3)) | dict(last="relu2")
 
     def forward(self, img: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(img)))
         x = self.conv2(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(_pool(F.relu(self.bn2(x), inplace=True)))
+        return self.linear(_pool(self.relu2(self.bn2(x))))
 
 
 # --- the table of networks: name -> (num_class -> network) ---------------------------------------
@@ -597,17 +600,18 @@ class Reusing(nn.Module):
         super().__init__()
         behead(net)
         self.net, self.projector, self.classifier = net, projector, classifier
-        self.tapped = Tapped(net, ("stages",), (-1,))
+        self.tapped = Tapped(net, ("last",))
         self.taps = dict(feat="classifier:in")
-        for key in ("stem", "stages", "preacts"):
+        for key in ("stem", "stages", "preacts"):  # its `last` is the projector's
             path = net.taps.get(key)
             if path:
                 inside = [f"net.{x}" for x in path] if isinstance(path, list) else f"net.{path}"
                 self.taps[key] = inside
+        self.taps["last"] = "projector.projector"
         self.taps["layout"] = {f"net.{x}": how for x, how in net.taps.get("layout", {}).items()}
 
     def forward(self, img: Tensor) -> Tensor:
-        return self.projector.predict(self.tapped(img).stages[0], self.classifier)
+        return self.projector.predict(self.tapped(img).last, self.classifier)
 
 
 def reusing_name(name: str, spec: tuple[int, ...]) -> str:
@@ -980,7 +984,8 @@ def find_weights(
 class Features:
     """What one call of a tapped network gives; what was not asked for is None or empty.
 
-    stem (B, C, H, W) | stages, preacts: lists of (B, C, H, W), shallow to deep | feat (B, D) |
+    stem (B, C, H, W) | stages, preacts: lists of (B, C, H, W), shallow to deep | last (B, D, H, W):
+    the map that is pooled, the last stage's unless a layer follows it | feat (B, D) |
     out: logits (B, K) | net: the bare network, for a method that calls it again | numbers: which
     stages the lists hold, counted from the deepest (-1) | strong: the same of the images' second view.
     """
@@ -990,6 +995,7 @@ class Features:
     stem: Tensor | None = None
     stages: list[Tensor] = field(default_factory=list)
     preacts: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
     feat: Tensor | None = None
     numbers: tuple[int, ...] = ()
     strong: "Features | None" = None
@@ -1003,7 +1009,7 @@ class Features:
 class Tapped:
     """A network whose call returns `Features`: logits and the feature maps of `want`.
 
-    `want`: any of 'stem', 'stages', 'preacts', 'feat'; `stages`: which of them, counted from the
+    `want`: any of 'stem', 'stages', 'preacts', 'last', 'feat'; `stages`: which of them, counted from the
     deepest (-1) backwards, None for all. The hooks are registered once and silent except inside a
     call of this object, so the bare network can be used, compiled or attacked at any time.
     Raises UserError where the network lacks what is wanted.
@@ -1012,8 +1018,9 @@ class Tapped:
     def __init__(self, net: nn.Module, want=(), stages: tuple[int, ...] | None = None):
         if not hasattr(net, "taps"):
             raise UserError(f"{type(net).__name__} does not say where its feature maps are (taps)")
+        taps = dict(last=net.taps["stages"][-1]) | net.taps
         for kind in want:
-            if kind != "out" and not net.taps.get(kind):
+            if kind != "out" and not taps.get(kind):
                 reason = net.taps.get("lacks", {}).get(kind, f"it has no {kind}")
                 raise UserError(f"{type(net).__name__} does not serve this method: {reason}")
         self.net = net
@@ -1022,7 +1029,7 @@ class Tapped:
         self.numbers = tuple(range(-count, 0)) if stages is None else tuple(stages)
         self._paths = {
             kind: [paths[i] for i in self.numbers] if isinstance(paths, list) else paths
-            for kind, paths in net.taps.items()
+            for kind, paths in taps.items()
             if kind in want
         }
         for kind in self._paths.values():

@@ -225,7 +225,7 @@ class Part(nn.Module):
 
 def gathered(x):
     """Features of the images of all ranks, for losses that compare images with each other."""
-    kinds = ("out", "stem", "stages", "preacts", "feat")
+    kinds = ("out", "stem", "stages", "preacts", "last", "feat")
     strong = x.strong and gathered(x.strong)
     return replace(x, strong=strong, **{kind: utils.gather(getattr(x, kind)) for kind in kinds})
 
@@ -301,7 +301,7 @@ class Distillation:
         self.timed = [part.loss for part in self.kd if hasattr(part.loss, "clock")]
         self.told = None
         self.prepares = [  # parts that look at all training images first
-            (part, network.Tapped(tnet, part.row.prepare.wants, (-1,)))
+            (part, network.Tapped(tnet, part.row.prepare.wants))
             for part in self.kd
             if part.row.prepare
         ]
@@ -430,7 +430,9 @@ def train_step(
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()
             total[name] = total[name] + value if name in total else value
-    for part in job.kd:  # what a loss owns has seen the images of all, where the networks saw a share
+    for (
+        part
+    ) in job.kd:  # what a loss owns has seen the images of all, where the networks saw a share
         for p in part.loss.parameters() if part.gathers else ():
             if p.grad is not None:
                 p.grad /= utils.world()

@@ -68,7 +68,7 @@ from .wttm import WTTM
 
 
 def wants(*kinds: str):
-    """Name the features that a comparison reads: 'out', 'stem', 'stages', 'preacts', 'feat'."""
+    """Name the features that a comparison reads: 'out', 'stem', 'stages', 'preacts', 'last', 'feat'."""
 
     def mark(compare):
         compare.wants = kinds
@@ -183,9 +183,9 @@ def reviewed(s, t, s_preact: bool, pooled: bool):
     return [*fms_s, *[s.feat][:pooled]], [*t.preacts, *[t.feat][:pooled]]
 
 
-@wants("stages")
+@wants("last")
 def last(kd, s, t, batch):
-    return kd(s.stages[-1], t.stages[-1])
+    return kd(s.last, t.last)
 
 
 @wants("out")
@@ -205,20 +205,20 @@ def transport(kd, s, t, batch):
     return kd(s.out, t.out, batch.target, (1 + torch.cos(math.pi * done.clamp(0, 1))) / 2)
 
 
-@wants("out", "stages", "feat")
+@wants("out", "last", "feat")
 def teachers_logits(kd, s, t, batch):
-    x = s.feat if kd.form == "pooled" else s.stages[-1]
+    x = s.feat if kd.form == "pooled" else s.last
     return kd(x, t.feat, t.out, t.classifier)
 
 
-@wants("stages", "feat")
+@wants("last", "feat")
 def class_maps(kd, s, t, batch):
-    return kd(s.stages[-1], s.classifier.weight, t.stages[-1], t.classifier.weight)
+    return kd(s.last, s.classifier.weight, t.last, t.classifier.weight)
 
 
-@wants("stages", "feat")
+@wants("last", "feat")
 def regions(kd, s, t, batch):
-    return kd(s.stages[-1], s.classifier, t.stages[-1], t.classifier, batch.target)
+    return kd(s.last, s.classifier, t.last, t.classifier, batch.target)
 
 
 @wants("out", "stages", "feat")
@@ -312,13 +312,12 @@ def build_reviewkd(s, t, train, mid_channel, s_preact, pooled):
 
 
 def between(loss, kind: str):
-    """`loss(width of the student, of the teacher, **flags)`, of 'feat' or of the last of 'stages'."""
+    """`loss(width of the student, of the teacher, **flags)`, of 'feat' or 'last'."""
 
-    def width(x):
-        x = getattr(x, kind)
-        return (x[-1] if isinstance(x, list) else x).shape[1]
+    def build(s, t, train, **flags):
+        return loss(getattr(s, kind).shape[1], getattr(t, kind).shape[1], **flags)
 
-    return lambda s, t, train, **flags: loss(width(s), width(t), **flags)
+    return build
 
 
 def timed(kd: nn.Module) -> nn.Module:
@@ -341,7 +340,7 @@ def build_wkd_l(s, t, train, sharpen, measured, **flags):
     return kd
 
 
-@wants("stages", "feat")
+@wants("last", "feat")
 @torch.no_grad()
 def class_distances(kd, teacher, batches, labels) -> str:
     """Measure how far apart the teacher sees the classes. `batches`: of the training images, in order.
@@ -360,21 +359,21 @@ def class_distances(kd, teacher, batches, labels) -> str:
 def _measured(what: str, t) -> torch.Tensor:
     """(B, positions, D) of a batch, on the CPU, where there is room for all."""
     if what == "positions":
-        return t.stages[-1].flatten(2).transpose(1, 2).float().cpu()
+        return t.last.flatten(2).transpose(1, 2).float().cpu()
     return (t.feat if what == "pooled" else t.out)[:, None].float().cpu()
 
 
 def build_wkd_f(s, t, train, **flags):
-    return WKDF(*(tuple(x.stages[-1].shape[1:]) for x in (s, t)), **flags)
+    return WKDF(*(tuple(x.last.shape[1:]) for x in (s, t)), **flags)
 
 
 def build_srrl(s, t, train, weight, project):
-    s_dim = (s.feat if project == "vector" else s.stages[-1]).shape[1]
+    s_dim = (s.feat if project == "vector" else s.last).shape[1]
     return SRRL(s_dim, t.feat.shape[1], weight, "pooled" if project == "vector" else "map")
 
 
 def build_simkd(s, t, train, factor):
-    (_, s_dim, *_), (_, t_dim, *t_size) = s.stages[-1].shape, t.stages[-1].shape
+    (_, s_dim, *_), (_, t_dim, *t_size) = s.last.shape, t.last.shape
     kd = SimKD(s_dim, t_dim, factor, tuple(t_size))
     kd.spec = (s_dim, t_dim, factor, *t_size)  # with which the trained network is built again
     return kd
@@ -764,18 +763,18 @@ METHODS = {
     "rld":      Method(plain(RLD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0, alpha_T=1.0), ramp=warmup(20), protocols={IMAGENET: dict(ramp=constant, flags=dict(beta=0.5, T=1.0))}),
     "ctkd":     Method(build_ctkd,         at_its_epoch,      0.9, CTKD_FLAGS, lambda_ce=0.1, protocols={IMAGENET: dict(lambda_kd=1.0, lambda_ce=1.0, flags=dict(loops=5.0))}),
     "wsld":     Method(plain(partial(WSLD, 1.0)), with_target, 2.25, dict(T=4.0), protocols={IMAGENET: dict(lambda_kd=2.5, flags=dict(T=2.0))}),
-    "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector")), stages=(-1,)),
-    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), lambda_ce=0.0, reuses=True, stages=(-1,)),
+    "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector"))),
+    "simkd":    Method(build_simkd,        last,              1.0, dict(factor=2), phases=(Phase(ce=False),), lambda_ce=0.0, reuses=True),
     "itrd":     Method(build_itrd,         feat,              1.0, dict(lambda_corr=2.0, lambda_mutual=0.05, power=1.5), relates=True, protocols=dict(crd=dict(pairs=ITRD_PAIRS))),
     "pefd":     Method(between(PEFD, "feat"), feat,          25.0, dict(n=3)),
     "vkd":      Method(between(VKD, "feat"), feat,           25.0, dict(map=("cayley", "matrix_exp", "householder")), decay=False),
-    "ickd":     Method(between(ICKD, "stages"), last,         2.5, stages=(-1,)),
-    "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}, stages=(-1,)),
+    "ickd":     Method(between(ICKD, "last"), last,         2.5),
+    "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}),
     "mlkd":     Method(build_mlkd,         two_views,         0.9, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
     "wkd_l":    Method(build_wkd_l,        transport,         1.0, WKD_L_FLAGS, prepare=class_distances, protocols={"crd": dict(pairs=WKD_L_PAIRS), IMAGENET: WKD_L_IMAGENET}),
-    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}, stages=(-1,)),
-    "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1, stages=(-1,)),
-    "mgd":      Method(between(MGD, "stages"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}, stages=(-1,)),
+    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}),
+    "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
+    "mgd":      Method(between(MGD, "last"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}),
     "crld":     Method(plain(CRLD),        two_views,         1.0, dict(wv=2.0, cv=0.5, T=4.0, tau_w=0.9, tau_s=0.2), strong=True),
     "semckd":   Method(build_semckd,       whole_batches,    40.0, dict(soft=1.0), relates=True, sized=True, protocols=dict(crd=dict(lambda_kd=400.0))),
     "ofa":      Method(build_ofa,          branches,          1.0, dict(eps=1.0, T=1.0)),

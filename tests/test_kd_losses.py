@@ -24,10 +24,11 @@ FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
 
 def each(features, f):
     """`features` with f applied to every tensor in them."""
-    stem, feat = (x if x is None else f(x) for x in (features.stem, features.feat))
+    one = {k: getattr(features, k) for k in ("stem", "last", "feat")}
+    one = {k: x if x is None else f(x) for k, x in one.items()}
     maps = dict(stages=[f(x) for x in features.stages], preacts=[f(x) for x in features.preacts])
     strong = features.strong and each(features.strong, f)
-    return replace(features, out=f(features.out), stem=stem, feat=feat, strong=strong, **maps)
+    return replace(features, out=f(features.out), strong=strong, **one, **maps)
 
 
 def compares(row):

@@ -34,14 +34,17 @@ def step(job, batch, weights=(1.0,)):
 # --- the classifiers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV2", "torchvision/mobilenet_v2"]
-)
-def test_the_classifier_is_found(name):
+FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "ResNet18", "MobileNetV1", "MobileNetV2"]
+FAMILIES += ["ShuffleV1", "ShuffleV2", "torchvision/mobilenet_v2", "torchvision/resnet18"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_classifier_and_what_it_is_fed(name):
     net = network.Weights(name).build(7, 1, 32)
-    x = network.Tapped(net.eval(), ("feat",))(torch.randn(2, 3, 32, 32))
+    x = network.Tapped(net.eval(), ("last", "feat"))(torch.randn(2, 3, 32, 32))
     assert isinstance(x.classifier, torch.nn.Linear)
     torch.testing.assert_close(x.classifier(x.feat), x.out)
+    torch.testing.assert_close(x.last.mean((2, 3)), x.feat)
 
 
 # --- logits, standardised --------------------------------------------------------------------------
@@ -150,14 +153,14 @@ def test_distances_of_the_classes(what):
     job.prepare(train, lines.append)
     assert lines == ["wkd_l: distances of the classes from 4 training images each"]
     cost = job.kd[0].loss.cost
-    tapped = network.Tapped(job.teacher.net.eval(), ("stages", "feat"))
+    tapped = network.Tapped(job.teacher.net.eval(), ("last", "feat"))
     features = []
     for k in range(5):
         own = [i for i in range(23) if train.labels[i] == k][:4]
         x = tapped(torch.cat([list(dataset.test_batches(train, 1))[i][0] for i in own]))
-        x = dict(
-            positions=x.stages[-1].permute(0, 2, 3, 1).flatten(0, 2), pooled=x.feat, logits=x.out
-        )[what]
+        x = dict(positions=x.last.permute(0, 2, 3, 1).flatten(0, 2), pooled=x.feat, logits=x.out)[
+            what
+        ]
         features.append(x)
     torch.testing.assert_close(cost, cka_cost(torch.stack(features), 1.0), rtol=1e-4, atol=1e-5)
     assert torch.equal(cost, cost.T) and not cost.diag().any() and (cost >= 0).all()
@@ -214,7 +217,7 @@ def test_the_deployed_student(distil, tmp_path, capsys):  # noqa: F811
     assert found.name == "simkd:resnet8:64:64:2:3:3"
     net = found.build(10, 1, 12).eval()
     img = torch.randn(4, 3, 12, 12)
-    fm = network.Tapped(net.net, ("stages",), (-1,))(img).stages[0]
+    fm = network.Tapped(net.net, ("last",))(img).last
     torch.testing.assert_close(
         net(img), net.classifier(net.projector.project(fm, (3, 3)).mean((2, 3)))
     )

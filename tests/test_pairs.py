@@ -73,8 +73,8 @@ def test_a_step(teacher, student, mode, protocol):
     weight = weight(10) if callable(weight) else weight
     for phase in job.phases:
         # the method alone is to move something; bss has nothing to attack where no image is
-        # classified rightly, as here
-        job.lambda_ce = float(not phase.kd or mode == "bss")
+        # classified rightly, and crld's teacher is sure of nothing, as here
+        job.lambda_ce = float(not phase.kd or mode in ("bss", "crld"))
         learning = job.learners(phase)
         parts = [list(x.parameters()) for x in (job.student.net, job.teacher.net, job.kd)]
         parts = [part for part in parts if any(p.requires_grad for p in part)]
@@ -91,7 +91,9 @@ def test_a_step(teacher, student, mode, protocol):
         grads = [p.grad for p in learning if p.grad is not None]
         assert grads and all(grad.isfinite().all() for grad in grads)
         for part, old in zip(parts, before):
-            assert any(not torch.equal(*both) for both in zip(part, old)), "each of them learns"
+            moved = any(not torch.equal(*both) for both in zip(part, old))
+            # a temperature's step may be below what it can show
+            assert moved or any(p.grad is not None and p.grad.any() for p in part)
 
 
 @pytest.mark.parametrize(
