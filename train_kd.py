@@ -171,11 +171,10 @@ def _override(row: Method, args, i: int, count: int) -> Method:
     return replace(row, **changes)
 
 
-def sized(rows: dict[str, Method], recipe) -> dict[str, Method]:
-    """The rows, those that are built for one size of batches with that of what they compare at once."""
-    size = recipe.batch_size // recipe.accumulate // (1 if recipe.gather else utils.world())
+def sized(rows: dict[str, Method], batch: int) -> dict[str, Method]:
+    """The rows, those that are built for one size of batches with `batch`."""
     return {
-        mode: replace(row, flags=row.flags | dict(batch=size)) if row.sized else row
+        mode: replace(row, flags=row.flags | dict(batch=batch)) if row.sized else row
         for mode, row in rows.items()
     }
 
@@ -577,7 +576,8 @@ def main(argv: list[str] | None = None) -> dict:
     machine = utils.machine(args.cuda, args.amp, ranks=True)
     for mode in [m for m, row in rows.items() if args.logit_stand and row.compare not in LOGITS]:
         raise UserError(f"--logit_stand: {mode} compares more than logits")
-    rows = sized(rows, recipe)
+    ranks = 1 if args.gather else utils.world()
+    rows = sized(rows, recipe.batch_size // recipe.accumulate // ranks)
     for mode in [m for m, row in rows.items() if args.gather and not row.relates]:
         raise UserError(f"--gather: {mode} compares no images of a batch with each other")
     if args.cuda_graph:

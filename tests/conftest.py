@@ -10,6 +10,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+DIGITS = ["--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -29,3 +31,31 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained teacher and a student's initial weights."""
+    import train_base
+
+    folder = tmp_path_factory.mktemp("base")
+    for name, epochs in (("resnet14", "1"), ("resnet8", "1")):
+        argv = ["--net_name", name, "--epochs", epochs, "--save_root", str(folder), "--note", name]
+        train_base.main([*DIGITS, *argv])
+    return folder
+
+
+@pytest.fixture
+def distil(base, tmp_path):
+    """A function: (mode, flags of train_kd.py, note) -> what its main returns, between those two."""
+    import toys
+    import train_kd
+
+    def run(mode, *argv, note="r"):
+        files = ["--t_model", base / "resnet14" / "model_best.pth.tar"]
+        files += ["--s_init", base / "resnet8" / "initial_r8.pth.tar"]
+        where = ["--save_root", tmp_path, "--note", note, "--kd_mode", mode, "--cuda", "0"]
+        small = [x for m in mode.split("+") if m in train_kd.METHODS for x in toys._small(m)]
+        return train_kd.main([str(x) for x in [*files, *where, *small, *argv]])
+
+    return run

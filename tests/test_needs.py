@@ -19,7 +19,6 @@ import utils
 from kd_losses import METHODS, fading
 from kd_losses.lskd import standardise
 from kd_losses.wkd_l import cka_cost
-from test_train_kd import base, distil  # noqa: F401, fixtures
 from tools import eval as eval_tool
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
@@ -60,7 +59,7 @@ def test_logits_are_standardised_first():
     assert METHODS["lskd"].build(s, t, None, T=4.0)(s.out, t.out) == expected
 
 
-def test_logit_stand_is_for_logits(distil, capsys):  # noqa: F811
+def test_logit_stand_is_for_logits(distil, capsys):
     for mode in ("st", "dkd", "nkd", "mlkd", "ctkd"):
         distil(mode, "--logit_stand", "--dry_run")
     with pytest.raises(SystemExit):
@@ -166,7 +165,7 @@ def test_distances_of_the_classes(what):
     assert torch.equal(cost, cost.T) and not cost.diag().any() and (cost >= 0).all()
 
 
-def test_classes_are_looked_at_once(distil, capsys):  # noqa: F811
+def test_classes_are_looked_at_once(distil, capsys):
     argv = ["wkd_l", "--epochs", "2", "--batch_size", "256"]
     epoch = utils.Run.epoch
 
@@ -189,8 +188,7 @@ def test_a_smaller_batch_is_left_out():
     job = toys.job("semckd")
     assert step(job, toys.batch(dtype=torch.float32))["kd"] > 0
     assert step(job, toys.batch(6, dtype=torch.float32))["kd"] == 0
-    recipe = Namespace(batch_size=64, accumulate=2, gather=False)
-    rows = train_kd.sized(train_kd.parse(["--kd_mode", "semckd+st"])[1], recipe)
+    rows = train_kd.sized(train_kd.parse(["--kd_mode", "semckd+st"])[1], 32)
     assert rows["semckd"].flags["batch"] == 32 and "batch" not in rows["st"].flags
 
 
@@ -208,7 +206,7 @@ def test_parameters_that_do_not_decay():
 # --- a student with the teacher's classifier -------------------------------------------------------
 
 
-def test_the_deployed_student(distil, tmp_path, capsys):  # noqa: F811
+def test_the_deployed_student(distil, tmp_path, capsys):
     result = distil("simkd", "--epochs", "2", "--batch_size", "128", "--amp", "off")
     file = f"{result['dir']}/checkpoint.pth.tar"
     log = capsys.readouterr().out

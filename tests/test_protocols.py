@@ -144,3 +144,21 @@ def test_every_network_of_knowledgereview_has_its_levels():
     for pair, expected in pairs.items():
         own = row.between(*(f"torchvision/{name}" for name in pair))
         assert (own.lambda_kd, own.flags["mid_channel"]) == expected
+
+
+def test_a_dry_run_of_reviewkd_s_imagenet(distil, capsys):
+    """Both networks are ResNets here, whose images are the digits."""
+    argv = ["--protocol", "reviewkd-imagenet", "--dry_run"]
+    distil("reviewkd", *argv)
+    distil("reviewkd", *argv, "--batch_size", "512", "--epochs", "10")
+    distil("st", *argv)
+    out = capsys.readouterr().out
+    for line in (
+        "lr 0.1, falls after (30, 60, 90), momentum 0.9, weight decay 0.0001, batch 256",
+        "lr 0.2, falls after (3, 6, 9), momentum 0.9, weight decay 0.0001, batch 512",
+        "reviewkd: lambda_kd 1.0, lambda_ce 1.0, stages [-3, -2, -1], reduce mean, mid_channel 512, "
+        "s_preact True, pooled True",
+        "phases: distil 100 epoch(s)",
+        "st: reviewkd-imagenet says nothing of it",
+    ):
+        assert line in out, line

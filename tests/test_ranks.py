@@ -101,7 +101,7 @@ def compare(mode: str) -> float:
 
     def step(batch, gathers):
         torch.manual_seed(0)
-        job = toys.job(mode, argv=["--batch_size", "256"])  # of both: 128 each, or gathered
+        job = toys.job(mode, argv=["--batch_size", "128"])
         for module in (job.student.net, job.teacher.net, job.kd):
             module.double()
         for part in job.kd:

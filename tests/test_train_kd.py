@@ -20,28 +20,6 @@ DATA = ["--data_name", "digits", "--img_size", "12", "--cuda", "0"]
 FEW = ["--epochs", "1", "--batch_size", "256"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A trained teacher and a student's initial weights."""
-    folder = tmp_path_factory.mktemp("base")
-    for name, epochs in (("resnet14", "1"), ("resnet8", "1")):
-        argv = ["--net_name", name, "--epochs", epochs, "--save_root", str(folder), "--note", name]
-        train_base.main([*DATA, *argv])
-    return folder
-
-
-@pytest.fixture
-def distil(base, tmp_path):
-    def run(mode, *argv, note="r"):
-        files = ["--t_model", base / "resnet14" / "model_best.pth.tar"]
-        files += ["--s_init", base / "resnet8" / "initial_r8.pth.tar"]
-        where = ["--save_root", tmp_path, "--note", note, "--kd_mode", mode, "--cuda", "0"]
-        small = [x for m in mode.split("+") if m in METHODS for x in toys._small(m)]
-        return train_kd.main([str(x) for x in [*files, *where, *small, *argv]])
-
-    return run
-
-
 def weights(path, key="snet"):
     checkpoint = utils.read_checkpoint(path)
     return checkpoint[key] if key in checkpoint else checkpoint["net"]

@@ -57,8 +57,7 @@ def job(mode, student=None, teacher=None, train=None, argv=()):
     """A train_kd.Distillation of `mode` between toys."""
     flags = [x for m in mode.split("+") for x in _small(m)]
     args, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "x", *flags, *argv])
-    args.batch_size = args.batch_size or BATCH
-    rows = train_kd.sized(rows, args)
+    rows = train_kd.sized(rows, args.batch_size or BATCH)
     return train_kd.Distillation(student or Toy(), teacher or Toy(), rows, train or images())
 
 

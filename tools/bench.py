@@ -314,7 +314,7 @@ def attackable(images: dataset.Images, *nets) -> dataset.Images:
 
 def rows_of(mode: str, num_class: int, batch_size: int) -> dict:
     _, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "none"])
-    rows = train_kd.sized(rows, argparse.Namespace(batch_size=batch_size, accumulate=1))
+    rows = train_kd.sized(rows, batch_size)
     return {
         m: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
         for m, row in rows.items()
