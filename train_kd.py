@@ -429,12 +429,10 @@ def train_step(
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()
             total[name] = total[name] + value if name in total else value
-    for (
-        part
-    ) in job.kd:  # what a loss owns has seen the images of all, where the networks saw a share
-        for p in part.loss.parameters() if part.gathers else ():
-            if p.grad is not None:
-                p.grad /= utils.world()
+    # what a loss owns has seen the images of all, where the networks have seen a share
+    for p in [p for part in job.kd if part.gathers for p in part.loss.parameters()]:
+        if p.grad is not None:
+            p.grad /= utils.world()
     utils.average_gradients(optimizer)
     optimizer.step()
     return total
