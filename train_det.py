@@ -503,6 +503,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = utils.Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
     masks = found_s.name.startswith("maskrcnn")
     data = coco.load(recipe.img_root, masks=masks)
+    coco.Evaluation(data.val)  # or say what to install, before anything is written
     if recipe.batch_size > len(data.train.with_boxes):
         raise UserError(
             f"--batch_size {recipe.batch_size}: {len(data.train.with_boxes)} training images in "

@@ -1,6 +1,7 @@
 """Distilling detectors: what is compared, the published settings, and runs through the command line."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -397,10 +398,18 @@ def test_bad_input_is_one_line(flags, line, teacher, folder, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_number_of_classes(teacher, tmp_path, capsys):
-    import json
+def test_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    argv = ["--kd_mode", "none", "--s_name", "fasterrcnn_resnet18", "--img_root", str(folder)]
+    with pytest.raises(SystemExit):
+        train_det.main([*argv, *QUICK, "--save_root", str(tmp_path / "runs")])
+    err = capsys.readouterr().err
+    assert "pip install pycocotools" in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
-    coco_like.draw(tmp_path / "x", train=2, val=2, size=96, seed=1)
+
+def test_another_number_of_classes(teacher, tmp_path, capsys):
+    coco_like.draw(tmp_path / "x", train=6, val=2, size=96, seed=1)
     for split in ("train2017", "val2017"):
         file = tmp_path / "x" / "annotations" / f"instances_{split}.json"
         found = json.loads(file.read_text())
