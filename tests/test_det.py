@@ -415,7 +415,7 @@ def test_another_number_of_classes(teacher, tmp_path, capsys):
         found = json.loads(file.read_text())
         found["categories"].append(dict(id=50, name="more"))
         file.write_text(json.dumps(found))
-    argv = command(teacher, tmp_path, "x", "--img_root", str(tmp_path / "x"))
+    argv = command(teacher, tmp_path, "r", "--img_root", str(tmp_path / "x"))
     with pytest.raises(SystemExit):
         train_det.main(argv)
     assert "has 51" in capsys.readouterr().err
