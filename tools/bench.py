@@ -363,14 +363,13 @@ SIZES = dict(
 )  # pixels, classes, crd's samples
 READS = dict(  # what a comparison reads of student and teacher, where it is not all that it wants
     reviewkd=(("stages", "feat"), ("preacts", "feat")),
-    srrl=(("stages",), ("feat", "out")),
-    catkd=(("stages",), ("stages",)),
-    sdd=(("stages",), ("stages",)),
+    srrl=(("last",), ("feat", "out")),
+    catkd=(("last",), ("last",)),
+    sdd=(("last",), ("last",)),
     ofa=(("stages", "out"), ("out",)),
 )
-LAST = "srrl simkd ickd catkd wkd_f sdd mgd".split()  # of the stages they read the deepest alone
 HEADS = "srrl catkd sdd".split()  # read classifiers too
-MAPS = {"stem", "stages", "preacts"}
+MAPS = {"stem", "stages", "preacts", "last"}
 FIT = 1.1e9  # bytes: a broadcast version whose largest tensor would be larger gets fewer samples
 VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the inputs
 PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores: what GATHER says
@@ -448,7 +447,7 @@ class Loss:
             return
         self.phase = longest(self.row.phases)
         self.reads = READS.get(mode, (self.row.compare.wants,) * 2)
-        stages = network.align(*nets, (-1,) if mode in LAST else self.row.stages)
+        stages = network.align(*nets, self.row.stages)
         dry = torch.zeros(2, 3, size, size)
         with torch.no_grad():
             # a loss may be built from more than its comparison reads
