@@ -172,7 +172,8 @@ def teachers(tmp_path_factory):
 @pytest.mark.parametrize("teacher, mode", PAIRS)
 def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
     """The unweighted term's mean over the last epoch of its phase is below that of the phase's first
-    ten steps. What two learners have between them, or an attack finds, need not fall: not zero there.
+    ten steps. What two learners have between them, or an attack finds, need not fall, nor the way from
+    a fresh student's even probabilities to a teacher's nearly even ones: not zero there.
     """
     taught, step, seen = teachers(teacher), train_kd.train_step, {}
 
@@ -189,7 +190,7 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
     assert seen and result["best"] > 0
     for name, values in seen.items():
         assert all(0 < abs(value) < 1e9 for value in values), name
-        if mode not in ("dml", "bss"):
+        if mode not in ("dml", "bss", "ttm", "wttm"):
             last = values[-20:]  # 1297 images: an epoch has 20 batches of 64 and the rest
             assert sum(last) / len(last) < sum(values[:10]) / 10, name
 
