@@ -288,17 +288,8 @@ def _as_it_is(batch):
 def _read(data: Coco, batches, count: int, workers: int, device):
     """Yield (imgs, targets) of `batches`, of which there are `count`."""
     device = torch.device(device)
-    loader = torch.utils.data.DataLoader(
-        Reader(data),
-        batch_size=None,  # what the sampler gives is a batch
-        sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=min(workers, count) if count > 1 else 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=dataset._leave_signals_to_the_parent,
-        generator=torch.Generator(),  # or it would draw from torch's own
-    )
-    for found in loader:
+    workers = min(workers, count) if count > 1 else 0
+    for found in dataset.loader_of(Reader(data), batches, workers, device, collate_fn=_as_it_is):
         if isinstance(found, str):
             raise UserError(found)
         flat, shapes, rest = found
@@ -315,8 +306,7 @@ def _draws(images: np.ndarray, seed: int, place: int):
     """Endless (image, whether mirrored), from `place` on: every pass in an order of its own."""
     number, place = divmod(place, len(images))
     while True:
-        mix = np.random.SeedSequence([seed, number]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mix[0]))
+        generator = dataset.generator_of(seed, number)
         order = torch.randperm(len(images), generator=generator).numpy()
         flip = torch.randint(0, 2, (len(images),), generator=generator).bool()
         yield from zip(images[order[place:]].tolist(), flip[place:].tolist())

@@ -212,6 +212,12 @@ def _parts(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    """From which all that an epoch leaves to chance is drawn."""
+    mix = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    return torch.Generator().manual_seed(int(mix[0]))
+
+
 def padded(images: Images | Stream) -> bool:
     """Whether training crops them at a random place of the padded image."""
     return isinstance(images, Images) and not images.enlarged
@@ -248,8 +254,7 @@ def train_batches(
     if padding not in ("reflect", "zero"):
         raise UserError(f"padding must be reflect or zero, not {padding!r}")
     n, device = len(images), images.device
-    mix = np.random.SeedSequence([seed, epoch]).generate_state(1)
-    generator = torch.Generator().manual_seed(int(mix[0]))
+    generator = generator_of(seed, epoch)
     order = torch.randperm(n, generator=generator)
     bounds = _share(batch_bounds(n, batch_size, share[1])[skip:], *share)
     if isinstance(images, Stream):
@@ -680,6 +685,21 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def loader_of(reader, batches, workers: int, device: torch.device, **more):
+    """A DataLoader of what `reader` makes of each of `batches`, in processes that leave torch's
+    generator and the signals alone."""
+    return torch.utils.data.DataLoader(
+        reader,
+        batch_size=None,  # what the sampler gives is a batch
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # or it would draw from torch's own
+        **more,
+    )
+
+
 def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
     """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
     training where there is a seed for each place of `order`.
@@ -694,16 +714,9 @@ def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int 
     if train:  # taken away, and put back by a whole epoch alone
         loader, images.loader = images.loader, None
     if loader is None or loader.num_workers != workers:
-        loader = torch.utils.data.DataLoader(
-            Reader(images.items, transform(images, train)),
-            batch_size=None,  # what the sampler gives is a batch
-            sampler=[],
-            num_workers=workers,
-            pin_memory=images.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # or it would draw from torch's own
-            persistent_workers=train and workers > 0,
-        )
+        reader = Reader(images.items, transform(images, train))
+        stays = dict(persistent_workers=train and workers > 0)
+        loader = loader_of(reader, [], workers, images.device, **stays)
     loader.sampler[:] = [(order[start:stop], draws[start:stop]) for start, stop in bounds]
     try:
         for pixels in loader:

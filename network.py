@@ -566,12 +566,12 @@ def build(
 def constructor(name: str):
     """The function (num_class, img_size, pretrained) -> nn.Module behind a name; see `build`."""
     library, _, model = name.partition("/")
-    if ".py:" in name and not name.startswith("simkd:"):
+    if name.startswith("simkd:"):  # whatever network is in it
+        return _of_simkd(name)
+    if ".py:" in name:
         return _of_file(*name.rsplit(":", 1))
     if library in LIBRARIES and model:
         return LIBRARIES[library](model)
-    if name.startswith("simkd:"):
-        return _of_simkd(name)
     own = named(NETWORKS, name, "network")
 
     def make(num_class, img_size, pretrained):
@@ -947,16 +947,22 @@ def read_meta(checkpoint: dict, path: str) -> dict:
 
 
 def find_weights(
-    name: str | None, path: str | None, flag: str, file_flag: str, pretrained=False, taps=None
-) -> Weights:
-    """The network that `--{flag} name` and the checkpoint at `path` agree on.
+    name: str | None,
+    path: str | None,
+    flag: str,
+    file_flag: str,
+    pretrained=False,
+    taps=None,
+    kind: type = Weights,
+):
+    """The network that `--{flag} name` and the checkpoint at `path` agree on, as a `kind`.
 
     Raises UserError where they do not, or where neither says which network it is.
     """
     if path is None:
         if name is None:
             raise UserError(f"--{flag} or --{file_flag} is needed")
-        return Weights(name, pretrained=pretrained, taps=taps)
+        return kind(name, pretrained=pretrained, taps=taps)
     if pretrained:
         raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
     checkpoint = read_checkpoint(path)
@@ -974,7 +980,7 @@ def find_weights(
         raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
     epoch = checkpoint.get("epoch")
     epoch = epoch if isinstance(epoch, int) else 0
-    return Weights(name or known, state, meta, path, taps=taps, epoch=epoch)
+    return kind(name or known, state, meta, path, taps=taps, epoch=epoch)
 
 
 # --- feature maps --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ need not be said again. `--kd_mode MODE --help` lists the flags of a mode.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import torch
@@ -115,13 +115,20 @@ def build(
 
 @dataclass
 class Found:
-    """A detector's name, its weights and what its checkpoint knows."""
+    """A detector's name, its weights and what its checkpoint knows, as network.Weights has them of a
+    classifier; pretrained: False, or which of torchvision's weights, as in `build`."""
 
     name: str
-    state: dict | None
-    meta: dict
-    path: str | None
-    weights: str
+    state: dict | None = None
+    meta: dict = field(default_factory=dict)
+    path: str | None = None
+    pretrained: str | bool = False
+    taps: None = None
+    epoch: int = 0
+
+    def __post_init__(self):
+        utils.named(DETECTORS, self.name, "detector")
+        self.weights = self.pretrained or "fresh"
 
     @property
     def norm(self) -> str:
@@ -130,6 +137,11 @@ class Found:
             return "batch" if self.weights == "fresh" else "frozen"
         counters = any(key.endswith("num_batches_tracked") for key in self.state)
         return "batch" if counters else "frozen"
+
+    @property
+    def num_class(self) -> int | None:
+        """How many it tells apart, the background one of them; None where that is open."""
+        return 91 if self.weights == "detector" else self.meta.get("num_class")
 
     @property
     def view(self) -> View:
@@ -145,25 +157,10 @@ class Found:
         return net
 
 
-def find(name: str | None, path: str | None, side: str, pretrained: str | None) -> Found:
+def find(name: str | None, path: str | None, side: str, pretrained: str | bool = False) -> Found:
     """What `--{side}_name`, `--{side}_model` or `_init` and `--{side}_pretrained` say together."""
     file_flag = "t_model" if side == "t" else "s_init"
-    if path is None:
-        if name is None:
-            raise UserError(f"--{side}_name or --{file_flag} is needed")
-        utils.named(DETECTORS, name, "detector")
-        return Found(name, None, {}, None, pretrained or "fresh")
-    if pretrained:
-        raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
-    checkpoint = utils.read_checkpoint(path)
-    state, meta = network.read_weights(checkpoint, path), network.read_meta(checkpoint, path)
-    known = meta.get("network", name)
-    if known is None:
-        raise UserError(f"{path} does not say which detector it is: give --{side}_name")
-    if name not in (None, known):
-        raise UserError(f"--{side}_name {name} contradicts {path}, which holds a {known}")
-    utils.named(DETECTORS, known, "detector")
-    return Found(known, state, meta, path, "fresh")
+    return network.find_weights(name, path, f"{side}_name", file_flag, pretrained, kind=Found)
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -273,9 +270,8 @@ class Distillation:
     def _levels(self) -> list[list[Tensor]]:
         """The levels of both for an image of 128 pixels. Raises UserError where they are not
         alike."""
-        mode, x = self.student.training, torch.zeros(1, 3, 128, 128)
+        x = torch.zeros(1, 3, 128, 128)
         both = [list(net.eval().backbone(x).values()) for net in (self.student, self.teacher)]
-        self.student.train(mode)
         sides = [[tuple(fm.shape[2:]) for fm in levels] for levels in both]
         if sides[0] != sides[1]:
             raise UserError(
@@ -488,10 +484,10 @@ def resolve(args, s: Found, t: Found | None):
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, parts = parse(argv)
-    found_s = find(args.s_name, args.s_init, "s", "backbone" if args.s_pretrained else None)
+    found_s = find(args.s_name, args.s_init, "s", args.s_pretrained and "backbone")
     found_t = None
     if parts:
-        found_t = find(args.t_name, args.t_model, "t", "detector" if args.t_pretrained else None)
+        found_t = find(args.t_name, args.t_model, "t", args.t_pretrained and "detector")
         if found_t.state is None and not args.t_pretrained:
             raise UserError(
                 "--t_model FILE or --t_pretrained is needed: a teacher that was trained"
@@ -510,17 +506,15 @@ def main(argv: list[str] | None = None) -> dict:
             f"{data.name} have boxes"
         )
     view = View(*(getattr(recipe, key) for key in vars(View())))
-    for found in (found_s, found_t):
-        known = found.meta.get("num_class", data.num_class) if found else data.num_class
-        known = 91 if found and found.weights == "detector" else known
-        if known != data.num_class:
+    for found in filter(None, (found_s, found_t)):
+        if found.num_class not in (None, data.num_class):
             raise UserError(
-                f"{found.path or found.name} tells {known} classes apart, {data.name} has "
+                f"{found.path or found.name} tells {found.num_class} classes apart, {data.name} has "
                 f"{data.num_class} (the background is one)"
             )
     teacher = None
     if found_t:
-        own = replace(view, anchor=found_t.meta.get("anchor", View.anchor))
+        own = replace(view, anchor=found_t.view.anchor)
         teacher = found_t.build(data.num_class, own, recipe.seed)
     student = found_s.build(data.num_class, view, recipe.seed)
     weight = dict(reviewkd=REVIEWKD_WEIGHT.get(tuple(names), 1.0))

@@ -540,7 +540,8 @@ def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
 
 def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
     """The weight of every part when the share `done` of the phase lies behind: the protocol's, epoch
-    by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth."""
+    by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth. The
+    losses that want to know the epoch are told it."""
     total = utils.PROTOCOLS[recipe.protocol].epochs
     place = int(done * total + 1e-6) + 1
     job.tell(place, total)

@@ -975,7 +975,7 @@ class Run:
         score: str = "test_top1",
     ):
         self.dir = Path(recipe.save_root) / note
-        self.recipe, self.argv, self.curves, self.score = recipe, argv, (loss, score), score
+        self.recipe, self.argv, self.loss, self.score = recipe, argv, loss, score
         self.history, self.timing = [], []
         self.best = dict(epoch=0, score=-1.0)
         self.saved = self.inside = self.events = self.signal = None
@@ -1291,7 +1291,7 @@ class Run:
         if rank() > 0:
             return dict(result, dir=str(self.dir))
         try:
-            draw_curves([self.dir], self.dir / "curves.png", None, *self.curves)
+            draw_curves([self.dir], self.dir / "curves.png", None, self.loss, self.score)
             _write(self.dir / "result.json", (json.dumps(result) + "\n").encode())
         except OSError as error:
             raise self._full(error) from error

@@ -201,8 +201,7 @@ def at_its_epoch(kd, s, t, batch):
 @wants("out")
 def transport(kd, s, t, batch):
     """The weight of the transport alone fades, over the last three eighths, by a cosine."""
-    done = (kd.clock[0] / kd.clock[1] / FADES - 1) * FADES / (1 - FADES)
-    return kd(s.out, t.out, batch.target, (1 + torch.cos(math.pi * done.clamp(0, 1))) / 2)
+    return kd(s.out, t.out, batch.target, faded(kd.clock[0] / kd.clock[1]))
 
 
 @wants("out", "last", "feat")
@@ -484,10 +483,14 @@ def late_and_fading(epoch: int, epochs: int) -> float:
 FADES = 150 / 240  # share of the training after which a weight begins to fade (WKD)
 
 
+def faded(done: torch.Tensor) -> torch.Tensor:
+    """The factor when the share `done` of the training lies behind: 1, and then falling to 0 by a
+    cosine."""
+    return (1 + torch.cos(math.pi * ((done - FADES) / (1 - FADES)).clamp(0, 1))) / 2
+
+
 def fading(epoch: int, epochs: int) -> float:
-    """1, and then falling to 0 by a cosine."""
-    done = (epoch / epochs - FADES) / (1 - FADES)
-    return (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+    return faded(torch.tensor(epoch / epochs, dtype=torch.float64)).item()
 
 
 def up_to_ten_classes(few: float, many: float):

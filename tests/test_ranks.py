@@ -33,13 +33,7 @@ def worker(root: Path) -> dict:
     import train_kd
     import utils
 
-    jobs, make = [], train_kd.Distillation.__init__
-
-    def kept(self, *args):
-        make(self, *args)
-        jobs.append(self)
-
-    train_kd.Distillation.__init__ = kept
+    jobs = kept(train_kd.Distillation)
     leave, utils.leave_ranks = utils.leave_ranks, lambda: None  # one meeting for all runs
     small = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--save_root", str(root)]
     base = ["--net_name", "resnet14", *small, "--epochs", "1", "--note"]
@@ -64,6 +58,18 @@ def worker(root: Path) -> dict:
     return found
 
 
+def kept(kind: type) -> list:
+    """Where every object of a class will be found from now on."""
+    made, make = [], kind.__init__
+
+    def init(self, *args):
+        make(self, *args)
+        made.append(self)
+
+    kind.__init__ = init
+    return made
+
+
 def detectors(root: Path) -> bool:
     """Whether a distilled detector and its fusion are equal on both."""
     import coco_like
@@ -77,13 +83,7 @@ def detectors(root: Path) -> bool:
         meta = dict(network="fasterrcnn_resnet18", num_class=8, **vars(view))
         utils.save_checkpoint(dict(snet=teacher.state_dict(), meta=meta), root / "det.pth.tar")
     utils.everyone(None)
-    jobs, make = [], train_det.Distillation.__init__
-
-    def kept(self, *args):
-        make(self, *args)
-        jobs.append(self)
-
-    train_det.Distillation.__init__ = kept
+    jobs = kept(train_det.Distillation)
     argv = ["--kd_mode", "reviewdkd", "--t_model", f"{root}/det.pth.tar", "--cuda", "0"]
     argv += ["--s_name", "fasterrcnn_resnet18", "--img_root", f"{root}/coco", "--batch_size", "4"]
     argv += ["--iters", "2", "--workers", "0", "--save_root", str(root), "--note", "det"]

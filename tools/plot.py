@@ -260,9 +260,7 @@ def attention_maps(fm: Tensor, size: int) -> Tensor:
 def attention(args: argparse.Namespace):
     """Where the stages of networks look in test images: a row an image and network."""
     found, nets, images, machine = load(args)
-    for i in args.images:
-        if i >= len(images):
-            raise UserError(f"--images {i}: there are 0 to {len(images) - 1}")
+    check_places(args, len(images))
     images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
     seen = [look(net, name, images, machine, "stages") for net, name in zip(nets, titles)]
     img, target, _ = next(dataset.test_batches(images, len(images)))
@@ -296,17 +294,22 @@ def attention(args: argparse.Namespace):
     return figure
 
 
+def check_places(args: argparse.Namespace, count: int) -> None:
+    """Raise UserError where --images names one that is not there."""
+    for i in args.images:
+        if i >= count:
+            raise UserError(f"--images {i}: there are 0 to {count - 1}")
+
+
 def boxes(args: argparse.Namespace):
     """Boxes in validation images: the annotated ones, and those that detectors find."""
     import coco
     import train_det
 
     machine = utils.machine(args.cuda, args.amp)
-    found = [train_det.find(None, path, "s", None) for path in args.what]
+    found = [train_det.find(None, path, "s") for path in args.what]
     data = coco.load(args.img_root or found[0].meta.get("img_root", train_det.FOLDER)).val
-    for i in args.images:
-        if i >= len(data):
-            raise UserError(f"--images {i}: there are 0 to {len(data) - 1}")
+    check_places(args, len(data))
     names = data.categories
     titles = args.labels or [f"{n} ({f.name})" for n, f in zip(short(args.what), found)]
     columns = 1 + len(found)
