@@ -451,11 +451,11 @@ def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
     s = t = None
     terms, loss = {}, 0.0
     with machine.autocast():
-        if s_runs:
-            s = batch.seen_by(job.student)
-        if kd_runs or t_learns:
+        if kd_runs or t_learns:  # first: the student then works in the memory it has left
             with t_graph:
                 t = batch.seen_by(job.teacher)
+        if s_runs:
+            s = batch.seen_by(job.student)
         for name, weight, part in zip(job.names, weights, job.kd):
             if kd_runs and weight:
                 compare = part.comparison(phase)

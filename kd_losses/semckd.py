@@ -63,10 +63,10 @@ class SemCKD(nn.Module):
         for i, fm_s in enumerate(fms_s):
             for j, fm_t in enumerate(fms_t):
                 size = [min(n) for n in zip(fm_s.shape[2:], fm_t.shape[2:])]
-                x = self.projections[i][j](F.adaptive_avg_pool2d(fm_s, size))
+                x = self.projections[i][j](_pooled(fm_s, size))
                 with torch.autocast(x.device.type, enabled=False):
                     x = x.to(torch.promote_types(x.dtype, torch.float32))
-                    distance = (x - F.adaptive_avg_pool2d(fm_t, size)).square().mean((1, 2, 3))
+                    distance = (x - _pooled(fm_t, size)).square().mean((1, 2, 3))
                     loss = loss + (attention[:, i, j] * distance).sum()
         return loss / (self.batch * len(fms_s))
 
@@ -99,8 +99,15 @@ def _project(c_s: int, c_t: int) -> nn.Sequential:
 
 
 def _gram(fm: Tensor) -> Tensor:
-    flat = fm.flatten(1)
-    return flat @ flat.T
+    # in the order of memory, which a product over all entries does not see: no copy
+    x = (fm if fm.is_contiguous() else fm.movedim(1, -1)).flatten(1)
+    # the product is symmetric: (dG + dG^T) X is one product backward, where X X^T takes two
+    half = x @ x.detach().T
+    return half + half.T - half.detach()
+
+
+def _pooled(fm: Tensor, size: list[int]) -> Tensor:
+    return fm if list(fm.shape[2:]) == size else F.adaptive_avg_pool2d(fm, size)
 
 
 def _unit(x: Tensor) -> Tensor:

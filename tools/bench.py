@@ -231,17 +231,17 @@ def bare_step(args, machine, images, snet, tnet, alone: bool):
     nets = [
         copy.deepcopy(net).to(device, memory_format=torch.channels_last) for net in (snet, tnet)
     ]
-    snet, tnet = nets[0].train().requires_grad_(True), nets[1].eval()
+    snet, tnet = nets[0].train().requires_grad_(True), nets[1].eval().requires_grad_(False)
     optimizer = utils.sgd(snet.parameters(), recipe())
     img, target, _ = next(dataset.train_batches(images, args.batch_size, 0, 1))
     img, target = img.to(device), target.to(device)
 
     def call():
         with machine.autocast():
-            out = snet(img)
-            if not alone:
+            if not alone:  # first: the student then works in the memory it has left
                 with torch.no_grad():
                     tnet(img)
+            out = snet(img)
         loss = F.cross_entropy(out.float(), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
