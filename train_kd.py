@@ -41,9 +41,10 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         raise UserError(f"--kd_mode {early.kd_mode}: a method twice")
     if len(rows) > 1:
         for mode, row in rows.items():
-            if len(row.phases) > 1:
+            if len(row.phases) > 1 or row.reuses:
+                own = "a deployed network" if row.reuses else "phases"
                 raise UserError(
-                    f"--kd_mode {early.kd_mode}: {mode} has phases of its own, use it alone"
+                    f"--kd_mode {early.kd_mode}: {mode} has {own} of its own, use it alone"
                 )
 
     parser = utils.Parser(prog="train_kd.py", description=__doc__)

@@ -37,7 +37,7 @@ class ITRD(nn.Module):
     ):
         super().__init__()
         if alpha <= 0:
-            raise ValueError(f"alpha must be above 0, not {alpha}")
+            raise ValueError(f"the power alpha must be above 0, not {alpha}")
         self.lambda_corr, self.lambda_mutual, self.alpha = lambda_corr, lambda_mutual, alpha
         self.embed = nn.Linear(s_dim, t_dim)
 
