@@ -773,7 +773,7 @@ METHODS = {
     "vkd":      Method(between(VKD, "feat"), feat,           25.0, dict(map=("cayley", "matrix_exp", "householder")), decay=False),
     "ickd":     Method(between(ICKD, "last"), last,         2.5),
     "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}),
-    "mlkd":     Method(build_mlkd,         two_views,         0.9, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
+    "mlkd":     Method(build_mlkd,         two_views,        0.09, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={"crd": dict(lambda_kd=0.9), IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
     "wkd_l":    Method(build_wkd_l,        transport,         1.0, WKD_L_FLAGS, prepare=class_distances, protocols={"crd": dict(pairs=WKD_L_PAIRS), IMAGENET: WKD_L_IMAGENET}),
     "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}),
     "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
