@@ -237,7 +237,7 @@ def test_a_step_is_that_of_training(monkeypatch):
             call()
         assert len(runs) == count.get(mode, 2)
     weights, sizes, terms = zip(*seen)
-    assert weights == ([0.75], [1.0], [1.0], [0.9]) and sizes == (8, 8, 8, 8)
+    assert weights == ([0.75], [1.0], [1.0], [0.09]) and sizes == (8, 8, 8, 8)
     assert all(term["kd"].isfinite() for term in terms)
 
 
