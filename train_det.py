@@ -128,7 +128,11 @@ class Found:
 
     def __post_init__(self):
         utils.named(DETECTORS, self.name, "detector")
-        self.weights = self.pretrained or "fresh"
+
+    @property
+    def weights(self) -> str:
+        """As `build` names them."""
+        return self.pretrained or "fresh"
 
     @property
     def norm(self) -> str:

@@ -392,9 +392,7 @@ def build_sdd(s, t, train, inner, scales, w_comp, T, alpha, beta):
 
 
 def build_semckd(s, t, train, soft, batch):
-    kd = SemCKD(*([fm.shape[1] for fm in x.stages] for x in (s, t)), batch, soft)
-    kd.batch = batch
-    return kd
+    return SemCKD(*([fm.shape[1] for fm in x.stages] for x in (s, t)), batch, soft)
 
 
 def build_ofa(s, t, train, eps, T):
