@@ -857,6 +857,13 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
     net.load_state_dict(state)
 
 
+def check_finite(net: nn.Module, path: str) -> None:
+    """Raises UserError where weights that were loaded from `path`, to train with, are not finite."""
+    spoilt = [key for key, x in net.state_dict().items() if not x.isfinite().all()]
+    if spoilt:
+        raise UserError(f"{path}: {len(spoilt)} entries are not finite ({_few(spoilt)})")
+
+
 def _like(x: Tensor, own: Tensor) -> bool:
     """Whether `x` is an ordinary tensor that can stand for `own`."""
     plain = x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_complex())
@@ -899,10 +906,8 @@ class Weights:
         """The network, frozen, its weights loaded, its feature maps found."""
         seed_everything(seed)
         net = self.load(num_class, img_size).requires_grad_(False)
-        entries = net.state_dict() if self.state is not None else {}
-        spoilt = [key for key, x in entries.items() if not x.isfinite().all()]
-        if spoilt:
-            raise UserError(f"{self.path}: {len(spoilt)} entries are not finite ({_few(spoilt)})")
+        if self.state is not None:
+            check_finite(net, self.path)
         self.notes = ensure_taps(net, self.name, num_class, img_size, self.taps)
         return net
 

@@ -381,6 +381,10 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
         ("--kd_mode none --s_name fasterrcnn_resnet18 --min_size 900 --max_size 800", "is above"),
         ("--kd_mode none --s_init {t} --anchor 16", "contradicts --s_init, which has 8"),
         ("--kd_mode none --s_init {digits}", "resnet8"),
+        (
+            "--kd_mode none --s_init {spoilt}",
+            "1 entries are not finite (backbone.body.conv1.weight)",
+        ),
         ("--kd_mode none --s_name fasterrcnn_resnet18 --batch_size 500", "batch_size 500"),
     ],
 )
@@ -388,7 +392,12 @@ def test_bad_input_is_one_line(flags, line, teacher, folder, tmp_path, capsys):
     digits = tmp_path / "r8.pth"
     net = network.build("resnet8", 10)
     torch.save(dict(net=net.state_dict(), meta=dict(network="resnet8", num_class=10)), digits)
-    names = dict(t=f"{teacher}/checkpoint.pth.tar", root=folder, digits=digits)
+    spoilt = tmp_path / "spoilt.pth"
+    names = dict(t=f"{teacher}/checkpoint.pth.tar", root=folder, digits=digits, spoilt=spoilt)
+    if "{spoilt}" in flags:
+        best = utils.read_checkpoint(f"{teacher}/model_best.pth.tar")
+        best["snet"]["backbone.body.conv1.weight"][0] = float("nan")
+        torch.save(best, spoilt)
     argv = [part.format(**names) for part in flags.split()]
     argv += [] if "--img_root" in flags else ["--img_root", str(folder)]
     with pytest.raises(SystemExit) as stop:

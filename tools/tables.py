@@ -655,7 +655,8 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     tallest = max(len(part) for part in parts.values())
-    figure = Figure(figsize=(4.6 * columns, lines * (1.2 + 0.24 * tallest)), layout="constrained")
+    width, height = max(6.4, 4.6 * columns), lines * (1.2 + 0.24 * tallest) + 0.4
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis, ((where, data, t, s), part) in zip(axes, parts.items()):
         part = part[::-1]
@@ -673,7 +674,8 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
         axis.grid(alpha=0.3, axis="x")
     for axis in list(axes):
         axis.set_axis_off()
-    figure.suptitle(f"{title}: last epoch (dots), best (circles), published (crosses)", fontsize=10)
+    crosses = ", published (crosses)" if any(row["published"] for row in rows) else ""
+    figure.suptitle(f"{title}\nlast epoch (dots), best (circles){crosses}", fontsize=10)
     figure.savefig(path, dpi=100)
     return True
 
