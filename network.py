@@ -857,7 +857,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
     net.load_state_dict(state)
 
 
-def check_finite(net: nn.Module, path: str) -> None:
+def check_weights(net: nn.Module, path: str) -> None:
     """Raises UserError where weights that were loaded from `path`, to train with, are not finite."""
     spoilt = [key for key, x in net.state_dict().items() if not x.isfinite().all()]
     if spoilt:
@@ -907,7 +907,7 @@ class Weights:
         seed_everything(seed)
         net = self.load(num_class, img_size).requires_grad_(False)
         if self.state is not None:
-            check_finite(net, self.path)
+            check_weights(net, self.path)
         self.notes = ensure_taps(net, self.name, num_class, img_size, self.taps)
         return net
 

@@ -158,7 +158,7 @@ class Found:
         net = build(self.name, num_class, view, self.weights, self.norm)
         if self.state is not None:
             network.load_weights(net, self.state, self.path, self.name)
-            network.check_finite(net, self.path)
+            network.check_weights(net, self.path)
         return net
 
 
