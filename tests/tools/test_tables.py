@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -491,6 +492,20 @@ def test_into_a_page(tmp_path, capsys):
     assert once.startswith("a\n<!--") and once.endswith("<!-- end of the table -->\nb\n")
     tables.main(argv)
     assert page.read_text() == once
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "results/tables").glob("*.md"))])
+def test_what_the_page_shows_is_made_of_the_records(name, tmp_path, capsys):
+    """Neither the committed tables nor the README's are typed."""
+    there = ROOT / "results" / "tables"
+    shutil.copy(there / f"{name}.runs.csv", tmp_path)
+    page = tmp_path / "page.md"
+    shutil.copy(ROOT / "README.md", page)
+    runs = ["--runs", str(tmp_path / "none")]
+    tables.main(["show", name, *runs, "--out", str(tmp_path), "--into", str(page)])
+    for file in (f"{name}.md", f"{name}.csv", f"{name}.runs.csv"):
+        assert (tmp_path / file).read_text() == (there / file).read_text()
+    assert page.read_text() == (ROOT / "README.md").read_text()
 
 
 # --- bad input ---------------------------------------------------------------------------------------
