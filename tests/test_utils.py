@@ -298,29 +298,27 @@ def test_tensors_move_to_the_cpu_wherever_they_are():
 
 
 STEPS = """
-import resource, sys, torch, utils
+import resource, torch, utils
 
-if sys.argv[1] == "kept":
-    utils.machine(0, "off")
-faults = []
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
     for x in [torch.empty(6_000_000) for _ in range(4)]:
         x.fill_(1.0)
-    del x
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+
+utils.machine(0, "off")
+for _ in range(10):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def test_freed_memory_is_kept_for_the_next_step():
-    """In a process of its own: what else a process has freed decides where its next step lies."""
+    """In a process of its own, which has freed nothing else, once it has settled (five steps at most
+    were seen: a block may be taken beside the hole that its like has left)."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
-
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", STEPS, how]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
-
-    # the pages of a step's 96 MB are cleared anew, or not
-    assert faults("kept") < 0.1 * faults("given back")
+    faults = subprocess.check_output([sys.executable, "-c", STEPS], cwd=ROOT)
+    # anew, a step's 96 MB are 24 000 pages
+    assert int(faults) < 2000
