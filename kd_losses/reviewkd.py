@@ -5,7 +5,6 @@ https://arxiv.org/abs/2104.09044
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class ReviewKD(nn.Module):
@@ -51,21 +50,14 @@ class ReviewKD(nn.Module):
         """
         fms_s, fms_t = [_as_map(x) for x in fms_s], [_as_map(x) for x in fms_t]
         self._check(fms_s, fms_t)
-        losses, fused = [], None
+        outs, fused = [], None
         for abf, fm_s, fm_t in zip(self.abfs, fms_s[::-1], fms_t[::-1]):
             # autocast takes maps as they are
             if not torch.is_autocast_enabled(fm_s.device.type):
                 fm_s = fm_s.to(torch.promote_types(fm_s.dtype, torch.float32))
-            fused = abf.fuse(fm_s, fused, fm_t.shape[2:])
-            conv, norm = abf.conv2
-            losses.append(
-                AtOnce.apply(
-                    lambda x: hcl([norm(x)], [fm_t]),  # noqa: B023, it is called right here
-                    conv(fused),
-                    *norm.parameters(),
-                )
-            )
-        return torch.stack(losses).sum()
+            out, fused = abf(fm_s, fused, fm_t.shape[2:])
+            outs.append(out)
+        return hcl(outs[::-1], fms_t)
 
     def _check(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> None:
         # before anything runs: a batch norm that has moved cannot be taken back
@@ -122,97 +114,13 @@ class ABF(nn.Module):
         deepest; size: (H_t, W_t). Returns out (B, out_channels, H_t, W_t) and fused
         (B, mid_channel, H_t, W_t).
         """
-        fused = self.fuse(fm_s, fused_deeper, size)
+        x = self.conv1(fm_s)
+        if self.att_conv is not None:
+            y = _resize(fused_deeper, x.shape[2:])
+            a = self.att_conv(torch.cat([x, y], dim=1))
+            x = a[:, :1] * x + a[:, 1:] * y
+        fused = _resize(x, size)
         return self.conv2(fused), fused
-
-    def fuse(self, fm_s: Tensor, fused_deeper: Tensor | None, size: torch.Size) -> Tensor:
-        """`fused` alone, which is all that the next level wants."""
-        conv, norm = self.conv1
-        raw = conv(fm_s)
-        if self.att_conv is None:
-            return _resize(norm(raw), size)
-        if norm.training:
-            norm.num_batches_tracked += 1
-        running = norm.running_mean, norm.running_var
-        # not norm(raw): the statistics that make x of raw again are wanted
-        x, mean, scale = torch.native_batch_norm(
-            raw, norm.weight, norm.bias, *running, norm.training, norm.momentum, norm.eps
-        )
-        if norm.training:
-            running = mean, scale.square().reciprocal() - norm.eps
-        again = raw.detach(), *(z.detach() for z in (*running, norm.weight, norm.bias)), norm.eps
-        conv = self.att_conv[0]
-        return _resize(Fuse.apply(x, fused_deeper, conv.weight, conv.bias, *again), size)
-
-
-class Fuse(torch.autograd.Function):
-    """x, y -> a_0 * x + a_1 * resize(y) with a = sigmoid(W_a [x; resize(y)] + b_a).
-
-    x (B, C, H, W), y (B, C, *, *), weight (2, 2 C, 1, 1), bias (2,). What x was before batch norm,
-    `raw`, and its statistics give x again in the backward: the graph keeps raw anyway, and no
-    second map of that size. It has no second derivative.
-    """
-
-    @staticmethod
-    def forward(ctx, x, y, weight, bias, raw, mean, var, scale, shift, eps) -> Tensor:
-        # W_a [x; y] without the copy of both maps, and y's part at y's own size: a 1x1
-        # convolution and the nearest neighbours' values commute
-        weight_x, weight_y = weight.chunk(2, dim=1)
-        own = F.conv2d(x, weight_x, bias)
-        a = (own + _resize(F.conv2d(y, weight_y), own.shape[2:])).sigmoid_()
-        ctx.save_for_backward(y, weight, a, raw, mean, var, scale, shift)
-        ctx.eps = eps
-        # a product with every second number of `a` as it lies takes up to six times as long
-        a_0, a_1 = (z.contiguous() for z in a.split(1, dim=1))
-        return (x * a_0).addcmul_(_resize(y, x.shape[2:]), a_1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        y, weight, a, raw, *norm = ctx.saved_tensors
-        weight_x, weight_y = weight.to(grad.dtype).chunk(2, dim=1)
-        grad_x, grad_y, slope = torch.empty_like(raw), torch.empty_like(y), torch.empty_like(a)
-
-        def part(raw, y, a, grad, grad_x, grad_y, slope) -> list[Tensor]:
-            """Fill the last three; the gradients of weight_x and bias."""
-            a_0, a_1 = (z.contiguous() for z in a.split(1, dim=1))
-            dot_y = (grad * _resize(y, raw.shape[2:])).sum(1, keepdim=True)
-            grad_y.copy_(_shrink(grad * a_1, y))
-            x = F.batch_norm(raw, *norm, eps=ctx.eps)
-            dots = torch.cat([(grad * x).sum(1, keepdim=True), dot_y], dim=1)
-            torch.mul(dots, a * (1 - a), out=slope)
-            along, *rest = _conv_backward(slope, x, weight_x)
-            torch.addcmul(along, grad, a_0, out=grad_x)
-            return rest
-
-        # by quarters of the batch: no more whole maps beside these
-        maps = raw, y, a, grad, grad_x, grad_y, slope
-        grads = [part(*some) for some in zip(*(z.chunk(4) for z in maps))]
-        along, grad_weight_y, _ = _conv_backward(_shrink(slope, y), y, weight_y)
-        grad_weight_x, grad_bias = (sum(t) for t in zip(*grads))
-        grad_weight = torch.cat([grad_weight_x, grad_weight_y], dim=1).to(weight.dtype)
-        return grad_x, grad_y.add_(along), grad_weight, grad_bias.to(weight.dtype), *[None] * 6
-
-
-class AtOnce(torch.autograd.Function):
-    """call, x, *parameters -> call(x), a scalar, with its gradients taken in the forward: they
-    are all that the graph keeps. It has no second derivative.
-    """
-
-    @staticmethod
-    def forward(ctx, call, x: Tensor, *parameters: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(), *parameters]
-            loss = call(leaves[0])
-            wanted = [z for z in leaves if z.requires_grad]
-            grads = iter(torch.autograd.grad(loss, wanted))
-        ctx.save_for_backward(*(next(grads) if z.requires_grad else None for z in leaves))
-        return loss.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        return None, *(z if z is None else grad.to(z.dtype) * z for z in ctx.saved_tensors)
 
 
 def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
@@ -254,17 +162,3 @@ def _as_map(x: Tensor) -> Tensor:
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="nearest")
-
-
-def _shrink(grad: Tensor, like: Tensor) -> Tensor:
-    """The backward of `_resize` from the size of `like`."""
-    size, own = grad.shape[2:], like.shape[2:]
-    if size == own:
-        return grad
-    return torch.ops.aten.upsample_nearest2d_backward(grad, size, (*grad.shape[:2], *own))
-
-
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a 1x1 convolution in its input, weight and bias."""
-    rest = [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3
-    return torch.ops.aten.convolution_backward(grad, x, weight, *rest)
