@@ -67,10 +67,7 @@ class ITRD(nn.Module):
     def corr(self, e: Tensor, feat_t: Tensor) -> Tensor:
         c = (_standardised(e) * _standardised(feat_t)).mean(0)
         # c is at most (B - 1) / B, so that the logarithm is finite
-        z = 2 * self.alpha * (1 - c).log()
-        # torch's own logsumexp waits for the device in its backward
-        largest = z.detach().max()
-        return ((z - largest).exp().sum().log() + largest) / math.log(2)
+        return (2 * self.alpha * (1 - c).log()).logsumexp(0) / math.log(2)
 
     def mutual(self, x: Tensor, feat_t: Tensor) -> Tensor:
         g_s, g_t = _cosines(x), _cosines(feat_t)
@@ -90,4 +87,5 @@ def _cosines(x: Tensor) -> Tensor:
 
 def _square(g: Tensor) -> Tensor:
     # the trace counts the rows that are not zero: only where all are is it below 1
-    return g.square().sum() / g.trace().clamp(min=1).square()
+    # (diagonal().sum(): the backward of trace() waits for the device)
+    return g.square().sum() / g.diagonal().sum().clamp(min=1).square()

@@ -1,0 +1,399 @@
+"""What the day with a GPU is for: captured against plain steps, their times, an epoch, rows of a table.
+
+    tools/gpu_check.sh                              # all parts, at most six minutes, with a summary
+    python tools/gpu_check.py steps --seconds 100   # every method: plain against captured step
+    python tools/gpu_check.py runs                  # every method trains two epochs on digits
+    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours beside a plain public-style loop
+    python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
+    python tools/gpu_check.py summary               # what the parts wrote, as Markdown
+
+Each part writes its figures into --out as soon as it has them, so that a part that is cut off is
+still of use. `--tiny`: small sizes, for a machine without a GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import bench  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+import dataset  # noqa: E402
+import network  # noqa: E402
+import train_kd  # noqa: E402
+import utils  # noqa: E402
+from kd_losses import METHODS  # noqa: E402
+from utils import UserError  # noqa: E402
+
+PAIRS = (("resnet20", "resnet20", 128), ("resnet32x4", "resnet8x4", 64))  # teacher, student, batch
+ROWS = "st at fitnet nst pkt fsp ft rkd ab sp sobolev bss cc lwm irg vid ofd afd crd".split()
+COMPARED = 6  # steps of which losses and weights are compared
+
+# --- steps: captured against plain, for every method ----------------------------------------------
+
+
+def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Write a row of steps.jsonl for each method and pair, until the time is up."""
+    end = time.monotonic() + args.seconds
+    with open(args.out / "steps.jsonl", "a") as out:
+        for teacher, student, batch_size in PAIRS[: args.pairs]:
+            size = 8 if args.tiny else batch_size
+            sizes = dict(teacher=teacher, student=student, batch_size=size, num_class=100)
+            flags = argparse.Namespace(samples=4 * size if args.tiny else 4096, **sizes)
+            images = bench.random_images(flags.samples, flags.num_class)
+            nets = bench.pair(flags, images)
+            bare = bench.bare_step(flags, machine, images, *nets, False)
+            bare_ms = 1000 * per_call(bare, args.steps, machine)
+            head = dict(pair=f"{teacher} -> {student}", batch=size)
+            for mode in args.modes:
+                if time.monotonic() > end:
+                    print(f"time is up: {mode} and what follows was not run", flush=True)
+                    return
+                row = head | dict(mode=mode, bare_ms=bare_ms)
+                try:
+                    row |= one_mode(mode, flags, machine, images, nets, args.steps)
+                except Exception as error:  # the other methods are still of use
+                    row["error"] = f"{type(error).__name__}: {utils.first_line(error)}"
+                    if machine.device.type == "cuda" and "CUDA error" in str(error):
+                        out.write(json.dumps(row) + "\n")
+                        raise
+                print(json.dumps(bench.short(row)), flush=True)
+                out.write(json.dumps(bench.short(row)) + "\n")
+                out.flush()
+
+
+def one_mode(mode: str, flags, machine, images, nets, count: int) -> dict:
+    """Times and kernels of a plain step of `mode`, and of a captured one where the row allows it."""
+    plain = Stepper(mode, flags, machine, images, nets, train_kd.train_step)
+    losses, weights = plain.compared()
+    row = dict(step_ms=1000 * per_call(plain, count, machine))
+    if machine.device.type == "cuda":
+        if METHODS[mode].graph:
+            captured = Stepper(mode, flags, machine, images, nets, train_kd.Captured())
+            others, other_weights = captured.compared()
+            row["loss_difference"] = relative(losses, others)
+            row["weight_difference"] = relative(weights, other_weights)
+            row["captured_ms"] = 1000 * per_call(captured, count, machine)
+        row |= on_the_gpu(plain, row["step_ms"])
+    return row
+
+
+class Stepper:
+    """Steps of `mode` on a few batches in turn, from the same weights and draws each time it is made."""
+
+    def __init__(self, mode: str, flags, machine, images, nets, step):
+        torch.manual_seed(0)
+        self.job, self.phase, self.optimizer, images = bench.distillation(
+            mode, flags, machine, images, *nets
+        )
+        self.job.learners(self.phase)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3
+        images = images.to(machine.device)
+        batches = dataset.train_batches(images, flags.batch_size, 2, 1, strong=self.job.strong)
+        self.batches = [train_kd.Batch(*batch) for _, batch in zip(range(4), batches)]
+        self.step, self.machine, self.taken = step, machine, 0
+        self.weights = train_kd.kd_weights(self.job, 0.5, bench.recipe())
+
+    def __call__(self) -> dict:
+        batch = self.batches[self.taken % len(self.batches)]
+        self.taken += 1
+        return self.step(
+            self.job, self.phase, self.optimizer, batch, self.weights, self.machine
+        )
+
+    def compared(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The terms of the first steps and the weights after them, as two vectors."""
+        terms = [torch.stack([x.float() for x in self().values()]).clone() for _ in range(COMPARED)]
+        groups = self.optimizer.param_groups
+        weights = [p.detach().float().flatten() for group in groups for p in group["params"]]
+        return torch.cat(terms), torch.cat(weights)
+
+
+def per_call(call, count: int, machine: utils.Machine) -> float:
+    """Seconds of a call, the median of three blocks of `count` calls, after six to warm up."""
+    bench.seconds(call, 6, machine.device)
+    return median(bench.seconds(call, count, machine.device) / count for _ in range(3))
+
+
+def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
+    """Kernels a step, their time, and which share of the step's time the GPU is at work."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+    kernels = [
+        event
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    kernel_ms = sum(event.self_device_time_total for event in kernels) / 1000 / count
+    return dict(
+        kernels=len(kernels) / count, kernel_ms=kernel_ms, busy=min(1.0, kernel_ms / step_ms)
+    )
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / one.norm()).item()
+
+
+# --- runs: the whole script, every method --------------------------------------------------------
+
+
+def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Two epochs of every method on digits, captured where the row allows it, several at a time;
+    write runs.json: what failed, with the last line that it printed."""
+    end = time.monotonic() + args.seconds
+    root = args.out / "runs"
+    data = ["--data_name", "digits", "--img_size", "12", "--save_root", str(root)]
+    data += ["--epochs", "2"]
+    for net in ("resnet14", "resnet8"):
+        train("train_base.py", "--net_name", net, *data, "--note", net)
+    files = ["--t_model", str(root / "resnet14" / "model_best.pth.tar")]
+    files += ["--s_init", str(root / "resnet8" / "initial_r8.pth.tar")]
+    graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
+    jobs = [
+        ["train_kd.py", "--kd_mode", mode, *files, *data, "--note", mode]
+        + (graph if METHODS[mode].graph else [])
+        for mode in args.modes
+    ]
+    together(jobs, root, args.jobs, end)
+    failed = {}
+    for mode in args.modes:
+        if not finished(root / mode):
+            text = (root / f"{mode}.out").read_text() if (root / f"{mode}.out").exists() else ""
+            failed[mode] = text.strip().splitlines()[-1] if text.strip() else "not run"
+    save(args.out / "runs.json", dict(count=len(args.modes), failed=failed))
+    print(json.dumps(failed, indent=1), flush=True)
+
+
+# --- epoch: ours beside a plain public-style loop --------------------------------------------------
+
+
+def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Write epoch.json: images a second of `st`, plain and captured, and of a loop as the public
+    repositories have it."""
+    found = {}
+    teacher = args.out / "work" / "teacher" / "model_best.pth.tar"
+    data = ["--data_name", "imagefolder", "--img_root", args.img_root]
+    name = "resnet8" if args.tiny else "resnet20"
+    where = ["--save_root", str(args.out / "work"), "--print_freq", "1000"]
+    train("train_base.py", "--net_name", name, *data, *where, "--note", "teacher", "--epochs", "2")
+    found["train_base, resnet20"] = speed(args.out / "work" / "teacher")
+    distil = ["--s_name", name, "--t_model", str(teacher), *where, "--kd_mode", "st"]
+    ways = {"st, plain steps": []}
+    if machine.device.type == "cuda":
+        ways["st, captured"] = ["--cuda_graph"]
+    for way, flags in ways.items():
+        note = way.replace(", ", "-").replace(" ", "-")
+        train("train_kd.py", *distil, *flags, "--note", note, "--epochs", "2")
+        found[way] = speed(args.out / "work" / note)
+        save(args.out / "epoch.json", found)
+    workers = min(8, utils.cpus())
+    found[f"st, public-style loop, {workers} workers"] = public_loop(args, machine, name, workers)
+    save(args.out / "epoch.json", found)
+    print(json.dumps(found, indent=1), flush=True)
+
+
+def train(*argv) -> None:
+    subprocess.run([sys.executable, *argv], cwd=ROOT, check=True)
+
+
+def speed(folder: Path) -> dict:
+    """Images a second of the last epoch's training, and its seconds with the evaluation."""
+    rows = (folder / "timing.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(",")))
+    return dict(img_per_s=float(last["train_img_per_s"]), seconds=float(last["seconds"]))
+
+
+def public_loop(args, machine, name: str, workers: int) -> dict:
+    """Images a second of a loop that has what the public ones have: float32, NCHW, PIL's images
+    through worker processes, and the losses read in every step."""
+    train, device = dataset.load("imagefolder", args.img_root).train, machine.device
+    num_class = train.num_class
+    tnet, snet = (network.build(name, num_class).to(device) for _ in "ts")
+    tnet.eval(), snet.train()
+    optimizer = torch.optim.SGD(snet.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    loader = torch.utils.data.DataLoader(
+        bench.InMemory(train), 128, shuffle=True, num_workers=workers, pin_memory=True
+    )
+    total = images = 0
+    began, warm, limit = time.perf_counter(), 20, 2 if args.tiny else 45
+    for i, (img, target) in enumerate(loader):
+        img, target = img.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        with torch.no_grad():
+            out_t = tnet(img)
+        out = snet(img)
+        ce = F.cross_entropy(out, target)
+        soft = F.kl_div(F.log_softmax(out / 4, 1), F.softmax(out_t / 4, 1), reduction="batchmean")
+        loss = ce + 0.1 * 16 * soft
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += ce.item() + soft.item() + (out.argmax(1) == target).float().mean().item()
+        if i == warm:
+            began = time.perf_counter()
+        elif i > warm:
+            images += len(img)
+        if time.perf_counter() - began > limit and i > warm:
+            break
+    return dict(img_per_s=images / (time.perf_counter() - began), images=images)
+
+
+# --- rows: KD-Zoo's CIFAR-10 protocol --------------------------------------------------------------
+
+
+def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Train the teacher, then the baseline and the methods, several at a time, until the time is
+    up; what is unfinished stops at its checkpoint and goes on at the next call."""
+    end = time.monotonic() + args.seconds
+    root = args.out / "rows"
+    epochs = ["--epochs", "2"] if args.tiny else []
+    net = "resnet8" if args.tiny else "resnet20"
+    data = ["--data_name", "imagefolder", "--img_root", args.img_root]
+    same = ["--save_root", str(root), "--print_freq", "100000", *epochs]
+    base = ["train_base.py", "--net_name", net, *data, *same]
+    together([[*base, "--note", "teacher"], [*base, "--note", "baseline", "--seed", "1"]], root, 2, end)
+    teacher = root / "teacher" / "checkpoint.pth.tar"
+    if not finished(root / "teacher"):
+        return
+    modes = [mode for mode in args.modes if mode in ROWS]
+    graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
+    jobs = [
+        ["train_kd.py", "--kd_mode", mode, "--s_name", net, "--t_model", str(teacher), *same]
+        + ["--note", mode, "--seed", "1", *(graph if METHODS[mode].graph else [])]
+        for mode in modes
+    ]
+    together(jobs, root, args.jobs, end)
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def together(jobs: list[list[str]], root: Path, count: int, end: float) -> None:
+    """Run `jobs`, `count` at a time, till `end`; what still runs then is told to save and stop."""
+    waiting = [job for job in jobs if not finished(root / job[job.index("--note") + 1])]
+    running = []
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    while (waiting or running) and time.monotonic() < end:
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < count:
+            job = waiting.pop(0)
+            note = job[job.index("--note") + 1]
+            resume = ["--resume"] if (root / note / "checkpoint.pth.tar").exists() else []
+            root.mkdir(parents=True, exist_ok=True)
+            log = open(root / f"{note}.out", "a")
+            command = [sys.executable, *job, *resume]
+            running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env))
+        time.sleep(0.5)
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait()
+
+
+# --- summary --------------------------------------------------------------------------------------
+
+COLUMNS = dict(
+    mode=("mode", ""),
+    bare_ms=("bare ms", ".2f"),
+    step_ms=("plain ms", ".2f"),
+    captured_ms=("captured ms", ".2f"),
+    times=("times faster", ".2f"),
+    captured_per_s=("captured steps/s", ".0f"),
+    kernels=("kernels", ".0f"),
+    kernel_ms=("GPU ms", ".2f"),
+    busy=("GPU busy, plain", ".0%"),
+    loss_difference=("losses differ", ".0e"),
+    weight_difference=("weights differ", ".0e"),
+)
+
+
+def summary(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Write summary.md of what is there."""
+    lines = [f"# {machine}, torch {torch.__version__}", ""]
+    tests = args.out / "tests.log"
+    if tests.exists():
+        lines += ["`pytest tests/test_cuda.py`: " + tests.read_text().strip().splitlines()[-1], ""]
+    if (args.out / "runs.json").exists():
+        found = json.loads((args.out / "runs.json").read_text())
+        lines += [f"Two epochs on digits: {found['count']} methods, {len(found['failed'])} failed", ""]
+        lines += [f"- {mode}: {line}" for mode, line in found["failed"].items()] + [""]
+    path = args.out / "steps.jsonl"
+    found = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    for name in dict.fromkeys((row["pair"], row["batch"]) for row in found):
+        lines += [f"## A step, {name[0]}, batch {name[1]}", "", *bench.head(COLUMNS)]
+        for row in found:
+            if (row["pair"], row["batch"]) == name and "error" not in row:
+                if "captured_ms" in row:
+                    row["times"] = row["step_ms"] / row["captured_ms"]
+                    row["captured_per_s"] = 1000 / row["captured_ms"]
+                lines.append(bench.line(row, COLUMNS))
+        lines.append("")
+    lines += [f"- {row['mode']}, {row['pair']}: {row['error']}" for row in found if "error" in row]
+    if (args.out / "epoch.json").exists():
+        lines += ["", "## An epoch", "", "| | images a second |", "| --- | --- |"]
+        found = json.loads((args.out / "epoch.json").read_text())
+        lines += [f"| {way} | {x['img_per_s']:.0f} |" for way, x in found.items()]
+    results = sorted((args.out / "rows").glob("*/result.json"))
+    if results:
+        lines += ["", "## KD-Zoo's protocol, CIFAR-10 (JPEG)", ""]
+        lines += ["| run | last top-1 | best top-1 | seconds |", "| --- | --- | --- | --- |"]
+        for path in results:
+            x = json.loads(path.read_text())
+            numbers = " | ".join(f"{x[key]:.2f}" for key in ("last", "best", "seconds"))
+            lines.append(f"| {path.parent.name} | {numbers} |")
+    text = "\n".join(lines) + "\n"
+    (args.out / "summary.md").write_text(text)
+    print(text)
+
+
+def save(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+PARTS = dict(steps=steps, runs=runs, epoch=epoch, rows=rows, summary=summary)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = utils.Parser(prog="gpu_check.py", description=__doc__)
+    add = parser.add_argument
+    add("part", choices=PARTS)
+    add("--out", type=Path, default=Path("results/gpu/here"), metavar="DIR")
+    add("--modes", type=bench.some(METHODS), default=tuple(METHODS), metavar="M,M")
+    add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
+    add("--seconds", type=utils.number(float, 0), default=100, metavar="X", help="(default 100)")
+    add("--steps", type=utils.number(int, 1), default=30, metavar="N", help="a block (default 30)")
+    add("--pairs", type=utils.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
+    add("--jobs", type=utils.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)")
+    add("--cuda", type=utils.number(int, 0, 1), metavar="0|1", help="0: CPU")
+    add("--tiny", action="store_true", help="small sizes, to try the script")
+    bench.add_amp(parser)
+    return parser.parse_args(argv)
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else list(argv))
+    if args.part in ("epoch", "rows") and not args.img_root:
+        raise UserError(f"{args.part} needs --img_root DIR, a folder with train and test")
+    args.out = args.out.absolute()
+    args.out.mkdir(parents=True, exist_ok=True)
+    PARTS[args.part](args, utils.machine(args.cuda, args.amp))
+
+
+if __name__ == "__main__":
+    main()

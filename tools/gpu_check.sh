@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Check the code on a GPU and measure it, in at most six minutes; a summary at the end.
+#
+#     tools/gpu_check.sh [--tiny]
+#
+# IMAGES: a folder with train/ and test/ (for the parts `epoch` and `rows`; without it they are left
+# out). OUT: where the results go (default results/gpu/<name of the GPU>). PYTHON: which Python. PARTS: which parts,
+# of "tests steps runs epoch rows"; SECONDS_<PART>: how long each may take. --tiny: small sizes, also without a GPU.
+set -u
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+tiny=${1:-}
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
+out=${OUT:-results/gpu/$(echo "${gpu:-cpu}" | tr ' /' '__')}
+parts=${PARTS:-tests steps runs epoch rows}
+mkdir -p "$out"
+check() { "$python" tools/gpu_check.py "$@" --out "$out" $tiny; }
+wants() { [[ " $parts " == *" $1 "* ]]; }
+
+{ nvidia-smi; "$python" -V; "$python" -m pip list 2>/dev/null | grep -i -E '^(torch|torchvision|numpy|timm|pytest) '; } \
+    >"$out/versions.txt" 2>&1
+if wants tests; then
+    timeout "${SECONDS_TESTS:-100}" "$python" -m pytest -q -n "${TEST_JOBS:-6}" tests/test_cuda.py >"$out/tests.log" 2>&1
+    tail -n 40 "$out/tests.log"
+fi
+if wants steps; then
+    limit=${SECONDS_STEPS:-130}
+    check steps --seconds "$limit" ${MODES:+--modes "$MODES"} ${STEPS:+--steps "$STEPS"} ${PAIRS:+--pairs "$PAIRS"} >"$out/steps.log" 2>&1
+    tail -n 3 "$out/steps.log"
+fi
+if wants runs; then
+    check runs --seconds "${SECONDS_RUNS:-60}" --jobs "${JOBS:-12}" ${MODES:+--modes "$MODES"} >"$out/runs.log" 2>&1
+    tail -n 30 "$out/runs.log"
+fi
+if wants epoch && [ -n "${IMAGES:-}" ]; then
+    timeout "${SECONDS_EPOCH:-90}" "$python" tools/gpu_check.py epoch --out "$out" --img_root "$IMAGES" $tiny >"$out/epoch.log" 2>&1
+    tail -n 12 "$out/epoch.log"
+fi
+if wants rows && [ -n "${IMAGES:-}" ]; then
+    check rows --seconds "${SECONDS_ROWS:-60}" --img_root "$IMAGES" ${MODES:+--modes "$MODES"} >"$out/rows.log" 2>&1
+    tail -n 3 "$out/rows.log"
+fi
+check summary
