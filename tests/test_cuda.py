@@ -16,6 +16,21 @@ GRAPHED = [mode for mode, row in METHODS.items() if row.graph]
 RECIPE = Namespace(lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=1)
 
 
+@pytest.fixture(autouse=True)
+def one_choice_of_kernels(monkeypatch):
+    """Both ways compute with the same kernels, and in full float32."""
+    machine = utils.machine
+
+    def deterministic(*args):
+        found = machine(*args)
+        torch.backends.cudnn.benchmark = False
+        return found
+
+    monkeypatch.setattr(utils, "machine", deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def steps(mode, step, machine, count=8):
     """The losses and final weights of a few steps, the last on a smaller batch."""
     torch.manual_seed(0)

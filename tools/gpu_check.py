@@ -12,6 +12,8 @@ still of use. `--tiny`: small sizes, for a machine without a GPU.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -121,7 +123,7 @@ class Stepper:
 
 
 def per_call(call, count: int, machine: utils.Machine) -> float:
-    """Seconds of a call, the median of three blocks of `count` calls, after six to warm up."""
+    """Seconds of a call: the median of three blocks of `count` calls, after six to warm up."""
     bench.seconds(call, 6, machine.device)
     return median(bench.seconds(call, count, machine.device) / count for _ in range(3))
 
@@ -163,18 +165,39 @@ def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
     files += ["--s_init", str(root / "resnet8" / "initial_r8.pth.tar")]
     graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
     jobs = [
-        ["train_kd.py", "--kd_mode", mode, *files, *data, "--note", mode]
-        + (graph if METHODS[mode].graph else [])
-        for mode in args.modes
+        (mode, ["--kd_mode", mode, *files, *data, "--note", mode, *(graph if row.graph else [])])
+        for mode, row in METHODS.items()
+        if mode in args.modes
     ]
-    together(jobs, root, args.jobs, end)
-    failed = {}
-    for mode in args.modes:
-        if not finished(root / mode):
-            text = (root / f"{mode}.out").read_text() if (root / f"{mode}.out").exists() else ""
-            failed[mode] = text.strip().splitlines()[-1] if text.strip() else "not run"
-    save(args.out / "runs.json", dict(count=len(args.modes), failed=failed))
-    print(json.dumps(failed, indent=1), flush=True)
+    failed = dict.fromkeys(args.modes, "not run")
+    # processes that take one method after another: to start Python for each takes longer than to train
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs) as pool:
+        for mode, error in pool.imap_unordered(one_run, jobs):
+            failed.pop(mode)
+            if error:
+                failed[mode] = error
+            save(args.out / "runs.json", dict(count=len(args.modes), failed=failed))
+            print(mode, error or "trained", flush=True)
+            if time.monotonic() > end:
+                pool.terminate()
+                break
+
+
+def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
+    """Train; (the method, '' or what went wrong)."""
+    mode, argv = job
+    torch.set_num_threads(1)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            train_kd.main(argv)
+    except SystemExit as stop:
+        if stop.code:
+            return mode, said.getvalue().strip().splitlines()[-1]
+    except Exception as error:
+        return mode, f"{type(error).__name__}: {utils.first_line(error)}"
+    return mode, ""
 
 
 # --- epoch: ours beside a plain public-style loop --------------------------------------------------
@@ -184,9 +207,12 @@ def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Write epoch.json: images a second of `st`, plain and captured, and of a loop as the public
     repositories have it."""
     found = {}
+    name = "resnet8" if args.tiny else "resnet20"
+    workers = min(8, utils.cpus())
+    found[f"st, public-style loop, {workers} workers"] = public_loop(args, machine, name, workers)
+    save(args.out / "epoch.json", found)
     teacher = args.out / "work" / "teacher" / "model_best.pth.tar"
     data = ["--data_name", "imagefolder", "--img_root", args.img_root]
-    name = "resnet8" if args.tiny else "resnet20"
     where = ["--save_root", str(args.out / "work"), "--print_freq", "1000"]
     train("train_base.py", "--net_name", name, *data, *where, "--note", "teacher", "--epochs", "2")
     found["train_base, resnet20"] = speed(args.out / "work" / "teacher")
@@ -199,9 +225,6 @@ def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
         train("train_kd.py", *distil, *flags, "--note", note, "--epochs", "2")
         found[way] = speed(args.out / "work" / note)
         save(args.out / "epoch.json", found)
-    workers = min(8, utils.cpus())
-    found[f"st, public-style loop, {workers} workers"] = public_loop(args, machine, name, workers)
-    save(args.out / "epoch.json", found)
     print(json.dumps(found, indent=1), flush=True)
 
 
@@ -228,7 +251,7 @@ def public_loop(args, machine, name: str, workers: int) -> dict:
         bench.InMemory(train), 128, shuffle=True, num_workers=workers, pin_memory=True
     )
     total = images = 0
-    began, warm, limit = time.perf_counter(), 20, 2 if args.tiny else 45
+    began, warm, limit = time.perf_counter(), 20, 2 if args.tiny else 20
     for i, (img, target) in enumerate(loader):
         img, target = img.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with torch.no_grad():
@@ -376,7 +399,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--modes", type=bench.some(METHODS), default=tuple(METHODS), metavar="M,M")
     add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
     add("--seconds", type=utils.number(float, 0), default=100, metavar="X", help="(default 100)")
-    add("--steps", type=utils.number(int, 1), default=30, metavar="N", help="a block (default 30)")
+    add("--steps", type=utils.number(int, 1), default=10, metavar="N", help="a block (default 10)")
     add("--pairs", type=utils.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
     add("--jobs", type=utils.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)")
     add("--cuda", type=utils.number(int, 0, 1), metavar="0|1", help="0: CPU")
