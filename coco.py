@@ -25,6 +25,7 @@ from torch import Tensor
 
 import dataset
 import utils
+from engine import stream
 from utils import UserError
 
 BORDER = 1.0  # pixels by which a box may leave its image: COCO's are rounded; it is clipped
@@ -148,7 +149,7 @@ class Coco:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         path = os.path.join(self.folder, os.fsdecode(self.files[i]))
-        img, size = pil_to_tensor(dataset._open(path)), tuple(self.sizes[i].tolist())
+        img, size = pil_to_tensor(dataset.open_image(path)), tuple(self.sizes[i].tolist())
         height, width = img.shape[1:]
         if size != (width, height):
             one, two = (f"{w}x{h}" for w, h in ((width, height), size))
@@ -289,7 +290,7 @@ def _read(data: Coco, batches, count: int, workers: int, device):
     """Yield (imgs, targets) of `batches`, of which there are `count`."""
     device = torch.device(device)
     workers = min(workers, count) if count > 1 else 0
-    for found in dataset.loader_of(Reader(data), batches, workers, device, collate_fn=_as_it_is):
+    for found in stream.loader_of(Reader(data), batches, workers, device, collate_fn=_as_it_is):
         if isinstance(found, str):
             raise UserError(found)
         flat, shapes, rest = found
@@ -348,7 +349,7 @@ def train_batches(
 def val_batches(data: Coco, batch_size: int, share=(0, 1), workers: int = 0, device="cpu"):
     """Yield (imgs, targets, image_ids) in order, as they are; of `share` (rank, world) every
     world-th batch. The last may be smaller."""
-    bounds = dataset._parts(len(data), batch_size)[share[0] :: share[1]]
+    bounds = dataset.parts_of(len(data), batch_size)[share[0] :: share[1]]
     batches = ([(i, False) for i in range(*bound)] for bound in bounds)
     read = _read(data, batches, len(bounds), workers, device)
     for bound, (imgs, targets) in zip(bounds, read):
@@ -381,14 +382,14 @@ class Evaluation:
         as mask_AP and so on. A figure that does not exist, as no object is of that size, is absent.
         """
         found, figures = {}, {}
-        for part in utils.everyone(self.found):
+        for part in utils.all_gather(self.found):
             found |= part
         if utils.rank() == 0:
             figures = self._measured(found, masks=False)
             if any(rles is not None for *_, rles in found.values()):
                 masks = self._measured(found, masks=True)
                 figures |= {f"mask_{name}": value for name, value in masks.items()}
-        return utils.everyone(figures)[0]
+        return utils.all_gather(figures)[0]
 
     def _measured(self, found: dict[int, tuple], masks: bool) -> dict[str, float]:
         with redirect_stdout(io.StringIO()):

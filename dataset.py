@@ -10,11 +10,9 @@ up front from a generator seeded by (seed, epoch), so batch k of an epoch is a f
 every device and with any number of workers.
 """
 
-import math
 import os
-import signal
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,11 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import IMG_SIZE, SIZES, UserError, first_line, named
+from utils import UserError, first_line, named
+
+IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
+SIZES = 5, 4096  # of images, in pixels: mirrored padding needs more than the 4 that it adds
 
 RESIDENT = 96  # pixels: images up to here stay on the device, files of larger ones are streamed
 PIECE = 8  # images that a CPU enlarges at a time: less memory to and fro
 SAMPLE = 2000  # training images on which the normalisation of larger ones is measured
+SAMPLE_BATCH = 50  # of them read at a time
 
 
 class Split:
@@ -78,12 +80,12 @@ class Images(Split):
 
 
 @dataclass
-class Stream(Split):
+class Files(Split):
     """One split whose images, of `size` pixels, are read when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
     reference count by reference count). `loader`: that of the last whole epoch of training, whose
-    processes wait for the next and end with the Stream. The rest as in Images.
+    processes wait for the next and end with the Files. The rest as in Images.
     """
 
     items: np.ndarray
@@ -96,7 +98,7 @@ class Stream(Split):
     workers: int = 0
     loader: torch.utils.data.DataLoader | None = field(default=None, init=False, repr=False)
 
-    def to(self, device) -> "Stream":
+    def to(self, device) -> "Files":
         return replace(self, labels=self.labels.to(device))
 
 
@@ -105,12 +107,22 @@ class Data:
     """A dataset: its two splits, its name, and what the log should say of it."""
 
     name: str
-    train: Images | Stream
-    test: Images | Stream
+    train: Images | Files
+    test: Images | Files
     notes: list[str] = field(default_factory=list)
 
     def to(self, device) -> "Data":
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def measured(self, pixels: Iterable[Tensor], count: int) -> "Data":
+        """The same with the normalisation measured on `pixels`, `count` training images."""
+        mean, std = measure(pixels)
+        train, test = (replace(split, mean=mean, std=std) for split in (self.train, self.test))
+        note = (
+            f"normalisation measured on {count} of {len(train)} training images: mean {mean}, "
+            f"std {std}"
+        )
+        return replace(self, train=train, test=test, notes=[*self.notes, note])
 
 
 def load(
@@ -142,7 +154,7 @@ def load(
     for items, labels in parts:
         labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
         if items.ndim == 1:
-            split = Stream(items, labels, classes, mean, std, img_size, options["flip"], workers)
+            split = Files(items, labels, classes, mean, std, img_size, options["flip"], workers)
         else:
             pixels = torch.from_numpy(np.ascontiguousarray(items))
             if pixels.shape[1] < SIZES[0]:
@@ -152,31 +164,30 @@ def load(
             split = Images(pixels, labels, classes, mean, std, img_size=img_size, **options)
         splits.append(split)
     train = splits[0]
-    if isinstance(train, Stream):
-        steps = [type(step).__name__ for step in transform(train, train=True).transforms]
-        notes.append(f"{workers} workers, streamed from disk; in training {', '.join(steps)}")
-    elif train.enlarged:
+    if isinstance(train, Files):
+        return Data(name, *splits, notes)
+    if train.enlarged:
         steps = ["Resize", "RandomCrop"] + ["RandomHorizontalFlip"] * train.flip
         steps += ["AutoAugment"] * train.autoaugment
         pixels = train.pixels.shape[1]
         notes.append(f"{pixels} pixels, enlarged on the device; in training {', '.join(steps)}")
     if mean_std is None:
-        n = len(train)
-        count, part = (min(n, SAMPLE), 50) if _large(img_size) else (n, 4096)
-        places, bounds = torch.arange(count) * n // count, _parts(count, part)
-        if isinstance(train, Stream):
-            pixels = _read(train, places, bounds)
-        else:
-            pixels = (_shown(train, places[start:stop]) for start, stop in bounds)
-        mean, std = measure(pixels)
-        splits = [replace(split, mean=mean, std=std) for split in splits]
-        notes.append(
-            f"normalisation measured on {count} of {n} training images: mean {mean}, std {std}"
+        size = SAMPLE_BATCH if is_large(img_size) else 4096
+        places, bounds = sample(train, is_large(img_size), size)
+        return Data(name, *splits, notes).measured(
+            (shown(train, places[start:stop]) for start, stop in bounds), len(places)
         )
     return Data(name, *splits, notes)
 
 
-def _large(img_size: int | None) -> bool:
+def sample(train: Images | Files, few: bool, batch_size: int) -> tuple[Tensor, list]:
+    """Places of the training images on which the normalisation is measured, all of them or a `few`,
+    and the bounds of batches of them."""
+    count = min(len(train), SAMPLE) if few else len(train)
+    return torch.arange(count) * len(train) // count, parts_of(count, batch_size)
+
+
+def is_large(img_size: int | None) -> bool:
     return img_size is not None and img_size > RESIDENT
 
 
@@ -208,7 +219,7 @@ def batch_bounds(n: int, batch_size: int, world: int = 1) -> list[tuple[int, int
     return list(zip(starts, starts[1:] + [n]))
 
 
-def _parts(n: int, size: int) -> list[tuple[int, int]]:
+def parts_of(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -218,12 +229,12 @@ def generator_of(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mix[0]))
 
 
-def padded(images: Images | Stream) -> bool:
+def padded(images: Images | Files) -> bool:
     """Whether training crops them at a random place of the padded image."""
     return isinstance(images, Images) and not images.enlarged
 
 
-def _share(bounds: list[tuple[int, int]], rank: int, world: int) -> list[tuple[int, int]]:
+def share_of(bounds: list[tuple[int, int]], rank: int, world: int) -> list[tuple[int, int]]:
     """The part of each batch that is one process's. All have as many images: up to world - 1 of a
     batch are left out."""
     each = [(start, (stop - start) // world) for start, stop in bounds]
@@ -231,7 +242,7 @@ def _share(bounds: list[tuple[int, int]], rank: int, world: int) -> list[tuple[i
 
 
 def train_batches(
-    images: Images | Stream,
+    images: Images,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -239,46 +250,46 @@ def train_batches(
     padding: str = "reflect",
     skip: int = 0,
     share: tuple[int, int] = (0, 1),
-    strong: bool = False,
+    augment: Callable | None = None,
+    second_view: Callable | None = None,
 ):
     """Yield (img, target, index) over one shuffled, augmented epoch, from batch `skip` on; of every
-    batch the `share` (rank, world) of one process. `strong`: (img, target, index, a second view of
-    the images), with a crop and a mirror image of its own, RandAugment and a square cut out.
+    batch the `share` (rank, world) of one process.
 
     img: float32 (B, 3, H, W) in channels_last, normalised; target, index: int64 (B,).
-    Images: a crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then
-    a mirror image with probability 1/2 where the dataset allows it. Enlarged, as KnowledgeReview
-    trains CIFAR at 224 pixels: resized to 256/224 of the size, a crop at a random place, the mirror
-    image, AutoAugment. Stream: see `transform`.
+    A crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then a mirror
+    image with probability 1/2 where the dataset allows it. Enlarged, as KnowledgeReview trains CIFAR
+    at 224 pixels: resized to 256/224 of the size, a crop at a random place, the mirror image.
+    `augment`, `second_view`: (n, size, generator, bounds, device) -> a function that changes the
+    uint8 pixels (B, 3, H, W) of batch k (see engine/augment.py). With a `second_view` the batches are
+    (img, target, index, a second view of the images), with a crop and a mirror image of its own.
     """
     if padding not in ("reflect", "zero"):
         raise UserError(f"padding must be reflect or zero, not {padding!r}")
     n, device = len(images), images.device
     generator = generator_of(seed, epoch)
     order = torch.randperm(n, generator=generator)
-    bounds = _share(batch_bounds(n, batch_size, share[1])[skip:], *share)
-    if isinstance(images, Stream):
-        seeds = torch.randint(2**63 - 1, (n,), generator=generator)
-        yield from _stream(images, order, bounds, seeds)
-        return
+    bounds = share_of(batch_bounds(n, batch_size, share[1])[skip:], *share)
     size, side = images.size, round(images.size * 256 / 224)
     low, high = (0, side - size) if images.enlarged else (-pad, pad)
-    shift = torch.randint(low, high + 1, (2, n), generator=generator)
-    flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
-    augment = second = None
-    if images.enlarged and images.autoaugment:
-        augment = Augment(*autoaugment(n, size, generator), size, bounds, device)
-    if strong:
-        draws = torch.randint(low, high + 1, (2, n), generator=generator)
-        mirror = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
-        change = Augment(*randaugment(n, size, generator), size, bounds, device)
-        square = torch.rand(3, n, generator=generator)
-        second = [x.to(device, non_blocking=True) for x in (draws, mirror, square)]
-    order, shift, flip = (x.to(device, non_blocking=True) for x in (order, shift, flip))
-    scale_shift = _scale_shift(images)
+
+    def draw() -> list[Tensor]:
+        shift = torch.randint(low, high + 1, (2, n), generator=generator)
+        flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
+        return [shift, flip]
+
+    views = [[*draw(), augment and augment(n, size, generator, bounds, device)]]
+    if second_view:
+        views.append([*draw(), second_view(n, size, generator, bounds, device)])
+    order = order.to(device, non_blocking=True)
+    views = [
+        (shift.to(device, non_blocking=True), flip.to(device, non_blocking=True), change)
+        for shift, flip, change in views
+    ]
+    scale_shift = scale_shift_of(images)
     arange = torch.arange(size, device=device)
 
-    def view(index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+    def crop(index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
         rows = arange + shift[0, :, None]
         columns = torch.where(flip[:, None], arange.flip(0), arange) + shift[1, :, None]
         if images.enlarged:
@@ -287,33 +298,23 @@ def train_batches(
 
     for k, (start, stop) in enumerate(bounds):
         index = order[start:stop]
-        pixels = view(index, shift[:, start:stop], flip[start:stop])
-        batch = [augment(k, pixels) if augment else pixels]
-        if strong:
-            draws, mirror, square = (x[..., start:stop] for x in second)
-            pixels = change(k, view(index, draws, mirror).contiguous())
-            batch.append(cut_out(pixels, square))
-        img, *views = (_normalise(_interleave(x), *scale_shift) for x in batch)
-        yield img, images.labels[index], index, *views
+        batch = []
+        for number, (shift, flip, change) in enumerate(views):
+            pixels = crop(index, shift[:, start:stop], flip[start:stop])
+            if number:
+                pixels = pixels.contiguous()
+            batch.append(change(k, pixels) if change else pixels)
+        img, *others = (normalise(_interleave(x), *scale_shift) for x in batch)
+        yield img, images.labels[index], index, *others
 
 
-def test_batches(
-    images: Images | Stream,
-    batch_size: int,
-    workers: int | None = None,
-    share: tuple[int, int] = (0, 1),
-):
-    """Yield (img, target, index) in order, normalised and otherwise untouched, or enlarged; of a
-    Stream resized and cropped by `workers` processes (None: its own number). share: (rank, world),
-    for every world-th batch."""
+def test_batches(images: Images, batch_size: int, share: tuple[int, int] = (0, 1)):
+    """Yield (img, target, index) in order, normalised and otherwise untouched, or enlarged.
+    share: (rank, world), for every world-th batch."""
     index, (rank, world) = torch.arange(len(images)), share
-    if isinstance(images, Stream):
-        bounds = _parts(len(index), batch_size)[rank::world]
-        yield from _stream(images, index, bounds, workers=workers)
-        return
-    scale_shift = _scale_shift(images)
+    scale_shift = scale_shift_of(images)
     for i in index.to(images.device).split(batch_size)[rank::world]:
-        yield _normalise(_shown(images, i), *scale_shift), images.labels[i], i
+        yield normalise(shown(images, i), *scale_shift), images.labels[i], i
 
 
 def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
@@ -333,7 +334,7 @@ def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, paddin
     return pixels
 
 
-def _shown(images: Images, index: Tensor) -> Tensor:
+def shown(images: Images, index: Tensor) -> Tensor:
     """What the test shows of images `index`, uint8 (B, H, W, 3)."""
     pixels = images.pixels[index]
     if images.enlarged:
@@ -376,368 +377,17 @@ def _interleave(pixels: Tensor) -> Tensor:
     return torch.stack(pixels.unbind(1), -1)
 
 
-def _scale_shift(images: Images | Stream) -> tuple[Tensor, Tensor]:
+def scale_shift_of(images: Images | Files) -> tuple[Tensor, Tensor]:
     """What normalises a row of pixels, channel by channel: the inner loop is long instead of three."""
     mean, std = (torch.tensor(x, device=images.device) for x in (images.mean, images.std))
     return tuple(x.repeat(images.size) for x in (1 / (255 * std), -mean / std))
 
 
-def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), stored as channels_last."""
     flat = pixels.flatten(2).float()
     torch.addcmul(shift, flat, scale, out=flat)
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
-
-
-# --- AutoAugment's policy for CIFAR-10, and RandAugment, on whole batches --------------------------
-# uint8 (B, 3, S, S), on their device, as torchvision.transforms.v2.AutoAugment applies it to one tensor:
-# the same chances, magnitudes and pixels, but the images of a batch that get the same operation get it
-# together, each with numbers of its own. What an image gets is drawn before the epoch, so that no step
-# waits for the device.
-
-# what comes first and what second: an operation, its probability, its level of 0 to 9
-POLICY = """
-    Invert       0.1 -   Contrast     0.2 6
-    Rotate       0.7 2   TranslateX   0.3 9
-    Sharpness    0.8 1   Sharpness    0.9 3
-    ShearY       0.5 8   TranslateY   0.7 9
-    AutoContrast 0.5 -   Equalize     0.9 -
-    ShearY       0.2 7   Posterize    0.3 7
-    Color        0.4 3   Brightness   0.6 7
-    Sharpness    0.3 9   Brightness   0.7 9
-    Equalize     0.6 -   Equalize     0.5 -
-    Contrast     0.6 7   Sharpness    0.6 5
-    Color        0.7 7   TranslateX   0.5 8
-    Equalize     0.3 -   AutoContrast 0.4 -
-    TranslateY   0.4 3   Sharpness    0.2 6
-    Brightness   0.9 6   Color        0.2 8
-    Solarize     0.5 2   Invert       0.0 -
-    Equalize     0.2 -   AutoContrast 0.6 -
-    Equalize     0.2 -   Equalize     0.6 -
-    Color        0.9 9   Equalize     0.6 -
-    AutoContrast 0.8 -   Solarize     0.2 8
-    Brightness   0.1 3   Color        0.7 0
-    Solarize     0.4 5   AutoContrast 0.9 -
-    TranslateY   0.9 9   TranslateY   0.7 9
-    AutoContrast 0.9 -   Solarize     0.8 3
-    Equalize     0.8 -   Invert       0.1 -
-    TranslateY   0.7 9   AutoContrast 0.9 -
-"""
-TOP = dict(ShearX=0.3, ShearY=0.3, Rotate=30.0)  # magnitude at level 9; that of 0 is 0
-TOP |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
-SIGNED = {*TOP, "TranslateX", "TranslateY"}
-NUMBERS = 6  # of an image, for whatever operation it gets
-
-
-def policy() -> list[tuple[tuple[str, float, int | None], ...]]:
-    """The sub-policies, each two (operation, probability, level)."""
-    rows = (line.split() for line in POLICY.strip().splitlines())
-    return [tuple((row[i], float(row[i + 1]), _level(row[i + 2])) for i in (0, 3)) for row in rows]
-
-
-def _level(text: str) -> int | None:
-    return None if text == "-" else int(text)
-
-
-def magnitude(op: str, level: int | None, size: int) -> float:
-    """What a level means, for images of `size` pixels; 0 where an operation has no levels."""
-    if op == "Posterize":
-        return round(8 - level * 4 / 9)  # bits that stay
-    if op == "Solarize":
-        return float(torch.linspace(1.0, 0.0, 10)[level])
-    top = 150.0 / 331.0 * size if op.startswith("Translate") else TOP.get(op)
-    return 0.0 if top is None else float(torch.linspace(0.0, top, 10)[level])
-
-
-def autoaugment(n: int, size: int, generator) -> tuple[list[tuple[str, float]], Tensor]:
-    """What AutoAugment does to `n` images: the changes that there are, and which of them each image
-    gets first and second (2, n), counted from 1; 0 stands for none."""
-    policies = policy()
-    changes = [
-        (op, sign * magnitude(op, level, size))
-        for steps in policies
-        for op, _, level in steps
-        for sign in (1, -1 if op in SIGNED else 1)
-    ]
-    chances = torch.tensor([[p for _, p, _ in steps] for steps in policies])
-    which = torch.randint(len(policies), (n,), generator=generator)
-    applied = torch.rand(2, n, generator=generator) <= chances[which].T
-    negative = torch.rand(2, n, generator=generator) <= 0.5
-    row = 1 + 4 * which + 2 * torch.tensor([[0], [1]]) + negative
-    return changes, torch.where(applied, row, 0)
-
-
-LEVELS = 31  # of RandAugment's magnitudes
-FACTORS = "Brightness", "Color", "Contrast", "Sharpness"
-
-
-def randaugment(n: int, size: int, generator) -> tuple[list[tuple[str, float]], Tensor]:
-    """The same of RandAugment as semi-supervised training has it: two of fourteen operations, the
-    identity among them, each at a magnitude drawn evenly."""
-    even = torch.linspace(0, 1, LEVELS).tolist()
-    ways = {op: [(op, -0.95 + 0.9 * x) for x in even] for op in FACTORS}  # factors of 0.05 to 0.95
-    for op, top in (("Rotate", 30.0), ("ShearX", 0.3), ("ShearY", 0.3)):
-        ways[op] = [(op, top * (2 * x - 1)) for x in even]
-    for op in ("TranslateX", "TranslateY"):
-        ways[op] = [(op, 0.3 * size * (2 * x - 1)) for x in even]
-    ways["Posterize"] = [("Posterize", round(4 + 4 * x)) for x in even]  # bits
-    ways["Solarize"] = [("Solarize", x) for x in even]
-    ways |= {op: [(op, 0.0)] * LEVELS for op in ("AutoContrast", "Equalize")}
-    changes = [change for way in ways.values() for change in way]
-    row = torch.randint((len(ways) + 1) * LEVELS, (2, n), generator=generator) + 1
-    return changes, torch.where(row > len(changes), 0, row)
-
-
-def cut_out(pixels: Tensor, square: Tensor) -> Tensor:
-    """`pixels` (B, 3, S, S) with a grey square of up to half the side; `square` (3, B) in 0..1: its
-    side and the place of its middle."""
-    size = pixels.shape[-1]
-    half, y, x = (square * torch.tensor([[0.25], [1.0], [1.0]], device=square.device)) * size
-    place = torch.arange(size, device=pixels.device) + 0.5
-    rows, columns = ((place - middle[:, None]).abs() < half[:, None] for middle in (y, x))
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    return pixels.masked_fill(inside, 127)
-
-
-class Augment:
-    """Changes for the images of an epoch, in their order, whose batches have the `bounds`; `changes`
-    and `row` as of `autoaugment`."""
-
-    def __init__(
-        self,
-        changes: list[tuple[str, float]],
-        row: Tensor,
-        size: int,
-        bounds: list[tuple[int, int]],
-        device,
-    ):
-        # a row of numbers for each way in which an image can be changed; the first: not at all
-        functions, kinds, rows = [None], [0], [[0.0] * NUMBERS]
-        for op, value in changes:
-            function, *numbers = numbers_of(op, value, size)
-            if function not in functions:
-                functions.append(function)
-            kinds.append(functions.index(function))
-            rows.append(numbers + [0.0] * (NUMBERS - len(numbers)))
-
-        # each batch sorted by function; a group is (function, first or second, from, to)
-        kinds, place, self.groups = torch.tensor(kinds), torch.zeros_like(row), []
-        for start, stop in bounds:
-            groups = []
-            for i in (0, 1):
-                kind = kinds[row[i, start:stop]]
-                place[i, start:stop] = kind.argsort(stable=True)
-                row[i, start:stop] = row[i, start:stop][place[i, start:stop]]
-                ends = kind.bincount(minlength=len(functions)).cumsum(0).tolist()
-                for function, a, b in zip(functions[1:], ends, ends[1:]):
-                    if a < b:
-                        groups.append((function, i, start + a, start + b))
-            self.groups.append(groups)
-        self.place = place.to(device, non_blocking=True)
-        self.numbers = torch.tensor(rows)[row].to(device, non_blocking=True)
-
-    def __call__(self, k: int, pixels: Tensor) -> Tensor:
-        """Batch `k`, changed in place."""
-        for function, i, start, stop in self.groups[k]:
-            place = self.place[i, start:stop]
-            group = pixels.index_select(0, place)
-            pixels[place] = function(group, self.numbers[i, start:stop])
-        return pixels
-
-
-# --- the operations: uint8 (B, 3, S, S) and float32 (B, NUMBERS) -> uint8 (B, 3, S, S) -----------
-
-
-def numbers_of(op: str, magnitude: float, size: int) -> tuple:
-    """The function of an operation, and its numbers; those that are factors are 1 + magnitude."""
-    half, factor = size / 2, 1.0 + magnitude
-    if op in ("ShearX", "ShearY"):
-        x, y = (magnitude * (op[-1] == axis) for axis in "XY")
-        return affine, *_scaled([1.0, x, x * half, y, 1.0, y * half], half)
-    if op in ("TranslateX", "TranslateY"):
-        x, y = (-int(magnitude) * (op[-1] == axis) for axis in "XY")
-        return affine, *_scaled([1.0, 0.0, x, 0.0, 1.0, y], half)
-    if op == "Rotate":
-        angle = math.radians(-(magnitude % 360))
-        cos, sin = math.cos(angle), math.sin(angle)
-        return affine, *_scaled([cos, sin, 0.0, -sin, cos, 0.0], half)
-    return {
-        "Brightness": (blend, factor, 1 - factor, 0.0, 0.0),
-        "Color": (blend, factor, 1 - factor, 1.0, 0.0),
-        "Contrast": (blend, factor, 1 - factor, 0.0, 1.0),
-        "Sharpness": (sharpness, 1 - factor),
-        "Posterize": (posterize, 256 - 2 ** (8 - magnitude)),
-        "Solarize": (solarize, 255.0 * magnitude),
-        "Invert": (solarize, 0.0),
-        "AutoContrast": (autocontrast,),
-        "Equalize": (equalize,),
-    }[op]
-
-
-def _scaled(matrix: list[float], half: float) -> list[float]:
-    return (torch.tensor(matrix) / half).tolist()
-
-
-def _columns(numbers: Tensor) -> list[Tensor]:
-    return [x.view(-1, 1, 1, 1) for x in numbers.unbind(1)]
-
-
-def affine(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """Each pixel is the one nearest to where the matrix takes its place, or black."""
-    size, device = pixels.shape[-1], pixels.device
-    middle = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size, device=device)
-    x, y = middle.view(1, 1, -1, 1), middle.view(1, -1, 1, 1)
-    a, b, c = (part.view(-1, 1, 1, 2) for part in numbers.view(-1, 2, 3).unbind(2))
-    # no matrix product, which a GPU may round to ten bits
-    grid = (x * a + y * b).add_(c)
-    moved = F.grid_sample(pixels.float(), grid, mode="nearest", align_corners=False)
-    return moved.to(torch.uint8)
-
-
-def blend(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """Brightness, colour, contrast: towards black, one's own grey, the grey of the whole image."""
-    from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-    factor, rest, own, whole, *_ = _columns(numbers)
-    grey = rgb_to_grayscale(pixels).float()
-    other = grey * own + grey.mean((1, 2, 3), keepdim=True) * whole
-    mixed = pixels.float().mul_(factor).addcmul_(other, rest)
-    return mixed.clamp_(0, 255).to(torch.uint8)
-
-
-def sharpness(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """Away from, or towards, the mean of 3x3 pixels with five times the middle; not at the edge."""
-    out = pixels.float()
-    middle = out[..., 1:-1, 1:-1]
-    total = (out[..., :-2, :] + out[..., 1:-1, :]).add_(out[..., 2:, :])
-    total = (total[..., :-2] + total[..., 1:-1]).add_(total[..., 2:])
-    mean = total.add_(middle, alpha=4).div_(13).round_()
-    middle.addcmul_(mean.sub_(middle), numbers[:, :1, None, None])
-    return out.clamp_(0, 255).to(torch.uint8)
-
-
-def posterize(pixels: Tensor, numbers: Tensor) -> Tensor:
-    return pixels & numbers[:, :1, None, None].to(torch.uint8)
-
-
-def solarize(pixels: Tensor, numbers: Tensor) -> Tensor:
-    threshold = numbers[:, :1, None, None].ceil().to(torch.uint8)
-    return pixels ^ (pixels >= threshold).to(torch.uint8).mul_(255)
-
-
-def autocontrast(pixels: Tensor, _) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.autocontrast(pixels)
-
-
-def equalize(pixels: Tensor, _) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.equalize(pixels)
-
-
-# --- images that are read when they are wanted ---------------------------------------------------
-
-
-def transform(images: Stream, train: bool):
-    """The torchvision transform that makes (3, size, size) of an image's uint8 (3, H, W).
-
-    As for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of the image
-    resized to 256 where the size is 224.
-    """
-    from torchvision.transforms import v2
-
-    size = images.size
-    if train:
-        steps = [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
-    else:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    return v2.Compose(steps)
-
-
-@dataclass
-class Reader:
-    """What a worker does: reader[index, seeds] are those images, uint8 (B, H, W, 3), or a line
-    about the one that cannot be read (an exception would come back as a whole traceback)."""
-
-    items: np.ndarray
-    transform: torch.nn.Module
-
-    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> Tensor | str:
-        pixels = []
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
-        try:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-                for i, seed in zip(*batch):
-                    torch.default_generator.manual_seed(int(seed))
-                    image = pil_to_tensor(_open(os.fsdecode(self.items[i])))
-                    pixels.append(self.transform(image).permute(1, 2, 0))
-        except UserError as error:
-            return str(error)
-        return torch.stack(pixels).contiguous()
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the workers too: they read on until the step at work is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def loader_of(reader, batches, workers: int, device: torch.device, **more):
-    """A DataLoader of what `reader` makes of each of `batches`, in processes that leave torch's
-    generator and the signals alone."""
-    return torch.utils.data.DataLoader(
-        reader,
-        batch_size=None,  # what the sampler gives is a batch
-        sampler=batches,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # or it would draw from torch's own
-        **more,
-    )
-
-
-def _read(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
-    """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
-    training where there is a seed for each place of `order`.
-
-    Training's processes go on from epoch to epoch; a test's start anew. Kept as well, they would be
-    as many again, with nothing to do through all of training's steps.
-    """
-    train, workers = seeds is not None, images.workers if workers is None else workers
-    workers = min(workers, len(bounds)) if len(bounds) > 1 else 0
-    order, draws = (x.numpy() for x in (order, seeds if train else order))
-    loader = None
-    if train:  # taken away, and put back by a whole epoch alone
-        loader, images.loader = images.loader, None
-    if loader is None or loader.num_workers != workers:
-        reader = Reader(images.items, transform(images, train))
-        stays = dict(persistent_workers=train and workers > 0)
-        loader = loader_of(reader, [], workers, images.device, **stays)
-    loader.sampler[:] = [(order[start:stop], draws[start:stop]) for start, stop in bounds]
-    try:
-        for pixels in loader:
-            if isinstance(pixels, str):
-                raise UserError(pixels)
-            yield pixels.to(images.device, non_blocking=True)
-    except BaseException:
-        loader = None  # ends its processes, which a traceback would keep
-        raise
-    if train:
-        images.loader = loader
-
-
-def _stream(images: Stream, order: Tensor, bounds: list, seeds=None, workers: int | None = None):
-    """Yield (img, target, index) for each of `bounds`."""
-    scale_shift = _scale_shift(images)
-    place = order.to(images.device)
-    # the pixels first: zip asks for one more, so that `_read` comes to its end
-    for pixels, (start, stop) in zip(_read(images, order, bounds, seeds, workers), bounds):
-        index = place[start:stop]
-        yield _normalise(pixels, *scale_shift), images.labels[index], index
 
 
 # --- the datasets: (root, img_size) -> (items, labels) twice, class names, options, notes ---------
@@ -780,7 +430,7 @@ def _no_file(root: Path) -> None:
 
 
 def _resize_all(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    if size in (None, pixels.shape[1]) or _large(size):
+    if size in (None, pixels.shape[1]) or is_large(size):
         return pixels
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     parts = [
@@ -799,7 +449,7 @@ def _digits(root: Path, img_size: int | None):
         raise UserError("--data_name digits needs scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    size = 32 if img_size is None or _large(img_size) else img_size
+    size = 32 if img_size is None or is_large(img_size) else img_size
     pixels = _resize_all(np.repeat(grey[..., None], 3, axis=3), size)
     order = np.random.RandomState(0).permutation(len(pixels))
     train, test = order[:1297], order[1297:]
@@ -836,8 +486,8 @@ def _folder(*tests: str):
                 f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}"
             )
         items = [np.array([os.fsencode(path) for path in paths]) for paths in (files, second[1])]
-        small = _large(img_size) and all(map(_is_small, chain(*items)))
-        if small or not _large(img_size):
+        small = is_large(img_size) and all(map(_is_small, chain(*items)))
+        if small or not is_large(img_size):
             side = None if small else img_size
             items = [_decode(x, side, folder) for x, folder in zip(items, (train, test))]
             sizes = [x.shape[1] for x in items]
@@ -895,7 +545,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _open(path: str):
+def open_image(path: str):
     """The image in a file, as RGB; transparency is dropped."""
     from PIL import Image
 
@@ -923,7 +573,7 @@ def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray
     pixels, first = None, None
     bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False, disable=None)
     for i, path in enumerate(map(os.fsdecode, bar)):
-        image = _open(path)
+        image = open_image(path)
         if img_size:
             image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BILINEAR)
         if max(image.size) > RESIDENT:

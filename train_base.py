@@ -15,13 +15,17 @@ import torch.nn.functional as F
 import dataset
 import network
 import utils
+from engine import cli, distributed, foreign, published, stream
+from engine.checkpoint import save_checkpoint
+from engine.find_taps import dry_pass
+from engine.run import Run, check_finite
 
 
 def parse(argv: list[str]):
-    parser = utils.Parser(prog="train_base.py", description=__doc__)
+    parser = cli.Parser(prog="train_base.py", description=__doc__)
     parser.add_argument(
         "--net_name",
-        type=utils.filled,
+        type=cli.filled,
         required=True,
         metavar="NAME",
         help="one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
@@ -33,25 +37,25 @@ def parse(argv: list[str]):
     )
     parser.add_argument(
         "--label_smoothing",
-        type=utils.number(float, 0, 1),
+        type=cli.number(float, 0, 1),
         metavar="X",
         help="(default: the protocol's)",
     )
-    utils.add_common_flags(parser)
+    cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
 def resolve(args):
     """`utils.resolve`, and the label smoothing."""
-    recipe = utils.resolve(args, args.net_name, {})
+    recipe = cli.resolve(args, args.net_name, {})
     if recipe.label_smoothing is None:
-        recipe.label_smoothing = utils.PROTOCOLS[recipe.protocol].label_smoothing
+        recipe.label_smoothing = published.PROTOCOLS[recipe.protocol].label_smoothing
     return recipe
 
 
 def short_name(net_name: str) -> str:
     """KD-Zoo's short form in file names: r20 for resnet20, other families in full."""
-    return re.sub(r"^resnet(?=\d)", "r", network.file_name(net_name))
+    return re.sub(r"^resnet(?=\d)", "r", foreign.file_name(net_name))
 
 
 def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, pieces=1):
@@ -66,32 +70,32 @@ def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, pieces
         loss.backward()
         outs.append(out.detach())
         losses.append(loss.detach())
-    utils.average_gradients(optimizer)
+    distributed.average_gradients(optimizer)
     optimizer.step()
     return torch.cat(outs), torch.stack(losses).sum()
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
-    make = network.constructor(args.net_name)
+    make = foreign.constructor(args.net_name)
     recipe = resolve(args)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
-    note = args.note or f"base-{recipe.data_name}-{network.file_name(args.net_name)}"
-    run = utils.Run(recipe, note, ["train_base.py", *argv])
-    data = utils.load_data(recipe, args.batch_size)
+    note = args.note or f"base-{recipe.data_name}-{foreign.file_name(args.net_name)}"
+    run = Run(recipe, note, ["train_base.py", *argv])
+    data = cli.load_data(recipe, args.batch_size)
     utils.seed_everything(recipe.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
-    network.dry_pass(net, args.net_name, data.train.num_class, data.train.size)
-    meta = dict(network=args.net_name, **utils.describe_data(recipe, data))
+    dry_pass(net, args.net_name, data.train.num_class, data.train.size)
+    meta = dict(network=args.net_name, **cli.describe_data(recipe, data))
 
     lines = [
         f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters",
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
-        utils.describe_recipe(recipe, dataset.padded(data.train)),
+        cli.describe_recipe(recipe, dataset.padded(data.train)),
     ]
     if run.saved:
         with run.intact():  # or say so before anything is written
@@ -110,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "prec@1": 0.0,
                 "prec@5": 0.0,
             }
-            utils.save_checkpoint(start, initial)
+            save_checkpoint(start, initial)
         net.to(machine.device, memory_format=torch.channels_last)
         if recipe.compile:
             net.compile()  # in place: the state dict keeps its keys
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict:
         if run.saved:
             restore(run.saved, net, optimizer)
             run.saved = None
-        utils.same_everywhere(net)
+        distributed.broadcast_parameters(net)
         for epoch in range(len(run.history) + 1, recipe.epochs + 1):
             train_epoch(run, machine, net, data, recipe, epoch, optimizer)
         return run.finish()
@@ -133,12 +137,12 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
     net.train()
 
     def state():
-        utils.average_batch_norms(net)
+        distributed.average_batch_norms(net)
         weights = dict(net=net.state_dict(), meta=run.meta)
         return dict(weights=weights, optimizer=optimizer.state_dict())
 
     meter, done = run.begin()
-    batches = dataset.train_batches(
+    batches = stream.train_batches(
         data.train,
         recipe.batch_size,
         recipe.seed,
@@ -154,7 +158,7 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
         if step % recipe.print_freq == 0:
             now = meter.read()
-            utils.check_finite(now, f"epoch {epoch}, step {step}")
+            check_finite(now, f"epoch {epoch}, step {step}")
             run.log(
                 f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
                 f"top1 {now['train_top1']:.2f}  {meter.speed:.0f} img/s"
@@ -162,10 +166,15 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         if run.due():
             run.pause(state, meter, step, f"epoch {epoch}, step {step}")
     now = meter.read()
-    utils.check_finite(now, f"epoch {epoch}")
+    check_finite(now, f"epoch {epoch}")
     speed = meter.speed
-    utils.average_batch_norms(net)
-    row = dict(epoch=epoch, lr=lr, **now, **utils.evaluate(net, data.test, machine))
+    distributed.average_batch_norms(net)
+    row = dict(
+        epoch=epoch,
+        lr=lr,
+        **now,
+        **utils.evaluate(net, stream.test_batches(data.test, share=utils.share()), machine),
+    )
     run.epoch(row, speed, state())
 
 

@@ -23,8 +23,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import coco
-import network
 import utils
+from engine import cli, distributed, foreign, published
+from engine.checkpoint import check_weights, find_weights, load_weights, sha256
+from engine.run import Run, check_finite
 from kd_losses.dkd import DKD
 from kd_losses.reviewkd import ReviewKD
 from utils import UserError
@@ -76,7 +78,7 @@ def build(
             raise UserError(f"torchvision has no trained {name}, only {', '.join(TRAINED)}")
         make = getattr(detection, f"{name}_fpn")
         trained = dict(weights="COCO_V1", weights_backbone=None)
-        return network.downloaded(lambda: make(**trained, **sizes), f"{name}_fpn")
+        return foreign.downloaded(lambda: make(**trained, **sizes), f"{name}_fpn")
     known = dict(weights="IMAGENET1K_V1" if weights == "backbone" else None)
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
     one_stage = kind == "retinanet"
@@ -110,7 +112,7 @@ def build(
             rpn_post_nms_top_n_train=1000,  # the published; torchvision has 2000
             box_batch_size_per_image=view.rois,
         )
-    return KINDS[kind](network.downloaded(pyramid, backbone), num_class, **sizes, **own)
+    return KINDS[kind](foreign.downloaded(pyramid, backbone), num_class, **sizes, **own)
 
 
 @dataclass
@@ -157,15 +159,15 @@ class Found:
         utils.seed_everything(seed)
         net = build(self.name, num_class, view, self.weights, self.norm)
         if self.state is not None:
-            network.load_weights(net, self.state, self.path, self.name)
-            network.check_weights(net, self.path)
+            load_weights(net, self.state, self.path, self.name)
+            check_weights(net, self.path)
         return net
 
 
 def find(name: str | None, path: str | None, side: str, pretrained: str | bool = False) -> Found:
     """What `--{side}_name`, `--{side}_model` or `_init` and `--{side}_pretrained` say together."""
     file_flag = "t_model" if side == "t" else "s_init"
-    return network.find_weights(name, path, f"{side}_name", file_flag, pretrained, kind=Found)
+    return find_weights(name, path, f"{side}_name", file_flag, pretrained, kind=Found)
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -217,7 +219,7 @@ REVIEWKD_WEIGHT = {
     ("retinanet_resnet101", "retinanet_resnet50"): 1.0,
 }
 # detectron2's schedule as the published configurations have it; all counted in iterations
-COCO = utils.Protocol(
+COCO = published.Protocol(
     lr=0.01,
     networks={name: dict(lr=0.005) for name in DETECTORS if name.startswith("retinanet")},
     momentum=0.9,
@@ -364,7 +366,7 @@ def train_step(job: Distillation, optimizer, imgs, targets, machine) -> dict[str
         terms = job.losses(imgs, targets)
     loss = sum(job.weights.get(name, 1.0) * value for name, value in terms.items())
     loss.backward()
-    utils.average_gradients(optimizer)
+    distributed.average_gradients(optimizer)
     optimizer.step()
     return {name: value.detach() for name, value in dict(loss=loss, **terms).items()}
 
@@ -373,16 +375,16 @@ def train_step(job: Distillation, optimizer, imgs, targets, machine) -> dict[str
 
 
 def parse(argv: list[str]):
-    first = utils.Parser(add_help=False)
-    first.add_argument("--kd_mode", type=utils.filled)
+    first = cli.Parser(add_help=False)
+    first.add_argument("--kd_mode", type=cli.filled)
     mode = first.parse_known_args(argv)[0].kd_mode
     parts = {} if mode is None else {p: PARTS[p] for p in utils.named(MODES, mode, "--kd_mode")}
 
-    parser = utils.Parser(prog="train_det.py", description=__doc__)
+    parser = cli.Parser(prog="train_det.py", description=__doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_mode", required=True, metavar="MODE", help="one of " + ", ".join(MODES))
-    file = dict(type=utils.filled, metavar="FILE")
-    name = dict(type=utils.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
+    file = dict(type=cli.filled, metavar="FILE")
+    name = dict(type=cli.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
     add("--t_model", **file, help="the teacher's checkpoint")
     add("--t_name", **name)
     add("--t_pretrained", action="store_true", help="the teacher is torchvision's, trained on COCO")
@@ -393,7 +395,7 @@ def parse(argv: list[str]):
         action="store_true",
         help="its backbone has torchvision's ImageNet weights",
     )
-    weight = utils.comma(utils.number(float, 0))
+    weight = cli.comma(cli.number(float, 0))
     add(
         "--lambda_kd",
         type=weight,
@@ -403,32 +405,32 @@ def parse(argv: list[str]):
     for part, row in parts.items():
         add = parser.add_argument_group(f"--kd_mode {part}").add_argument
         for flag, default in row.flags.items():
-            kind = utils.number(type(default), 0, 1e6, open_low=flag in ("T", "mid_channel"))
+            kind = cli.number(type(default), 0, 1e6, open_low=flag in ("T", "mid_channel"))
             text = f"{FLAG_HELP[flag]} (default {default})"
             add(f"--{flag}", type=kind, default=default, metavar="X", help=text)
     add = parser.add_argument_group("data").add_argument
     add(
         "--img_root",
-        type=utils.filled,
+        type=cli.filled,
         metavar="DIR",
         help="train2017, val2017 and annotations in it",
     )
-    size = utils.number(int, 32, 8192)
+    size = cli.number(int, 32, 8192)
     add(
-        "--min_size", type=utils.comma(size), metavar="N[,N]", help="the shorter side: one is drawn"
+        "--min_size", type=cli.comma(size), metavar="N[,N]", help="the shorter side: one is drawn"
     )
     add("--max_size", type=size, metavar="N", help="the longer side at most")
-    add("--anchor", type=utils.number(int, 1, 1024), metavar="N", help="smallest anchor's side")
-    add("--rois", type=utils.number(int, 2, 10_000), metavar="N", help="regions an image (512)")
+    add("--anchor", type=cli.number(int, 1, 1024), metavar="N", help="smallest anchor's side")
+    add("--rois", type=cli.number(int, 2, 10_000), metavar="N", help="regions an image (512)")
     add = parser.add_argument_group("training").add_argument
-    count = dict(type=utils.number(int, 1), metavar="N")
+    count = dict(type=cli.number(int, 1), metavar="N")
     add("--iters", **count, help="steps; all else scales with them (default 180000)")
-    add("--milestones", type=utils.comma(count["type"]), metavar="I,I", help="lr falls after these")
-    add("--warmup", type=utils.number(int, 0), metavar="N", help="steps in which lr grows")
+    add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help="lr falls after these")
+    add("--warmup", type=cli.number(int, 0), metavar="N", help="steps in which lr grows")
     add("--eval_every", **count, help="steps between evaluations (default: a tenth of all)")
-    utils.add_optimizer_flags(add)
-    utils.add_machine_flags(parser)
-    utils.add_run_flags(parser)
+    cli.add_optimizer_flags(add)
+    cli.add_machine_flags(parser)
+    cli.add_run_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
     if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
         raise UserError(f"--lambda_kd: {len(parts)} weight(s) wanted, one for each part of {mode}")
@@ -473,9 +475,9 @@ def resolve(args, s: Found, t: Found | None):
     if recipe.lr is None:
         recipe.lr = plan.lr * recipe.batch_size / plan.batch_size
     if recipe.milestones is None:
-        recipe.milestones = tuple(utils.scaled(i, recipe.iters, plan) for i in plan.milestones)
+        recipe.milestones = tuple(published.scaled(i, recipe.iters, plan) for i in plan.milestones)
     if recipe.warmup is None:
-        recipe.warmup = utils.scaled(plan.warmup, recipe.iters, plan)
+        recipe.warmup = published.scaled(plan.warmup, recipe.iters, plan)
     if recipe.eval_every is None:
         recipe.eval_every = -(-recipe.iters // 10)
     recipe.nesterov = 0
@@ -485,7 +487,7 @@ def resolve(args, s: Found, t: Found | None):
 # --- the job --------------------------------------------------------------------------------------
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, parts = parse(argv)
@@ -501,7 +503,7 @@ def main(argv: list[str] | None = None) -> dict:
     machine = utils.machine(args.cuda, args.amp, ranks=True)
     names = [found.name for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, *names])
-    run = utils.Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
+    run = Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
     masks = found_s.name.startswith("maskrcnn")
     data = coco.load(recipe.img_root, masks=masks)
     coco.Evaluation(data.val)  # or say what to install, before anything is written
@@ -544,7 +546,7 @@ def main(argv: list[str] | None = None) -> dict:
         parts={part: dict(lambda_kd=w, **parts[part].flags) for part, w in job.weights.items()}
     )
     if found_t:
-        sha = utils.sha256(found_t.path) if found_t.path else None
+        sha = sha256(found_t.path) if found_t.path else None
         notes["teacher"] = dict(network=found_t.name, path=found_t.path, sha256=sha)
     with run.start(machine, meta, notes):
         for line in lines:
@@ -552,7 +554,7 @@ def main(argv: list[str] | None = None) -> dict:
         if teacher is not None and not run.saved:
             run.log(f"teacher AP {evaluate(teacher, data, recipe, machine)['AP']:.2f}")
         utils.seed_everything(recipe.seed + 1_000_003 * utils.rank())
-        utils.same_everywhere(student, job.kd)
+        distributed.broadcast_parameters(student, job.kd)
         optimizer = run.watch(utils.sgd(job.learners(), recipe))
         if run.saved:
             restore(run, job, optimizer)
@@ -568,7 +570,7 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
     job.learners()  # evaluation has put the student into eval mode
 
     def state():
-        utils.average_batch_norms(job.student, job.kd)
+        distributed.average_batch_norms(job.student, job.kd)
         weights = dict(snet=job.student.state_dict(), meta=run.meta)
         return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
 
@@ -590,13 +592,13 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
         meter.add(train_step(job, optimizer, imgs, targets, machine), len(imgs))
         if step % recipe.print_freq == 0:
             now = meter.read()
-            utils.check_finite(now, f"step {step}")
+            check_finite(now, f"step {step}")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             run.log(f"  step {step:6d}  {shown}  {meter.speed:.1f} img/s")
         if run.due():
             run.pause(state, meter, step - start, f"step {step}")
     now = meter.read()
-    utils.check_finite(now, f"step {stop}")
+    check_finite(now, f"step {stop}")
     speed = meter.speed
     lr = utils.step_decay(recipe.lr, stop, recipe.milestones, recipe.warmup)
     saved = state()

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 import dataset
 import network
 import utils
+from engine import cli, distributed, foreign, published, stream
+from engine.adapter import Adapter, align, count_macs
+from engine.checkpoint import Weights, find_weights, sha256
+from engine.run import Run, check_finite
 from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
 from utils import UserError
 
@@ -30,9 +34,9 @@ ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor",
 
 def parse(argv: list[str], t_name: str = "", s_name: str = ""):
     """(flags, {mode: row}): the rows with what protocol, pair of networks and flags change in them."""
-    first = utils.Parser(add_help=False)
-    first.add_argument("--kd_mode", type=utils.filled)
-    first.add_argument("--protocol", choices=utils.PROTOCOLS, default="kdzoo")
+    first = cli.Parser(add_help=False)
+    first.add_argument("--kd_mode", type=cli.filled)
+    first.add_argument("--protocol", choices=published.PROTOCOLS, default="kdzoo")
     early, _ = first.parse_known_args(argv)
     modes = early.kd_mode.split("+") if early.kd_mode else []
     rows = {m: utils.named(METHODS, m, "--kd_mode").under(early.protocol) for m in modes}
@@ -47,7 +51,7 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
                     f"--kd_mode {early.kd_mode}: {mode} has {own} of its own, use it alone"
                 )
 
-    parser = utils.Parser(prog="train_kd.py", description=__doc__)
+    parser = cli.Parser(prog="train_kd.py", description=__doc__)
     add = parser.add_argument_group("distillation").add_argument
     add(
         "--kd_mode",
@@ -55,8 +59,8 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         metavar="MODE",
         help="one of, or several joined by +: " + ", ".join(METHODS),
     )
-    name = dict(type=utils.filled, metavar="NAME")
-    file = dict(type=utils.filled, metavar="FILE")
+    name = dict(type=cli.filled, metavar="NAME")
+    file = dict(type=cli.filled, metavar="FILE")
     add("--t_model", "--net1_init", **file, help="the teacher's checkpoint")
     add(
         "--s_init",
@@ -79,7 +83,7 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         )
         add(
             f"--{side}_taps",
-            type=utils.comma(utils.filled),
+            type=cli.comma(cli.filled),
             metavar="M[,M]",
             help=f"modules that give the {who}'s maps, the shallowest first (default: found)",
         )
@@ -99,12 +103,12 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
         action="store_true",
         help="standardise the logits of both networks first (LSKD), where the method compares them alone",
     )
-    weight = utils.number(float, 0)
-    add("--lambda_kd", type=utils.comma(weight), metavar="X[,X]", help="weight of each method")
+    weight = cli.number(float, 0)
+    add("--lambda_kd", type=cli.comma(weight), metavar="X[,X]", help="weight of each method")
     add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy")
     add(
         "--stages",
-        type=utils.comma(utils.number(int)),
+        type=cli.comma(cli.number(int)),
         metavar="I[,I]",
         help="stages compared: 1 the shallowest, -1 the deepest",
     )
@@ -124,7 +128,7 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
                 metavar=None if choices else "0|1" if isinstance(default, bool) else "X",
                 help=f"{text} (default {choices[0] if choices else _plain(default)})",
             )
-    utils.add_common_flags(parser)
+    cli.add_common_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, rows))
     if args.lambda_kd and len(args.lambda_kd) != len(rows):
         raise UserError(
@@ -136,7 +140,7 @@ def parse(argv: list[str], t_name: str = "", s_name: str = ""):
 def resolve(args, rows: dict[str, Method], s_name: str, knows: dict):
     """`utils.resolve`, with the batch size that a protocol has for the method."""
     own = [row.batch_size for row in rows.values() if row.batch_size]
-    return utils.resolve(args, s_name, knows, min(own, default=None))
+    return cli.resolve(args, s_name, knows, min(own, default=None))
 
 
 def _plain(value):
@@ -145,8 +149,8 @@ def _plain(value):
 
 def _flag_type(default):
     if isinstance(default, bool):
-        return lambda text: bool(utils.number(int, 0, 1)(text))
-    return utils.number(type(default), 0, 100_000 if isinstance(default, int) else 1e6)
+        return lambda text: bool(cli.number(int, 0, 1)(text))
+    return cli.number(type(default), 0, 100_000 if isinstance(default, int) else 1e6)
 
 
 def _owner(flag: str, rows: dict) -> str | None:
@@ -194,7 +198,7 @@ class Part(nn.Module):
         self.mode, self.row, self.picked = mode, row, picked
         self.gathers = self.standardises = False
         s, t = self._pick(s), self._pick(t)
-        self.adapter = network.Adapter(row.needs, row.compare.wants, s, t)
+        self.adapter = Adapter(row.needs, row.compare.wants, s, t)
         s, t = self.adapter.eval()(s, t)
         try:
             self.loss = row.build(s, t, train, **row.flags)
@@ -227,7 +231,9 @@ def gathered(x):
     """Features of the images of all ranks, for losses that compare images with each other."""
     kinds = ("out", "stem", "stages", "preacts", "last", "feat")
     strong = x.strong and gathered(x.strong)
-    return replace(x, strong=strong, **{kind: utils.gather(getattr(x, kind)) for kind in kinds})
+    return replace(
+        x, strong=strong, **{kind: distributed.gather(getattr(x, kind)) for kind in kinds}
+    )
 
 
 def standardised(x):
@@ -272,7 +278,7 @@ class Distillation:
             if callable(compare)
             for kind in compare.wants
         }
-        stages = {mode: network.align(snet, tnet, row.stages) for mode, row in rows.items()}
+        stages = {mode: align(snet, tnet, row.stages) for mode, row in rows.items()}
         union = sorted({i for picked in stages.values() for i in picked})
         learns = {name for row in rows.values() for phase in row.phases for name in phase.learns}
         if "backbone" in learns and "feat" not in snet.taps:
@@ -282,7 +288,7 @@ class Distillation:
         if any(row.reuses for row in rows.values()):
             wants.add("feat")
             if "feat" in snet.taps:
-                network.behead(snet)
+                foreign.behead(snet)
         self.student = network.Tapped(snet, sorted(wants), union)
         self.teacher = network.Tapped(tnet, sorted(wants), union)
         dry = torch.zeros(2, 3, train.size, train.size)
@@ -296,7 +302,7 @@ class Distillation:
         self.deployed = snet
         for part in self.kd:
             if part.row.reuses:
-                self.deployed = network.Reusing(snet, part.loss, copy.deepcopy(t.classifier))
+                self.deployed = foreign.Reusing(snet, part.loss, copy.deepcopy(t.classifier))
         self.strong = any(row.strong for row in rows.values())
         self.timed = [part.loss for part in self.kd if hasattr(part.loss, "clock")]
         self.told = None
@@ -311,7 +317,7 @@ class Distillation:
     def rehearse(self, train) -> int:
         """Call every comparison on two images, so that what does not fit is said before anything is
         written. Returns the multiply-adds an image that the parts' own layers cost."""
-        img, target, index = next(dataset.test_batches(train, 2, workers=0))
+        img, target, index = next(stream.test_batches(train, 2, workers=0))
         batch = Batch(
             img.requires_grad_(self.image_grad), target, index, img if self.strong else None
         )
@@ -334,7 +340,7 @@ class Distillation:
                             if self.image_grad:  # the parts share the networks' graphs
                                 loss.backward(retain_graph=True)
 
-                        added = network.count_macs(part, call)
+                        added = count_macs(part, call)
                     except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
                         reason = utils.first_line(error)
                         if "not have been used in the graph" in reason:
@@ -366,7 +372,7 @@ class Distillation:
     def name(self, s_name: str) -> str:
         """What `network.build` calls the network that is trained."""
         spec = [part.loss.spec for part in self.kd if part.row.reuses]
-        return network.reusing_name(s_name, spec[0]) if spec else s_name
+        return foreign.reusing_name(s_name, spec[0]) if spec else s_name
 
     def groups(self, phase: Phase) -> list[dict]:
         """`learners`, as the optimizer wants them: without weight decay where a method excludes it."""
@@ -390,7 +396,7 @@ class Distillation:
         for part, teacher in self.prepares:
             try:
                 found = part.row.prepare(
-                    part.loss, teacher, dataset.test_batches(images, 100), images.labels
+                    part.loss, teacher, stream.test_batches(images, 100), images.labels
                 )
             except (ValueError, RuntimeError, MemoryError) as error:
                 raise UserError(f"--kd_mode {part.mode}: {utils.first_line(error)}") from error
@@ -434,7 +440,7 @@ def train_step(
     for p in [p for part in job.kd if part.gathers for p in part.loss.parameters()]:
         if p.grad is not None:
             p.grad /= utils.world()
-    utils.average_gradients(optimizer)
+    distributed.average_gradients(optimizer)
     optimizer.step()
     return total
 
@@ -523,8 +529,8 @@ class Captured:
 
 def planned(phases: tuple[Phase, ...], recipe) -> list[tuple[Phase, int]]:
     """The phases with their numbers of epochs."""
-    protocol, total = utils.PROTOCOLS[recipe.protocol], recipe.epochs
-    return [(p, utils.scaled(p.epochs, total, protocol) if p.epochs else total) for p in phases]
+    protocol, total = published.PROTOCOLS[recipe.protocol], recipe.epochs
+    return [(p, published.scaled(p.epochs, total, protocol) if p.epochs else total) for p in phases]
 
 
 def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
@@ -543,7 +549,7 @@ def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
     """The weight of every part when the share `done` of the phase lies behind: the protocol's, epoch
     by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth. The
     losses that want to know the epoch are told it."""
-    total = utils.PROTOCOLS[recipe.protocol].epochs
+    total = published.PROTOCOLS[recipe.protocol].epochs
     place = int(done * total + 1e-6) + 1
     job.tell(place, total)
     return [part.row.lambda_kd * part.row.ramp(place, total) for part in job.kd]
@@ -552,7 +558,7 @@ def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
 # --- the job ---------------------------------------------------------------------------------------
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, rows = parse(argv)
@@ -561,13 +567,13 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     found_t = None
     if args.t_model or args.t_name or args.t_pretrained:
-        found_t = network.find_weights(
+        found_t = find_weights(
             args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps
         )
-    found_s = network.find_weights(
+    found_s = find_weights(
         args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps
     )
-    found_t = found_t or network.Weights(found_s.name, taps=args.t_taps)
+    found_t = found_t or Weights(found_s.name, taps=args.t_taps)
     rows = parse(argv, found_t.name, found_s.name)[1]  # again, now that the pair is known
     for found in (found_t, found_s):
         own = [row.taps[found.name] for row in rows.values() if found.name in row.taps]
@@ -589,10 +595,10 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError("--cuda_graph excludes --on_nan skip, which looks at every step")
         for mode in [mode for mode, row in rows.items() if not row.graph]:
             raise UserError(f"--cuda_graph: {mode} reads values from the device in every step")
-    names = [network.file_name(found.name) for found in (found_t, found_s)]
+    names = [foreign.file_name(found.name) for found in (found_t, found_s)]
     note = args.note or "-".join([args.kd_mode, recipe.data_name, *names])
-    run = utils.Run(recipe, note, ["train_kd.py", *argv])
-    data = utils.load_data(recipe, args.batch_size)
+    run = Run(recipe, note, ["train_kd.py", *argv])
+    data = cli.load_data(recipe, args.batch_size)
     num_class = data.train.num_class
     for found, flag in ((found_t, "t_model"), (found_s, "s_init")):
         known = found.meta.get("num_class", num_class)
@@ -610,7 +616,7 @@ def main(argv: list[str] | None = None) -> dict:
         if callable(row.lambda_kd):
             rows[mode] = replace(row, lambda_kd=row.lambda_kd(num_class))
     job = Distillation(snet, tnet, rows, data.train)
-    if job.strong and isinstance(data.train, dataset.Stream):
+    if job.strong and isinstance(data.train, dataset.Files):
         raise UserError(
             f"--kd_mode {args.kd_mode}: a second view is made of images up to {dataset.RESIDENT} "
             "pixels, or enlarged from such, not of files read one by one"
@@ -622,17 +628,17 @@ def main(argv: list[str] | None = None) -> dict:
                 f"--lambda_kd, --lambda_ce: 0 leaves phase {phase.name} nothing to learn from"
             )
     phases = planned(job.phases, recipe)
-    meta = dict(network=job.name(found_s.name), **utils.describe_data(recipe, data))
+    meta = dict(network=job.name(found_s.name), **cli.describe_data(recipe, data))
     methods = {
         mode: dict(
             lambda_kd=row.lambda_kd,
             lambda_ce=job.lambda_ce,
-            **_staged(row, network.align(snet, tnet, row.stages)),
+            **_staged(row, align(snet, tnet, row.stages)),
             **row.flags,
         )
         for mode, row in rows.items()
     }
-    teacher = dict(path=found_t.path, sha256=utils.sha256(found_t.path) if found_t.path else None)
+    teacher = dict(path=found_t.path, sha256=sha256(found_t.path) if found_t.path else None)
     macs = job.rehearse(data.train)
     for part in job.kd:
         part.gathers = args.gather and utils.world() > 1
@@ -658,14 +664,14 @@ def main(argv: list[str] | None = None) -> dict:
         if not run.saved:
             job.prepare(data.train, run.log)
         if not trained:
-            score = utils.evaluate(tnet, data.test, machine)
+            score = evaluate(tnet, data.test, machine)
             run.log(f"teacher test_top1 {score['test_top1']:.2f}")
             if utils.by_chance(score["test_top1"], len(data.test), num_class):
                 run.warn("the teacher is no better than chance on the test images")
         if found_s.epoch and not run.saved:
             run.warn(f"--s_init {found_s.path} is no start: trained for {found_s.epoch} epoch(s)")
         utils.seed_everything(recipe.seed + 1_000_003 * utils.rank())
-        utils.same_everywhere(snet, tnet, job.kd)
+        distributed.broadcast_parameters(snet, tnet, job.kd)
 
         step = Captured() if recipe.cuda_graph else train_step
         for phase, first, epochs in remaining(phases, len(run.history)):
@@ -695,7 +701,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     snet, tnet = job.student.net, job.teacher.net
 
     def state():
-        utils.average_batch_norms(snet, tnet, job.kd)
+        distributed.average_batch_norms(snet, tnet, job.kd)
         weights = dict(snet=job.deployed.state_dict(), meta=run.meta)
         if "teacher" in phase.learns:  # KD-Zoo's names for two networks that learn
             weights |= dict(net1=tnet.state_dict(), net2=weights["snet"])
@@ -706,7 +712,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
     weights = kd_weights(job, (epoch - 1) / epochs, recipe)  # of an epoch whose steps are all done
-    batches = dataset.train_batches(
+    batches = stream.train_batches(
         data.train,
         recipe.batch_size,
         recipe.seed,
@@ -714,7 +720,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         padding=recipe.padding,
         skip=done,
         share=utils.share(),
-        strong=job.strong,
+        two_views=job.strong,
     )
     for i, batch in enumerate(batches, done + 1):
         weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
@@ -722,28 +728,33 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         meter.add(terms, len(batch[1]))
         if i % recipe.print_freq == 0:
             now = meter.read()
-            utils.check_finite(now, f"{where}, step {i}")
+            check_finite(now, f"{where}, step {i}")
             balance(run, job, phase, weights, now)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             run.log(f"  {where} step {i:4d}  {shown}  {meter.speed:.0f} img/s")
         if run.due():
             run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
-    utils.check_finite(now, where)
+    check_finite(now, where)
     balance(run, job, phase, weights, now)
     speed = meter.speed
 
-    utils.average_batch_norms(snet, tnet, job.kd)
+    distributed.average_batch_norms(snet, tnet, job.kd)
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     extra = {}
     if phase.student_learns:
-        row |= utils.evaluate(job.deployed, data.test, machine)
+        row |= evaluate(job.deployed, data.test, machine)
     if "teacher" in phase.learns:
-        peer = utils.evaluate(tnet, data.test, machine)
+        peer = evaluate(tnet, data.test, machine)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):
             extra |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
     run.epoch(row, speed, state() | extra, keep_best="student" in phase.learns)
+
+
+def evaluate(net: nn.Module, images, machine) -> dict[str, float]:
+    batches = stream.test_batches(images, share=utils.share())
+    return utils.evaluate(net, batches, machine)
 
 
 def balance(run, job: Distillation, phase: Phase, weights: list[float], now: dict) -> None:
@@ -782,9 +793,9 @@ def announcement(machine, job, data, recipe, phases, methods, found_t, found_s, 
         *data.notes,
         *found_t.notes,
         *found_s.notes,
-        utils.describe_recipe(recipe, dataset.padded(data.train)),
+        cli.describe_recipe(recipe, dataset.padded(data.train)),
     ]
-    full = utils.PROTOCOLS[recipe.protocol].epochs
+    full = published.PROTOCOLS[recipe.protocol].epochs
     if recipe.epochs != full:
         lines.append(f"scaled from {full} epochs to {recipe.epochs}: milestones, phases, warm-ups")
     lines.append("phases: " + ", ".join(f"{p.name} {epochs} epoch(s)" for p, epochs in phases))

@@ -168,8 +168,8 @@ def test_the_strong_view(img_size):
         pixels, torch.arange(20) % 4, list("abcd"), (0.5,) * 3, (0.25,) * 3, img_size=img_size
     )
     plain = list(augment.train_batches(images, 8, 1, 2))
-    both = list(augment.train_batches(images, 8, 1, 2, strong=True))
-    again = list(augment.train_batches(images, 8, 1, 2, strong=True, skip=1))
+    both = list(augment.train_batches(images, 8, 1, 2, two_views=True))
+    again = list(augment.train_batches(images, 8, 1, 2, two_views=True, skip=1))
     side = img_size or 24
     for one, two in zip(plain, both, strict=True):
         for x, y in zip(one, two):

@@ -25,7 +25,10 @@ from PIL import Image
 import network
 import train_base
 import train_kd
-import utils
+import engine.run as run_module
+from engine import cli
+from engine.checkpoint import find_weights, read_checkpoint
+from engine.run import Run
 from kd_losses import METHODS
 from tools import eval as evaluation
 from tools import export
@@ -157,17 +160,17 @@ def make_checkpoints(root):
 def make_runs(root, teacher):
     """A run of each script, and copies with damaged checkpoints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "draw_curves", lambda *_: None)  # a second each
+        patch.setattr(run_module, "draw_curves", lambda *_: None)  # a second each
         few = shlex.split(f"--cuda 0 --epochs 1 --batch_size 1297 --save_root {root} --note")
         train_base.main(shlex.split(f"--net_name resnet8 {DIGITS}") + [*few, "base"])
         files = ["--t_model", str(teacher), "--s_name", "resnet8"]
         train_kd.main(["--kd_mode", "at", *files, *few, "at"])
-    saved = utils.read_checkpoint(root / "base" / "checkpoint.pth.tar")
+    saved = read_checkpoint(root / "base" / "checkpoint.pth.tar")
     short = saved["optimizer"] | dict(param_groups=[])
     momentum = {0: dict(momentum_buffer=torch.zeros(3))}
     other = saved["optimizer"] | dict(state=saved["optimizer"]["state"] | momentum)
     damaged = dict(
-        best=utils.read_checkpoint(root / "base" / "model_best.pth.tar"),
+        best=read_checkpoint(root / "base" / "model_best.pth.tar"),
         no_net={k: v for k, v in saved.items() if k != "net"},
         half_net=saved | dict(net={k: v for k, v in saved["net"].items() if k != "fc.bias"}),
         no_groups=saved | dict(optimizer=short),
@@ -605,7 +608,7 @@ def test_one_line_and_nothing_written(places, monkeypatch, capfd, main, common, 
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
-    monkeypatch.setattr(utils.Run, "log", lambda *_: sys.exit("a run was started"))
+    monkeypatch.setattr(Run, "log", lambda *_: sys.exit("a run was started"))
     monkeypatch.chdir(names["root"])
     words = [word.format(**names) for word in shlex.split(common + argv)]
     capfd.readouterr()
@@ -645,7 +648,7 @@ def test_too_large_for_the_memory(monkeypatch, capsys, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(utils, "load_data", fail)
+    monkeypatch.setattr(cli, "load_data", fail)
     with pytest.raises(SystemExit) as stop:
         train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
     err = capsys.readouterr().err
@@ -683,8 +686,8 @@ def consume(tmp_path):
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         for known in (None, "resnet8"):
             try:
-                found = network.find_weights(known, str(path), "t_name", "t_model")
-                utils.resolve(recipe, found.name, found.meta)
+                found = find_weights(known, str(path), "t_name", "t_model")
+                cli.resolve(recipe, found.name, found.meta)
                 found.load(10, 12)
             except UserError as error:
                 assert str(error)
@@ -829,7 +832,7 @@ def test_random_flags(fuzz, capsys, script):
         began = time.process_time()
         try:
             args = script.parse(argv)
-            utils.resolve(args[0] if isinstance(args, tuple) else args, "resnet8", {})
+            cli.resolve(args[0] if isinstance(args, tuple) else args, "resnet8", {})
         except UserError as error:
             assert str(error)
         except SystemExit as stop:

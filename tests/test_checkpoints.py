@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fill import image
 from torch import nn
 
 import network
-import utils
-from fill import image
+from engine import foreign
+from engine.checkpoint import find_weights, load_weights, read_checkpoint, read_weights
 from utils import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -24,7 +25,7 @@ NAMES = [pytest.param(x, marks=[pytest.mark.slow] * (x in BIG)) for x in network
 
 def _same_weights(path, name, num_class, state):
     """The file at `path` gives a network `name` with exactly the entries of `state`."""
-    found = network.find_weights(None, path, "t_name", "t_model")
+    found = find_weights(None, path, "t_name", "t_model")
     assert (found.name, found.meta["num_class"]) == (name, num_class)
     net = found.build(num_class, seed=0, img_size=32)
     torch.testing.assert_close(dict(net.state_dict()), dict(state), rtol=0, atol=0)
@@ -91,14 +92,14 @@ def test_mdistillers_files(tmp_path):
 def test_public_files_give_the_same_logits(name, tmp_path):
     """Written in RepDistiller's and in MDistiller's format and read back."""
     num_class, size = (1000, 64) if name == "MobileNetV1" else (100, 32)
-    net = network.build(name, num_class).eval()
+    net = foreign.build(name, num_class).eval()
     state, opt = net.state_dict(), argparse.Namespace(model=name, lr_decay_epochs=[150])
     with torch.no_grad():
         img = torch.randn(1, 3, size, size)
         out = net(img)
         for wrapped in (dict(opt=opt, model=state), dict(epoch=240, model=state)):
             torch.save(wrapped, tmp_path / "x.pth")
-            found = network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+            found = find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
             assert found.name == name
             assert torch.equal(found.build(num_class, 0, size).eval()(img), out)
 
@@ -115,19 +116,19 @@ def test_safetensors(tmp_path):
     _same_weights(path, "resnet8", 7, net.state_dict())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="x.safetensors is damaged, cut short"):
-        utils.read_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_safetensors_without_the_library(tmp_path, monkeypatch):
     (tmp_path / "x.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match="pip install safetensors"):
-        utils.read_checkpoint(tmp_path / "x.safetensors")
+        read_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_kdzoo_wrote():
     """Written by KD-Zoo's train_base.py; its logits were recorded there, in float32."""
-    found = network.find_weights(None, KDZOO, "t_name", "t_model")
+    found = find_weights(None, KDZOO, "t_name", "t_model")
     assert (found.name, found.meta["num_class"]) == ("resnet20", 10)
     net = found.build(10, 0, 32).eval()
     with torch.no_grad():
@@ -148,10 +149,10 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=f"{name}.pth holds more than tensors .*convert it once"
         ):
-            network.find_weights(None, f"{name}.pth", "t_name", "t_model")
+            find_weights(None, f"{name}.pth", "t_name", "t_model")
     torch.save(network.build("resnet8", 10), "whole.pth")
     with pytest.raises(UserError, match="whole.pth holds more than tensors"):
-        network.find_weights(None, "whole.pth", "t_name", "t_model")
+        find_weights(None, "whole.pth", "t_name", "t_model")
     assert not Path("ran").exists()
 
 
@@ -167,10 +168,10 @@ def test_the_conversion_that_is_proposed_works(whole, tmp_path, monkeypatch):
     else:
         torch.save({"model": state, "accuracy": np.float64(3.0)}, "old.pth")
     with pytest.raises(UserError) as error:
-        utils.read_checkpoint("old.pth")
+        read_checkpoint("old.pth")
     code = str(error.value).split('python -c "')[1].rstrip('"')
     exec(code, {})
-    converted = network.read_weights(utils.read_checkpoint("old.converted.pth"))
+    converted = read_weights(read_checkpoint("old.converted.pth"))
     torch.testing.assert_close(converted, dict(state), rtol=0, atol=0)
 
 
@@ -181,20 +182,20 @@ def test_a_file_cut_short(share, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(UserError, match="x.pth is damaged, cut short, or not a checkpoint"):
-        network.find_weights(None, path, "t_name", "t_model")
+        find_weights(None, path, "t_name", "t_model")
 
 
 def test_no_checkpoint_at_all(tmp_path):
     for content in (b"hello", b"\x80\x04N."):
         (tmp_path / "x.pth").write_bytes(content)
         with pytest.raises(UserError, match="x.pth is damaged"):
-            utils.read_checkpoint(tmp_path / "x.pth")
+            read_checkpoint(tmp_path / "x.pth")
     torch.save({"epoch": 3, "lr": [0.1]}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth holds no weights, only: epoch, lr"):
-        network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+        find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
     torch.save(torch.ones(2), tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds a Tensor"):
-        network.find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
+        find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
 
 
 def test_names_and_files_that_contradict(tmp_path):
@@ -203,17 +204,17 @@ def test_names_and_files_that_contradict(tmp_path):
     state["fc.wait"] = state.pop("fc.weight")
     torch.save(state, path)
     with pytest.raises(UserError, match="x.pth does not say which network it is: give --t_name"):
-        network.find_weights(None, path, "t_name", "t_model")
-    found = network.find_weights("resnet8", path, "t_name", "t_model")
+        find_weights(None, path, "t_name", "t_model")
+    found = find_weights("resnet8", path, "t_name", "t_model")
     wrong = r"is not a resnet8: entries 1 missing \(fc.weight\), 1 unknown \(fc.wait\)"
     with pytest.raises(UserError, match=wrong):
         found.build(10, 0, 32)
     torch.save({"net": state, "meta": {"network": "resnet8"}}, path)
     with pytest.raises(UserError, match="--t_name resnet14 contradicts .*holds a resnet8"):
-        network.find_weights("resnet14", path, "t_name", "t_model")
+        find_weights("resnet14", path, "t_name", "t_model")
     torch.save({"net": state, "meta": {"network": "evil.py:build"}}, path)
     with pytest.raises(UserError, match="say so with --t_name evil.py:build"):
-        network.find_weights(None, path, "t_name", "t_model")
+        find_weights(None, path, "t_name", "t_model")
 
 
 @pytest.mark.parametrize(
@@ -234,11 +235,11 @@ def test_nothing_is_loaded_by_halves(spoil, message):
     state = network.build("resnet8", 10).state_dict()
     spoil(state)
     with pytest.raises(UserError, match=message):
-        network.load_weights(net, state, "x.pth", "resnet8")
+        load_weights(net, state, "x.pth", "resnet8")
     torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
 
 
 def test_the_network_that_fits_is_named():
     state = network.build("resnet14", 100).state_dict()
     with pytest.raises(UserError, match="fits resnet14 with 100 classes"):
-        network.load_weights(network.build("resnet8", 100), state, "x.pth", "resnet8")
+        load_weights(network.build("resnet8", 100), state, "x.pth", "resnet8")

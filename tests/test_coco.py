@@ -5,6 +5,7 @@ import math
 import pickle
 import sys
 
+import coco_like
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import coco
-import coco_like
 import utils
 from utils import UserError
 
@@ -630,7 +630,7 @@ def test_ranks_are_merged(tmp_path, monkeypatch):
     for number in (0, 1):
         said = []
         monkeypatch.setattr(utils, "share", lambda: (number, 2))
-        monkeypatch.setattr(utils, "everyone", lambda value: said.append(value) or [value])
+        monkeypatch.setattr(utils, "all_gather", lambda value: said.append(value) or [value])
         assert coco.evaluate(detect, found) != alone
         assert list(said[0]) == found.ids[number::2]
         parts.append(pickle.dumps(said[0]))
@@ -639,7 +639,7 @@ def test_ranks_are_merged(tmp_path, monkeypatch):
         answers = iter([list(map(pickle.loads, parts)), [alone, {}]])
         said = []
         monkeypatch.setattr(utils, "rank", lambda: number)
-        monkeypatch.setattr(utils, "everyone", lambda value: said.append(value) or next(answers))
+        monkeypatch.setattr(utils, "all_gather", lambda value: said.append(value) or next(answers))
         assert coco.Evaluation(found).result() == alone
         assert said[1] == (alone if number == 0 else {})
 

@@ -4,11 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-
-import network
 import toys
+
 import train_kd
 import utils
+from engine import foreign
 from kd_losses import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,7 +34,7 @@ def one_choice_of_kernels(monkeypatch):
 def steps(mode, step, machine, count=8):
     """The losses and final weights of a few steps, the last on a smaller batch."""
     torch.manual_seed(0)
-    nets = [network.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
+    nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
     images = toys.images(size=16)
     job = toys.job(mode, *nets, images)
     job.to(machine.device)

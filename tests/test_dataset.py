@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import toys
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
+from toys import images
 
 import dataset
-import toys
 import train_base
 import train_kd
 import utils
-from toys import images
+from engine import augment, cli, published, stream
+from engine.checkpoint import read_checkpoint
+from engine.run import Run
 from utils import UserError
 
 
 def epoch(data, batch_size=4, seed=0, number=1, **kwargs):
-    return list(dataset.train_batches(data, batch_size, seed, number, **kwargs))
+    return list(stream.train_batches(data, batch_size, seed, number, **kwargs))
 
 
 def raw(data, img):
@@ -107,7 +110,7 @@ def test_no_batch_of_one(n, batch_size):
 
 def test_test_batches_are_the_images():
     data = images(n=10)
-    img, target, index = (torch.cat(x) for x in zip(*dataset.test_batches(data, 4)))
+    img, target, index = (torch.cat(x) for x in zip(*stream.test_batches(data, 4)))
     assert torch.equal(raw(data, img), data.pixels) and torch.equal(target, data.labels)
     assert index.tolist() == list(range(10))
     plain = data.pixels.permute(0, 3, 1, 2) / 255
@@ -124,15 +127,15 @@ def test_unknown_padding():
 
 
 def test_digits():
-    data = dataset.load("digits")
+    data = stream.load("digits")
     assert (len(data.train), len(data.test), data.train.size) == (1297, 500, 32)
     assert not data.train.flip and data.train.num_class == 10
     assert set(data.train.labels.tolist()) == set(data.test.labels.tolist()) == set(range(10))
-    again = dataset.load("digits")
+    again = stream.load("digits")
     assert torch.equal(data.train.pixels, again.train.pixels)
     both = {x.numpy().tobytes() for x in data.train.pixels}
     assert len([x for x in data.test.pixels if x.numpy().tobytes() in both]) == 0
-    eight = dataset.load("digits", img_size=8).train.pixels
+    eight = stream.load("digits", img_size=8).train.pixels
     assert set(eight.unique().tolist()) == {round(grey * 255 / 16) for grey in range(17)}
 
 
@@ -158,7 +161,7 @@ def folder(root, size=(6, 6), test="test", classes=("cat", "dog"), n=3):
 
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_imagefolder(tmp_path, test):
-    data = dataset.load("imagefolder", folder(tmp_path, test=test))
+    data = stream.load("imagefolder", folder(tmp_path, test=test))
     assert data.train.classes == ["cat", "dog"] and len(data.train) == len(data.test) == 6
     assert data.train.pixels[4, 0, 0].tolist() == [100, 20, 200] and data.train.labels[4] == 1
 
@@ -166,8 +169,8 @@ def test_imagefolder(tmp_path, test):
 def test_imagefolder_resized(tmp_path):
     folder(tmp_path, size=(12, 9))
     with pytest.raises(UserError, match="img_size"):
-        dataset.load("imagefolder", tmp_path)
-    assert dataset.load("imagefolder", tmp_path, img_size=8).train.pixels.shape == (6, 8, 8, 3)
+        stream.load("imagefolder", tmp_path)
+    assert stream.load("imagefolder", tmp_path, img_size=8).train.pixels.shape == (6, 8, 8, 3)
 
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -217,15 +220,15 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, kind, suffix):
     folder(tmp_path)
     path = tmp_path / "train" / "cat" / f"0a.{suffix}"
     expected = torch.from_numpy(odd_image(kind, path).astype(np.uint8))
-    assert torch.equal(dataset.load("imagefolder", tmp_path).train.pixels[1], expected)
-    read = dataset.Reader(np.array([os.fsencode(path)]), torch.nn.Identity())
+    assert torch.equal(stream.load("imagefolder", tmp_path).train.pixels[1], expected)
+    read = stream.Reader(np.array([os.fsencode(path)]), torch.nn.Identity())
     assert torch.equal(read[[0], [0]][0], expected)
 
 
 def test_a_cmyk_jpeg(tmp_path):
     red = np.zeros((8, 8, 4), np.uint8) + np.array([0, 255, 255, 0], np.uint8)
     Image.fromarray(red, "CMYK").save(tmp_path / "x.jpg")
-    difference = np.asarray(dataset._open(tmp_path / "x.jpg")).astype(int) - [255, 0, 0]
+    difference = np.asarray(dataset.open_image(tmp_path / "x.jpg")).astype(int) - [255, 0, 0]
     assert abs(difference).max() < 10
 
 
@@ -238,7 +241,7 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path):
     (tmp_path / "train" / "cat" / ".thumbs" / "a.png").write_text("x")
     (tmp_path / "train" / "dog" / "deeper").mkdir()
     Image.new("RGB", (6, 6)).save(tmp_path / "train" / "dog" / "deeper" / "x.PNG")
-    data = dataset.load("imagefolder", tmp_path, utils.IMAGENET)
+    data = stream.load("imagefolder", tmp_path, published.IMAGENET)
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert data.notes == [f"{tmp_path / 'train'}: 3 file(s) ignored (.db, .txt): no images"]
 
@@ -299,19 +302,19 @@ def spoil(root, how):
 def test_bad_folders(tmp_path, how, message):
     spoil(tmp_path, how)
     with pytest.raises(UserError, match=message) as error:
-        dataset.load("imagefolder", tmp_path)
+        stream.load("imagefolder", tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_one_image_is_not_enough(tmp_path):
     folder(tmp_path, classes=("cat",), n=1)
     with pytest.raises(UserError, match="at least two"):
-        dataset.load("imagefolder", tmp_path)
+        stream.load("imagefolder", tmp_path)
 
 
 def test_unknown_dataset():
     with pytest.raises(UserError, match="cifar10"):
-        dataset.load("cifar11")
+        stream.load("cifar11")
 
 
 def archive(root, monkeypatch, kind, classes, n=20):
@@ -343,7 +346,7 @@ def archive(root, monkeypatch, kind, classes, n=20):
 @pytest.mark.parametrize("kind, classes", [("CIFAR10", 10), ("CIFAR100", 100)])
 def test_cifar_in_torchvision_s_layout(tmp_path, monkeypatch, kind, classes):
     n, n_test = archive(tmp_path, monkeypatch, kind, classes)
-    data = dataset.load(kind.lower(), tmp_path)
+    data = stream.load(kind.lower(), tmp_path)
     assert data.train.num_class == classes and data.train.flip
     assert data.train.pixels.shape == (n, 32, 32, 3) and len(data.test) == n_test
     assert data.notes[0].startswith(f"normalisation measured on {n} of {n} training images")
@@ -355,7 +358,7 @@ def test_cifar_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
     with pytest.raises(UserError, match=re.escape("no route to host)")) as error:
-        dataset.load("cifar10", tmp_path)
+        stream.load("cifar10", tmp_path)
     assert "\n" not in str(error.value) and "cifar-10-batches-py" in str(error.value)
 
 
@@ -384,8 +387,8 @@ def photos(tmp_path_factory):
     return root
 
 
-def load(root, mean_std=utils.IMAGENET, **kwargs):
-    return dataset.load("imagefolder", root, mean_std, **{"img_size": SIZE, **kwargs})
+def load(root, mean_std=published.IMAGENET, **kwargs):
+    return stream.load("imagefolder", root, mean_std, **{"img_size": SIZE, **kwargs})
 
 
 def by_hand(item):
@@ -429,14 +432,14 @@ def test_training_is_torchvision_s_own_transform(photos, flip):
 def test_the_test_is_torchvision_s_own_transform(photos):
     data = load(photos).test
     steps = [v2.Resize(SIZE * 256 // 224), v2.CenterCrop(SIZE)]
-    assert_by_hand(data, dataset.test_batches(data, 4), steps, torch.arange(9))
+    assert_by_hand(data, stream.test_batches(data, 4), steps, torch.arange(9))
 
 
 def test_normalised_as_torchvision_does(photos):
     data = load(photos).test
-    img, _, _ = next(dataset.test_batches(data, 3))
+    img, _, _ = next(stream.test_batches(data, 3))
     plain = raw(data, img).permute(0, 3, 1, 2) / 255
-    expected = torchvision.transforms.functional.normalize(plain, *utils.IMAGENET)
+    expected = torchvision.transforms.functional.normalize(plain, *published.IMAGENET)
     torch.testing.assert_close(img, expected)
 
 
@@ -449,7 +452,7 @@ def test_the_same_bytes_for_any_number_of_workers(photos):
     data = load(photos)
     two = dataset.Data("x", *(replace(split, workers=2) for split in (data.train, data.test)))
     assert_same(epoch(data.train), epoch(two.train))
-    assert_same(dataset.test_batches(data.test, 4), dataset.test_batches(two.test, 4))
+    assert_same(stream.test_batches(data.test, 4), stream.test_batches(two.test, 4))
     del two
     assert not children()
 
@@ -465,10 +468,10 @@ def test_processes_go_on_from_epoch_to_epoch(photos):
     seen = []
     for number, skip in ((1, 2), (2, 0), (3, 0), (1, 0)):
         assert_same(epoch(alone, number=number, skip=skip), epoch(data, number=number, skip=skip))
-        list(dataset.test_batches(data, 4))
+        list(stream.test_batches(data, 4))
         seen.append(children())
     assert len(seen[0]) == 2 and seen.count(seen[0]) == 4
-    batches = dataset.train_batches(data, 4, 0, 4)
+    batches = stream.train_batches(data, 4, 0, 4)
     next(batches)
     assert children() == seen[0]
     del batches
@@ -482,13 +485,13 @@ def test_processes_go_on_from_epoch_to_epoch(photos):
 def test_two_epochs_at_a_time(photos):
     data = load(photos, workers=2).train
     whole = epoch(data)
-    both = zip(*(dataset.train_batches(data, 4, 0, 1) for _ in range(2)))
+    both = zip(*(stream.train_batches(data, 4, 0, 1) for _ in range(2)))
     for expected, (one, other) in zip(whole, both, strict=True):
         assert_same([expected, expected], [one, other])
 
 
 def test_a_worker_killed_between_epochs_is_one_line(photos, capsys):
-    @utils.command
+    @cli.command
     def main(argv=None):
         data = load(photos, workers=2).train
         epoch(data)
@@ -532,7 +535,7 @@ def test_a_streamed_epoch_is_a_function_of_seed_and_epoch(photos):
 def test_generators_of_the_process_are_left_alone(photos, workers):
     data = load(photos, workers=workers)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    list(epoch(data.train)), list(dataset.test_batches(data.test, 4))
+    list(epoch(data.train)), list(stream.test_batches(data.test, 4))
     load(photos, None)  # measures
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
@@ -540,8 +543,8 @@ def test_generators_of_the_process_are_left_alone(photos, workers):
 
 def test_what_is_skipped_is_not_read(photos, monkeypatch):
     data = load(photos).train
-    whole, opened, read = epoch(data), [], dataset._open
-    monkeypatch.setattr(dataset, "_open", lambda path: opened.append(path) or read(path))
+    whole, opened, read = epoch(data), [], dataset.open_image
+    monkeypatch.setattr(stream, "open_image", lambda path: opened.append(path) or read(path))
     assert_same(whole[2:], epoch(data, skip=2))
     assert len(opened) == sum(len(target) for _, target, _ in whole[2:]) == 7
 
@@ -562,7 +565,7 @@ def test_crops_have_the_scales_and_shapes_of_the_literature(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.png")
     items = np.array([os.fsencode(tmp_path / "x.png")] * 300)
     labels = torch.zeros(300, dtype=torch.int64)
-    data = dataset.Stream(items, labels, ["x", "y"], (0.0,) * 3, (1.0,) * 3, 97)
+    data = dataset.Files(items, labels, ["x", "y"], (0.0,) * 3, (1.0,) * 3, 97)
     img = torch.cat([img for img, _, _ in epoch(data, 50)]) * 255
     width = (img[:, 0, 48, -1] - img[:, 0, 48, 0]) * 97 / 96
     height = (img[:, 1, -1, 48] - img[:, 1, 0, 48]) * 97 / 96
@@ -576,7 +579,7 @@ def test_crops_have_the_scales_and_shapes_of_the_literature(tmp_path):
 
 def test_streaming_begins_above_96_pixels(photos):
     assert isinstance(load(photos, img_size=96).train, dataset.Images)
-    assert isinstance(load(photos, img_size=97).train, dataset.Stream)
+    assert isinstance(load(photos, img_size=97).train, dataset.Files)
 
 
 def test_measured_on_what_the_test_shows(photos, monkeypatch):
@@ -596,7 +599,7 @@ def test_measured_on_what_the_test_shows(photos, monkeypatch):
 def test_a_tiny_image_is_enlarged(tmp_path):
     folder(tmp_path, size=(1, 3))
     for split in (load(tmp_path).train, load(tmp_path).test):
-        img = torch.cat([img for img, _, _ in dataset.test_batches(split, 4)])
+        img = torch.cat([img for img, _, _ in stream.test_batches(split, 4)])
         assert raw(split, img)[4].unique(dim=0).shape[0] == 1
         assert raw(split, img)[4, 0, 0].tolist() == [100, 20, 200]
     assert all(img.shape[2:] == (SIZE, SIZE) for img, _, _ in epoch(load(tmp_path).train))
@@ -609,10 +612,10 @@ def test_a_folder_of_small_images_is_kept_and_enlarged(tmp_path):
     assert isinstance(data.train, dataset.Images) and data.train.enlarged
     assert data.train.autoaugment and data.train.size == SIZE and data.train.pixels.shape[1] < 96
     assert "enlarged on the device" in data.notes[0]
-    img, _, _ = next(dataset.test_batches(data.test, 2))
+    img, _, _ = next(stream.test_batches(data.test, 2))
     assert img.shape[2:] == (SIZE, SIZE)
     Image.new("RGB", (120, 120)).save(tmp_path / "test" / "dog" / "large.png")
-    assert isinstance(load(tmp_path).train, dataset.Stream)
+    assert isinstance(load(tmp_path).train, dataset.Files)
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -637,31 +640,31 @@ def test_a_rehearsal_starts_no_process(photos, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", watched)
     toys.job("at", train=train).rehearse(train)
-    next(dataset.test_batches(train, 2))
+    next(stream.test_batches(train, 2))
     assert asked == [0, 2]
 
 
 def test_imagenet(photos):
-    data = dataset.load("imagenet", photos)
+    data = stream.load("imagenet", photos)
     assert (data.name, data.train.size, len(data.train), len(data.test)) == ("imagenet", 224, 15, 9)
     (photos / "test").mkdir()  # the official one has no class folders
     try:
-        assert len(dataset.load("imagenet", photos, utils.IMAGENET).test) == 9
+        assert len(stream.load("imagenet", photos, published.IMAGENET).test) == 9
     finally:
         (photos / "test").rmdir()
 
 
 def flags(*argv):
-    parser = utils.Parser()
-    utils.add_common_flags(parser)
+    parser = cli.Parser()
+    cli.add_common_flags(parser)
     return parser.parse_args(list(argv))
 
 
-@pytest.mark.parametrize("protocol", utils.PROTOCOLS)
+@pytest.mark.parametrize("protocol", published.PROTOCOLS)
 def test_what_imagenet_is_unless_told_otherwise(protocol):
     def of(*argv, knows={}):
         argv = "--data_name", "imagenet", "--protocol", protocol, *argv
-        return utils.resolve(flags(*argv), "resnet18", knows)
+        return cli.resolve(flags(*argv), "resnet18", knows)
 
     recipe = of()
     assert recipe.img_size == 224
@@ -669,14 +672,14 @@ def test_what_imagenet_is_unless_told_otherwise(protocol):
     assert of("--img_size", "128").img_size == 128
     assert of(knows=dict(data_name="imagenet", img_size=160)).img_size == 160
     assert of("--mean_std", "measured").mean_std is None
-    other = utils.resolve(flags("--data_name", "digits", "--mean_std", "imagenet"), "x", {})
-    assert other.mean_std == utils.IMAGENET and other.img_size is None
+    other = cli.resolve(flags("--data_name", "digits", "--mean_std", "imagenet"), "x", {})
+    assert other.mean_std == published.IMAGENET and other.img_size is None
 
 
 def test_workers_are_as_many_as_cpus_but_eight(monkeypatch):
     def of(cpus, *argv):
         monkeypatch.setattr(utils, "cpus", lambda: cpus)
-        return utils.resolve(flags("--data_name", "digits", *argv), "x", {}).workers
+        return cli.resolve(flags("--data_name", "digits", *argv), "x", {}).workers
 
     assert (of(2), of(64), of(4, "--workers", "0"), of(4, "--workers", "9")) == (2, 8, 0, 9)
     with pytest.raises(UserError, match="--workers: a whole number of at least 0"):
@@ -686,13 +689,9 @@ def test_workers_are_as_many_as_cpus_but_eight(monkeypatch):
 @pytest.mark.parametrize("size, largest", [(8, 500), (96, 500), (112, 400), (224, 100), (2500, 1)])
 def test_evaluation_takes_batches_that_fit(monkeypatch, size, largest):
     asked = []
-    batches = dataset.test_batches
-    monkeypatch.setattr(
-        dataset, "test_batches", lambda x, size, share: asked.append(size) or batches(x.small, 500)
-    )
-    stub = images(n=4)
-    stub = type("Large", (), dict(size=size, small=stub))
-    utils.evaluate(toys.Toy(), stub, utils.machine(0, "off"))
+    monkeypatch.setattr(dataset, "test_batches", lambda x, size, share: asked.append(size) or [])
+    large = dataset.Images(torch.zeros(4, size, size, 3), torch.zeros(4), [], (0,), (1,))
+    list(stream.test_batches(large))
     assert asked == [largest]
 
 
@@ -733,7 +732,7 @@ def test_enlarged_training_is_torchvision_s_resize_crop_and_mirror(size, flip):
 @pytest.mark.parametrize("size", [112, 128, 224])
 def test_enlarged_test_is_torchvision_s_resize(size):
     data = enlarged(n=10, size=size)
-    img, target, index = map(torch.cat, zip(*dataset.test_batches(data, 4)))
+    img, target, index = map(torch.cat, zip(*stream.test_batches(data, 4)))
     assert img.is_contiguous(memory_format=torch.channels_last) and img.dtype == torch.float32
     assert torch.equal(index, torch.arange(10)) and torch.equal(target, data.labels)
     shown = raw(data, img).permute(0, 3, 1, 2).int()
@@ -745,12 +744,12 @@ def test_enlarged_test_is_torchvision_s_resize(size):
 def test_autoaugment_comes_last(monkeypatch):
     plain, seen = enlarged(), []
 
-    class Watched(dataset.Augment):
+    class Watched(augment.Augment):
         def __call__(self, k, pixels):
             seen.append(pixels.permute(0, 2, 3, 1).clone())
             return super().__call__(k, pixels)
 
-    monkeypatch.setattr(dataset, "Augment", Watched)
+    monkeypatch.setattr(augment, "Augment", Watched)
     batches = epoch(replace(plain, autoaugment=True))
     assert all(torch.equal(raw(plain, x[0]), y) for x, y in zip(epoch(plain), seen, strict=True))
     changed = [(raw(plain, x[0]) != y).flatten(1).any(1) for x, y in zip(batches, seen)]
@@ -775,7 +774,7 @@ def test_an_enlarged_epoch_is_a_function_of_seed_and_epoch():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_enlarges_without_a_host_sync():
     data = enlarged(n=60, autoaugment=True)
-    batches = dataset.train_batches(data.to("cuda"), 8, 0, 1)
+    batches = stream.train_batches(data.to("cuda"), 8, 0, 1)
     found = [next(batches)]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -789,28 +788,28 @@ def test_a_gpu_enlarges_without_a_host_sync():
 
 def test_cifar_above_96_pixels_as_knowledgereview_trains_it(tmp_path, monkeypatch):
     n, n_test = archive(tmp_path, monkeypatch, "CIFAR100", 100)
-    data = dataset.load("cifar100", tmp_path, utils.ZOO_CIFAR100, img_size=128)
+    data = stream.load("cifar100", tmp_path, published.ZOO_CIFAR100, img_size=128)
     assert data.train.pixels.shape == (n, 32, 32, 3) and data.test.pixels.shape[0] == n_test
     assert data.train.size == data.test.size == 128
     assert data.train.flip and data.train.autoaugment
     steps = "Resize, RandomCrop, RandomHorizontalFlip, AutoAugment"
     assert data.notes == [f"32 pixels, enlarged on the device; in training {steps}"]
-    small = dataset.load("cifar100", tmp_path, utils.ZOO_CIFAR100, img_size=40)
+    small = stream.load("cifar100", tmp_path, published.ZOO_CIFAR100, img_size=40)
     assert small.train.pixels.shape[1] == small.train.size == 40 and small.notes == []
 
 
 def test_digits_above_96_pixels_keep_their_meaning():
-    data = dataset.load("digits", img_size=112)
+    data = stream.load("digits", img_size=112)
     assert data.train.pixels.shape == (1297, 32, 32, 3) and data.train.size == 112
     assert not data.train.flip and not data.train.autoaugment
     assert data.notes[0] == "32 pixels, enlarged on the device; in training Resize, RandomCrop"
-    mirrored = dataset.load("digits", mean_std=utils.CIFAR10, img_size=112, flip=True)
+    mirrored = stream.load("digits", mean_std=published.CIFAR10, img_size=112, flip=True)
     assert mirrored.notes[0].endswith("Resize, RandomCrop, RandomHorizontalFlip")
 
 
 def test_enlarged_images_are_measured_as_the_test_shows_them(monkeypatch):
     monkeypatch.setattr(dataset, "SAMPLE", 60)
-    data = dataset.load("digits", img_size=112)
+    data = stream.load("digits", img_size=112)
     places = torch.arange(60) * 1297 // 60
     pixels = resized(data.train.pixels[places], 112) / 255
     for split in (data.train, data.test):
@@ -841,24 +840,24 @@ def test_both_scripts_on_photographs(photos, script, monkeypatch):
     assert "0 workers, streamed from disk; in training RandomResizedCrop" in log
     assert "normalisation measured on 15 of 15 training images" in log
 
-    saved = utils.Run.epoch
+    saved = Run.epoch
 
     def stop(self, *args, **kwargs):
         saved(self, *args, **kwargs)
         raise KeyboardInterrupt
 
     def in_parts(main, note, *argv):
-        monkeypatch.setattr(utils.Run, "epoch", stop)
+        monkeypatch.setattr(Run, "epoch", stop)
         with pytest.raises(SystemExit):
             script(main, note, *argv, "--workers", "0")
-        monkeypatch.setattr(utils.Run, "epoch", saved)
+        monkeypatch.setattr(Run, "epoch", saved)
         return script(main, note, *argv, "--workers", "2", "--resume")
 
     parts = in_parts(train_base.main, "parts", *data)
     assert "2 workers, streamed from disk" in (parts / "log.txt").read_text()
     assert (base / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     # the teacher's checkpoint knows folder, size and normalisation
-    known = utils.read_checkpoint(base / "model_best.pth.tar")["meta"]
+    known = read_checkpoint(base / "model_best.pth.tar")["meta"]
     assert known["img_size"] == SIZE and known["img_root"] == str(photos)
     kd = ["--kd_mode", "at", "--t_model", base / "model_best.pth.tar", "--s_name", "resnet8"]
     kd += ["--epochs", "2"]

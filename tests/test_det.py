@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import coco_like
 import pytest
 import torch
 import torchvision
+from test_interruption import assert_same, result
 
-import coco_like
 import network
 import train_det
 import utils
+from engine.checkpoint import read_checkpoint
+from engine.run import read_metrics
 from kd_losses.dkd import DKD
 from kd_losses.reviewkd import hcl
-from test_interruption import assert_same, result
 
 ROOT = Path(__file__).parent.parent
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
@@ -327,7 +329,7 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "teacher AP" in out and "reviewkd: lambda_kd 1, mid_channel 256" in out
     assert "shorter side (64, 96), longer at most 128, anchors from 8, 16 regions" in out
-    rows = utils.read_metrics(whole["dir"])
+    rows = read_metrics(whole["dir"])
     assert [row["step"] for row in rows] == [2, 4] and {"reviewkd", "dkd", "AP50"} <= set(rows[0])
     kill = (
         "import os, signal, sys, train_det, utils\n"
@@ -344,7 +346,7 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
     assert done.returncode == -9, done.stderr
     train_det.main([*argv, "--resume"])
     assert_same(result(tmp_path / "whole"), result(tmp_path / "killed"))
-    best = utils.read_checkpoint(tmp_path / "whole" / "model_best.pth.tar")
+    best = read_checkpoint(tmp_path / "whole" / "model_best.pth.tar")
     assert best["meta"]["network"] == "fasterrcnn_mobilenet_v2" and best["meta"]["anchor"] == 8
     again = ["--kd_mode", "none", "--s_init", f"{whole['dir']}/model_best.pth.tar", "--dry_run"]
     train_det.main([*again, "--save_root", str(tmp_path)])
@@ -395,7 +397,7 @@ def test_bad_input_is_one_line(flags, line, teacher, folder, tmp_path, capsys):
     spoilt = tmp_path / "spoilt.pth"
     names = dict(t=f"{teacher}/checkpoint.pth.tar", root=folder, digits=digits, spoilt=spoilt)
     if "{spoilt}" in flags:
-        best = utils.read_checkpoint(f"{teacher}/model_best.pth.tar")
+        best = read_checkpoint(f"{teacher}/model_best.pth.tar")
         best["snet"]["backbone.body.conv1.weight"][0] = float("nan")
         torch.save(best, spoilt)
     argv = [part.format(**names) for part in flags.split()]

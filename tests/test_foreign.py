@@ -11,6 +11,8 @@ from torch import nn
 import network
 import train_base
 import train_kd
+from engine import foreign
+from engine.find_taps import ensure_taps
 from utils import UserError
 
 
@@ -20,7 +22,7 @@ def img(size, n=2):
 
 def taps(net, size=32, num_class=10, stages=None):
     """The taps found in `net`, and the lines printed about them."""
-    lines = network.ensure_taps(net, type(net).__name__, num_class, size, stages)
+    lines = ensure_taps(net, type(net).__name__, num_class, size, stages)
     return net.taps, lines
 
 
@@ -125,7 +127,7 @@ def test_the_dry_pass_changes_nothing():
     ],
 )
 def test_networks_of_torchvision(name, size, stem, stages, preacts):
-    net = network.build(f"torchvision/{name}", 10, size).eval()
+    net = foreign.build(f"torchvision/{name}", 10, size).eval()
     found, lines = taps(net, size)
     assert found["stem"] == stem and found["stages"] == list(stages)
     assert found.get("preacts") == preacts
@@ -150,7 +152,7 @@ def test_every_network_of_torchvision(name):
     size = 224 if name.startswith(("vit", "maxvit", "swin")) else 128
     if name.startswith(("vit_h", "regnet_y_128gf", "vit_l")):
         pytest.skip("larger than this machine's patience; its smaller sisters are in")
-    net = network.build(f"torchvision/{name}", 10, size).eval()
+    net = foreign.build(f"torchvision/{name}", 10, size).eval()
     found, _ = taps(net, size)
     kinds = [kind for kind in ("stem", "stages", "preacts", "feat") if found.get(kind)]
     with torch.no_grad():
@@ -221,27 +223,27 @@ def test_registers_are_dropped():
 
 def test_timm():
     pytest.importorskip("timm")
-    net = network.build("timm/vit_tiny_patch16_224", 10, 32)
+    net = foreign.build("timm/vit_tiny_patch16_224", 10, 32)
     found, _ = taps(net)
     assert found["stages"] == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
-    net = network.build("timm/resnet10t", 10, 64)
+    net = foreign.build("timm/resnet10t", 10, 64)
     found, _ = taps(net, 64)
     assert found["stages"] == [f"layer{i}" for i in (1, 2, 3, 4)]
     with pytest.raises(UserError, match="did you mean"):
-        network.build("timm/resnet10x", 10)
+        foreign.build("timm/resnet10x", 10)
 
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
-        network.build("timm/resnet10t", 10)
+        foreign.build("timm/resnet10t", 10)
 
 
 # --- taps by hand ----------------------------------------------------------------------------------
 
 
 def test_stages_named_by_hand():
-    net = network.build("torchvision/resnet18", 10, 32)
+    net = foreign.build("torchvision/resnet18", 10, 32)
     stages = ("layer1.0", "layer2.0.conv2", "layer4.0.relu#1", "layer4")
     found, lines = taps(net, stages=stages)
     assert found["stages"] == list(stages) and all(
@@ -275,7 +277,7 @@ def test_hand_named_taps_of_our_own_networks():
     ],
 )
 def test_wrong_taps(stages, message):
-    net = network.build("torchvision/resnet18", 10, 32)
+    net = foreign.build("torchvision/resnet18", 10, 32)
     with pytest.raises(UserError, match=message):
         taps(net, stages=stages)
 
@@ -375,14 +377,14 @@ def file(tmp_path_factory):
 def test_names_without_a_network(file, name, message):
     (file.parent / "broken.py").write_text("def build(:\n")
     with pytest.raises(UserError, match=message):
-        network.build(name.format(dir=file.parent, file=file), 10)
+        foreign.build(name.format(dir=file.parent, file=file), 10)
 
 
 def test_file_names():
-    assert network.file_name("resnet20") == "resnet20"
-    assert network.file_name("torchvision/resnet18") == "torchvision-resnet18"
-    assert network.file_name("/a/b.c/my_net.py:build") == "my_net-build"
-    assert network.file_name("my_net.py:build") == "my_net-build"
+    assert foreign.file_name("resnet20") == "resnet20"
+    assert foreign.file_name("torchvision/resnet18") == "torchvision-resnet18"
+    assert foreign.file_name("/a/b.c/my_net.py:build") == "my_net-build"
+    assert foreign.file_name("my_net.py:build") == "my_net-build"
 
 
 # --- weights of a library --------------------------------------------------------------------------
@@ -407,10 +409,10 @@ def cached(tmp_path, monkeypatch):
 def test_pretrained_weights_with_a_classifier_of_our_own(cached, name):
     torch.manual_seed(1)
     original = torchvision.models.get_model(name, weights=None).state_dict()
-    whole = network.build(f"torchvision/{name}", 1000, 64, pretrained=True).state_dict()
+    whole = foreign.build(f"torchvision/{name}", 1000, 64, pretrained=True).state_dict()
     assert all(torch.equal(value, whole[key]) for key, value in original.items())
     torch.manual_seed(0)
-    net = network.build(f"torchvision/{name}", 10, 64, pretrained=True)
+    net = foreign.build(f"torchvision/{name}", 10, 64, pretrained=True)
     state = net.state_dict()
     new = [key for key, value in original.items() if value.shape != state[key].shape]
     assert len(new) == 2 and all(
@@ -429,9 +431,9 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match="weights of resnet18 cannot be had .*checkpoints"):
-        network.build("torchvision/resnet18", 10, 64, pretrained=True)
+        foreign.build("torchvision/resnet18", 10, 64, pretrained=True)
     with pytest.raises(UserError, match="has no weights of its own"):
-        network.build("resnet20", 10, 32, pretrained=True)
+        foreign.build("resnet20", 10, 32, pretrained=True)
 
 
 @pytest.mark.parametrize(

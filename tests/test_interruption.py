@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
 
-import toys
 import train_base
 import train_kd
 import utils
+from engine.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--print_freq", "3"]
@@ -68,7 +69,7 @@ def command(mode, teacher, root, note, epochs=2):
 
 def result(folder):
     """Everything that has to be the same: metrics, and all that the checkpoint holds but times."""
-    last = utils.read_checkpoint(folder / "checkpoint.pth.tar")
+    last = read_checkpoint(folder / "checkpoint.pth.tar")
     del last["timing"]
     return (folder / "metrics.csv").read_bytes(), last
 
@@ -163,7 +164,7 @@ def test_train_base_goes_on_inside_an_epoch(tmp_path, monkeypatch):
         stop_at(patch, 7, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train_base.main([*argv, "--note", "stopped"])
-    saved = utils.read_checkpoint(tmp_path / "stopped" / "checkpoint.pth.tar")
+    saved = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth.tar")
     assert saved["inside"]["step"] == 7 and not saved["history"]
     train_base.main([*argv, "--note", "stopped", "--resume"])
     assert_same(result(tmp_path / "whole"), result(tmp_path / "stopped"))
@@ -185,7 +186,7 @@ def test_streamed_images_go_on_inside_an_epoch(tmp_path, monkeypatch):
         stop_at(patch, 7, signal.SIGINT)  # four steps, one of the test, two more
         with pytest.raises(SystemExit):
             train_base.main([*argv, "--note", "stopped"])
-    saved = utils.read_checkpoint(tmp_path / "runs" / "stopped" / "checkpoint.pth.tar")
+    saved = read_checkpoint(tmp_path / "runs" / "stopped" / "checkpoint.pth.tar")
     assert saved["inside"]["step"] == 2 and len(saved["history"]) == 1
     train_base.main([*argv, "--note", "stopped", "--resume"])
     assert_same(*(result(tmp_path / "runs" / note) for note in ("whole", "stopped")))
@@ -231,7 +232,7 @@ def test_a_full_disk(what, teacher, tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in line and "--resume" in line
     assert not list((tmp_path / "full").glob("*.tmp"))
-    saved = utils.read_checkpoint(tmp_path / "full" / "checkpoint.pth.tar")
+    saved = read_checkpoint(tmp_path / "full" / "checkpoint.pth.tar")
     assert len(saved["history"]) == (2 if what == "metrics.csv" else 1)
     train_kd.main([*argv, "--resume"])
     assert_same(result(tmp_path / "whole"), result(tmp_path / "full"))

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import toys
 import train_kd
 import utils
+from engine import published
+from engine.checkpoint import read_checkpoint, save_checkpoint
 from kd_losses import FLAG_HELP, METHODS, Phase
 
 ROOT = Path(__file__).parent.parent
@@ -238,12 +240,12 @@ def test_save_and_load_between_two_steps(mode, tmp_path):
         job, recipe = world(mode)
         optimizer = utils.sgd(job.learners(phase), recipe)
         take(job, phase, optimizer, 0)
-        utils.save_checkpoint(everything(job, optimizer), tmp_path / "x")
+        save_checkpoint(everything(job, optimizer), tmp_path / "x")
         take(job, phase, optimizer, 1)
 
         torch.manual_seed(999)
         again, recipe = world(mode)
-        saved = utils.read_checkpoint(tmp_path / "x")
+        saved = read_checkpoint(tmp_path / "x")
         again.student.net.load_state_dict(saved["s"])
         again.teacher.net.load_state_dict(saved["t"])
         again.kd.load_state_dict(saved["kd"])
@@ -390,8 +392,8 @@ def test_rows_are_whole():
         assert row.teacher in ("frozen", "grad", "trained") and all(row.compare.wants)
         for flag in row.flags:
             assert flag in FLAG_HELP or f"{mode}.{flag}" in FLAG_HELP, (mode, flag)
-        assert set(row.protocols) <= set(utils.PROTOCOLS)
-        for protocol in utils.PROTOCOLS:
+        assert set(row.protocols) <= set(published.PROTOCOLS)
+        for protocol in published.PROTOCOLS:
             row.under(protocol)  # its changes are fields of the row
         assert all(isinstance(phase, Phase) for phase in row.phases)
         assert row.phases[-1].epochs is None, "the last phase is --epochs long"

@@ -9,13 +9,15 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from PIL import Image
 
-import dataset
 import network
-import toys
 import train_kd
 import utils
+from engine import foreign, stream
+from engine.checkpoint import Weights, find_weights
+from engine.run import Run
 from kd_losses import METHODS, fading
 from kd_losses.lskd import standardise
 from kd_losses.wkd_l import cka_cost
@@ -39,7 +41,7 @@ FAMILIES += ["ShuffleV1", "ShuffleV2", "torchvision/mobilenet_v2", "torchvision/
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_classifier_and_what_it_is_fed(name):
-    net = network.Weights(name).build(7, 1, 32)
+    net = Weights(name).build(7, 1, 32)
     x = network.Tapped(net.eval(), ("last", "feat"))(torch.randn(2, 3, 32, 32))
     assert isinstance(x.classifier, torch.nn.Linear)
     torch.testing.assert_close(x.classifier(x.feat), x.out)
@@ -156,7 +158,7 @@ def test_distances_of_the_classes(what):
     features = []
     for k in range(5):
         own = [i for i in range(23) if train.labels[i] == k][:4]
-        x = tapped(torch.cat([list(dataset.test_batches(train, 1))[i][0] for i in own]))
+        x = tapped(torch.cat([list(stream.test_batches(train, 1))[i][0] for i in own]))
         x = dict(positions=x.last.permute(0, 2, 3, 1).flatten(0, 2), pooled=x.feat, logits=x.out)[
             what
         ]
@@ -167,14 +169,14 @@ def test_distances_of_the_classes(what):
 
 def test_classes_are_looked_at_once(distil, capsys):
     argv = ["wkd_l", "--epochs", "2", "--batch_size", "256"]
-    epoch = utils.Run.epoch
+    epoch = Run.epoch
 
     def stop(self, *args, **kwargs):
         epoch(self, *args, **kwargs)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Run, "epoch", stop)
+        patch.setattr(Run, "epoch", stop)
         with pytest.raises(SystemExit):
             distil(*argv)
     distil(*argv, "--resume")
@@ -211,7 +213,7 @@ def test_the_deployed_student(distil, tmp_path, capsys):
     file = f"{result['dir']}/checkpoint.pth.tar"
     log = capsys.readouterr().out
     assert "trained and evaluated: simkd:resnet8:64:64:2:3:3," in log
-    found = network.find_weights(None, file, "net_name", "MODEL")
+    found = find_weights(None, file, "net_name", "MODEL")
     assert found.name == "simkd:resnet8:64:64:2:3:3"
     net = found.build(10, 1, 12).eval()
     img = torch.randn(4, 3, 12, 12)
@@ -239,7 +241,7 @@ def test_the_deployed_student(distil, tmp_path, capsys):
 )
 def test_a_wrong_name_of_one(name, line):
     with pytest.raises(utils.UserError, match=line):
-        network.build(name, 10, 32)
+        foreign.build(name, 10, 32)
 
 
 # --- what the authors set by pair ------------------------------------------------------------------

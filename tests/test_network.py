@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-import network
 from fill import fill_network, image
 from reference import agree, agree_grads, cases
+from torch import nn
 from toys import Toy
+
+import network
+from engine import foreign
+from engine.adapter import Adapter, Regressor, align, count_macs
 from utils import UserError
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "networks.json").read_text())
@@ -37,7 +39,7 @@ def test_every_network_has_its_values():
 def test_agrees_with_the_public_network(name):
     """Keys, shapes, parameters, logits, feature maps after and before the last ReLU of a stage."""
     expected = EXPECTED[name]
-    net = network.build(name, 1000 if name == IMAGENET else 100)
+    net = foreign.build(name, 1000 if name == IMAGENET else 100)
     assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == expected["keys"]
     assert network.count_parameters(net) == expected["parameters"]
     with torch.no_grad():
@@ -89,15 +91,15 @@ COSTS = {  # parameters and multiply-adds with 100 classes at 32 pixels, measure
 def test_parameters_and_multiply_adds(name):
     num_class, size = (1000, 224) if name == IMAGENET else (100, 32)
     with torch.device("meta"):
-        net = network.build(name, num_class).eval()
-        macs = network.count_macs(net, lambda: net(torch.zeros(1, 3, size, size)))
+        net = foreign.build(name, num_class).eval()
+        macs = count_macs(net, lambda: net(torch.zeros(1, 3, size, size)))
     assert (network.count_parameters(net), macs) == COSTS[name]
 
 
 def test_another_number_of_classes_costs_its_classifier():
     net = network.build("resnet20", 10).eval()
     assert network.count_parameters(net) == 272_474
-    assert network.count_macs(net, lambda: net(torch.zeros(1, 3, 32, 32))) == 40_813_184
+    assert count_macs(net, lambda: net(torch.zeros(1, 3, 32, 32))) == 40_813_184
 
 
 def test_no_two_networks_look_alike():
@@ -108,7 +110,7 @@ def test_no_two_networks_look_alike():
 @pytest.mark.parametrize("name", NAMES)
 def test_no_batch_norm_runs_twice(name):
     """In training mode, with every feature caught, at a size that no table has."""
-    net = network.build(name, 10).train()
+    net = foreign.build(name, 10).train()
     with torch.no_grad():
         s = network.Tapped(net, ALL)(torch.randn(2, 3, 16, 16))
     runs = {k: v.item() for k, v in net.named_buffers() if k.endswith("num_batches_tracked")}
@@ -120,7 +122,7 @@ def test_no_batch_norm_runs_twice(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_larger_images(name):
     """Every map is as much larger as the image is; VGG pools once more above 32 pixels."""
-    net = network.build(name, 10).eval()
+    net = foreign.build(name, 10).eval()
     with torch.no_grad():
         s = network.Tapped(net, ALL)(torch.randn(1, 3, 64, 64))
     rows = EXPECTED.get(name, EXPECTED["ResNet50"])["features"]
@@ -146,7 +148,7 @@ def classifier(net):
 @pytest.mark.parametrize("name", NAMES)
 def test_norms_run_last_before_the_preacts(name):
     with torch.device("meta"):
-        net = network.build(name, 10).eval()
+        net = foreign.build(name, 10).eval()
         ran, last = [], []
         for path, module in net.named_modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -165,7 +167,7 @@ def test_norms_run_last_before_the_preacts(name):
 @pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "MobileNetV2", "ResNet18", "ShuffleV2"])
 def test_first_weights(name):
     """Normal with variance 2 / fan-out, a small classifier where a family has one, or torch's own."""
-    net = network.build(name, 100)
+    net = foreign.build(name, 100)
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 4000]
     assert len(convs) > 2
     for conv in convs:
@@ -184,7 +186,7 @@ def test_first_weights(name):
 def test_multiply_adds_of_a_transposed_convolution():
     """Each of the 16 input pixels meets each weight."""
     conv = nn.ConvTranspose2d(3, 5, 2, stride=2)
-    assert network.count_macs(conv, lambda: conv(torch.zeros(1, 3, 4, 4))) == 16 * 3 * 5 * 4
+    assert count_macs(conv, lambda: conv(torch.zeros(1, 3, 4, 4))) == 16 * 3 * 5 * 4
 
 
 def test_unknown_network():
@@ -232,14 +234,14 @@ def test_a_batch_norm_runs_once_a_call():
 def test_align():
     shallow, deep = Toy(), Toy()
     deep.taps = dict(deep.taps, stages=["relu0", "relu1", "relu2", "relu3"])
-    assert network.align(shallow, deep, None) == (-3, -2, -1)
-    assert network.align(shallow, deep, (1, -1)) == (-3, -1)
-    assert network.align(deep, shallow, (2,)) == (-3,)
+    assert align(shallow, deep, None) == (-3, -2, -1)
+    assert align(shallow, deep, (1, -1)) == (-3, -1)
+    assert align(deep, shallow, (2,)) == (-3,)
     for stages in ((4,), (-4,), (0,)):
         with pytest.raises(UserError, match="no stage"):
-            network.align(shallow, deep, stages)
+            align(shallow, deep, stages)
     with pytest.raises(UserError, match="no stage 1"):
-        network.align(deep, shallow, (1,))  # the teacher has nothing beside the deep one's first
+        align(deep, shallow, (1,))  # the teacher has nothing beside the deep one's first
 
 
 # --- adapters --------------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ def test_align():
 def two(needs, wants=ALL, widths=(3, 5, 7, 9), last=1):
     s = network.Tapped(Toy(widths, last=last), wants)(torch.randn(2, 3, 8, 8))
     t = network.Tapped(Toy(), wants)(torch.randn(2, 3, 8, 8))
-    return network.Adapter(needs, wants, s, t), s, t
+    return Adapter(needs, wants, s, t), s, t
 
 
 def test_adapter_supplies_channels_and_size():
@@ -276,7 +278,7 @@ def test_adapter_pools_without_parameters():
 def test_regressor_of_the_crd_benchmark(case):
     """Every kind of convolution against the values of MDistiller's FitNet."""
     fm_s, fm_t = case.leaf("in/fm_s"), case["in/fm_t"]
-    regressor = network.Regressor(fm_s.shape, fm_t.shape, relu=True).double()
+    regressor = Regressor(fm_s.shape, fm_t.shape, relu=True).double()
     regressor.load_state_dict(case.group("param/alt_mdistiller.conv_reg."))
     fm = regressor(fm_s)
     agree(fm, case["alt_mdistiller/regressed"])
@@ -291,7 +293,7 @@ def test_regressor_of_the_crd_benchmark(case):
 
 def test_no_regressor_to_an_odd_size():
     with pytest.raises(UserError, match="no regressor"):
-        network.Regressor(torch.Size([1, 3, 4, 4]), torch.Size([1, 3, 7, 7]), relu=False)
+        Regressor(torch.Size([1, 3, 4, 4]), torch.Size([1, 3, 7, 7]), relu=False)
 
 
 @pytest.mark.parametrize("needs", ["", "size", "channels+size"])

@@ -7,12 +7,12 @@ from functools import lru_cache
 
 import pytest
 import torch
+import toys
 from torch import nn
 
-import network
-import toys
 import train_kd
 import utils
+from engine import foreign
 from kd_losses import METHODS
 from utils import UserError
 
@@ -47,7 +47,7 @@ FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
 @lru_cache(maxsize=1)
 def pair(teacher, student):
     """Both networks; a test takes a copy, which is cheaper than new weights."""
-    nets = [network.build(name, 10).requires_grad_(False) for name in (teacher, student)]
+    nets = [foreign.build(name, 10).requires_grad_(False) for name in (teacher, student)]
     for net in nets:
         # batch norms know these images: in eval mode a deep network that has seen none runs away
         for module in net.modules():

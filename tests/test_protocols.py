@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 
 import network
-import toys
 import train_base
 import train_kd
 import utils
+from engine.checkpoint import Weights
+from engine.run import read_metrics
 from kd_losses import LIKE, METHODS, REVIEWED, reviewed
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
@@ -65,7 +67,7 @@ def test_accumulate_trains(tmp_path):
     argv = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
     argv += ["--epochs", "1", "--save_root", str(tmp_path), "--accumulate", "2"]
     argv += ["--label_smoothing", "0.1"]
-    row = utils.read_metrics(train_base.main(argv)["dir"])[0]
+    row = read_metrics(train_base.main(argv)["dir"])[0]
     assert 0 < row["ce"] < 3
 
 
@@ -123,7 +125,7 @@ def test_levels_of_knowledgereview(name):
     """Five levels, before the activations."""
     row = METHODS["reviewkd"].under("knowledgereview")
     widths, name = WIDTHS[name], f"torchvision/{name}"
-    net = network.Weights(name, taps=row.taps[name]).build(100, 1, 64).eval()
+    net = Weights(name, taps=row.taps[name]).build(100, 1, 64).eval()
     tapped = network.Tapped(net, ["stages", "preacts", "feat"])
     with torch.no_grad():
         s = tapped(torch.randn(2, 3, 64, 64))

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
+from engine import distributed
+from engine.checkpoint import save_checkpoint
+from engine.run import Run, read_metrics
+
 ROOT = Path(__file__).parent.parent
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
 SAME = [
@@ -29,16 +34,16 @@ SAME = [
 def worker(root: Path) -> dict:
     """What each of the two processes does. Returns what the tests look at."""
     import toys
+
     import train_base
     import train_kd
-    import utils
 
     jobs = kept(train_kd.Distillation)
     leave, utils.leave_ranks = utils.leave_ranks, lambda: None  # one meeting for all runs
     small = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--save_root", str(root)]
     base = ["--net_name", "resnet14", *small, "--epochs", "1", "--note"]
     train_base.main([*base, "t"])
-    utils.everyone(None)  # the file is there
+    utils.all_gather(None)  # the file is there
     found = {"world": utils.world()}
     for mode in TRAINED:
         argv = ["--kd_mode", mode, "--t_name", "resnet14", "--s_name", "resnet8", *small]
@@ -49,7 +54,7 @@ def worker(root: Path) -> dict:
         job = jobs[-1]
         modules = (job.student.net, job.teacher.net, job.kd)
         sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
-        found[mode] = len(set(map(str, utils.everyone(sums)))) == 1
+        found[mode] = len(set(map(str, utils.all_gather(sums)))) == 1
 
     found["detectors"] = detectors(root)
     for mode in SAME:
@@ -73,16 +78,16 @@ def kept(kind: type) -> list:
 def detectors(root: Path) -> bool:
     """Whether a distilled detector and its fusion are equal on both."""
     import coco_like
+
     import train_det
-    import utils
 
     view = train_det.View((64,), 96, 8, 16)
     if utils.rank() == 0:
         coco_like.draw(root / "coco", train=8, val=4, size=64, seed=1)
         teacher = train_det.build("fasterrcnn_resnet18", 8, view)
         meta = dict(network="fasterrcnn_resnet18", num_class=8, **vars(view))
-        utils.save_checkpoint(dict(snet=teacher.state_dict(), meta=meta), root / "det.pth.tar")
-    utils.everyone(None)
+        save_checkpoint(dict(snet=teacher.state_dict(), meta=meta), root / "det.pth.tar")
+    utils.all_gather(None)
     jobs = kept(train_det.Distillation)
     argv = ["--kd_mode", "reviewdkd", "--t_model", f"{root}/det.pth.tar", "--cuda", "0"]
     argv += ["--s_name", "fasterrcnn_resnet18", "--img_root", f"{root}/coco", "--batch_size", "4"]
@@ -90,14 +95,14 @@ def detectors(root: Path) -> bool:
     train_det.main(argv)
     modules = (jobs[-1].student, jobs[-1].kd)
     sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
-    return len(set(map(str, utils.everyone(sums)))) == 1
+    return len(set(map(str, utils.all_gather(sums)))) == 1
 
 
 def compare(mode: str) -> float:
     """How far losses and gradients of two shares of a batch are from those of the whole batch."""
     import toys
+
     import train_kd
-    import utils
 
     def step(batch, gathers):
         torch.manual_seed(0)
@@ -122,9 +127,9 @@ def compare(mode: str) -> float:
     share = train_kd.Batch(**{name: x[half] for name, x in whole.tensors().items()})
     relates = train_kd.METHODS[mode].relates
     meter, grad = step(share, relates)
-    average, utils.average_gradients = utils.average_gradients, lambda optimizer: None
+    average, distributed.average_gradients = distributed.average_gradients, lambda optimizer: None
     single, expected = step(whole, False)
-    utils.average_gradients = average
+    distributed.average_gradients = average
     terms, wanted = meter.read(), single.read()  # the whole batch twice: the same mean
     off = [abs(terms[name] - wanted[name]) / abs(wanted[name]) for name in ("ce", "kd")]
     return max(*off, float((grad - expected).norm() / expected.norm()))
@@ -180,27 +185,26 @@ def test_two_shares_are_the_whole_batch(mode, found):
 def test_goes_on_with_another_number_of_processes(found, tmp_path):
     """A run of one process, stopped after its first epoch, ends on two; and bad input is said once."""
     import train_kd
-    import utils
 
     root, _ = found
     argv = ["--kd_mode", "crd", "--t_model", f"{root}/t/model_best.pth.tar", "--s_name", "resnet8"]
     argv += ["--nce_n", "8", "--feat_dim", "8", "--cuda", "0", "--img_size", "12"]
     argv += ["--epochs", "2", "--save_root", str(tmp_path), "--note", "r"]
-    epoch = utils.Run.epoch
+    epoch = Run.epoch
 
     def interrupted(self, *args, **kwargs):
         epoch(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    utils.Run.epoch = interrupted
+    Run.epoch = interrupted
     try:
         with pytest.raises(SystemExit):
             train_kd.main(argv)
     finally:
-        utils.Run.epoch = epoch
+        Run.epoch = epoch
     done = torchrun("train_kd.py", *argv, "--resume", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["epoch"] for row in utils.read_metrics(tmp_path / "r")] == [1, 2]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "r")] == [1, 2]
     again = torchrun("train_kd.py", *argv, timeout=300)
     assert again.returncode and again.stderr.count("holds another run") == 1
 

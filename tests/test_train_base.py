@@ -8,6 +8,10 @@ import torch
 import network
 import train_base
 import utils
+from engine import stream
+from engine import cli
+from engine.checkpoint import read_checkpoint
+from engine.run import Run, read_metrics
 
 SMALL = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
 
@@ -38,11 +42,11 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     assert args["recipe"]["lr"] == 0.1 and args["command"].startswith("train_base.py --net_name")
     written = json.loads((folder / "result.json").read_text())
     assert written == {key: result[key] for key in ("last", "best", "seconds")}
-    rows = utils.read_metrics(folder)
+    rows = read_metrics(folder)
     assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["ce"] > rows[1]["ce"]
 
     initial, last = (
-        utils.read_checkpoint(folder / f"{name}.pth.tar") for name in ("initial_r8", "checkpoint")
+        read_checkpoint(folder / f"{name}.pth.tar") for name in ("initial_r8", "checkpoint")
     )
     assert {"net", "epoch", "prec@1", "prec@5", "meta"} <= set(initial) & set(last)
     torch.manual_seed(2)
@@ -53,29 +57,29 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     net.load_state_dict(last["net"])
     machine = utils.machine(0, "auto")
     net.to(memory_format=torch.channels_last)
-    images = utils.load_data(utils.resolve(train_base.parse(SMALL), "resnet8", {})).test
-    score = utils.evaluate(net, images, machine)["test_top1"]
+    images = cli.load_data(cli.resolve(train_base.parse(SMALL), "resnet8", {})).test
+    score = utils.evaluate(net, stream.test_batches(images), machine)["test_top1"]
     assert score == pytest.approx(last["prec@1"]) == pytest.approx(result["last"])
 
 
 def test_resumed_is_the_same_run(tmp_path, monkeypatch):
     """Stopped after an epoch and gone on with: byte for byte the same metrics and weights."""
     whole = run(tmp_path, "--epochs", "3", note="whole")
-    saved = utils.Run.epoch
+    saved = Run.epoch
 
     def stop(self, *args, **kwargs):
         saved(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.Run, "epoch", stop)
+    monkeypatch.setattr(Run, "epoch", stop)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--epochs", "3", note="parts")
     assert end.value.code == 130
-    monkeypatch.setattr(utils.Run, "epoch", saved)
+    monkeypatch.setattr(Run, "epoch", saved)
     parts = run(tmp_path, "--epochs", "3", "--resume", note="parts")
     one, two = (Path(result["dir"]) for result in (whole, parts))
     assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
-    nets = [utils.read_checkpoint(p / "checkpoint.pth.tar")["net"] for p in (one, two)]
+    nets = [read_checkpoint(p / "checkpoint.pth.tar")["net"] for p in (one, two)]
     torch.testing.assert_close(*nets, rtol=0, atol=0)
 
 
@@ -99,21 +103,21 @@ def test_a_dry_run_says_the_recipe_and_writes_nothing(tmp_path, capsys):
 def test_events_for_tensorboard(tmp_path, monkeypatch):
     """What TensorBoard reads is metrics.csv, also after an interruption."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    saved = utils.Run.epoch
+    saved = Run.epoch
 
     def interrupted(self, row, *args):
         saved(self, row, *args)
         if row["epoch"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.Run, "epoch", interrupted)
+    monkeypatch.setattr(Run, "epoch", interrupted)
     with pytest.raises(SystemExit):
         run(tmp_path, "--epochs", "2", "--tensorboard")
-    monkeypatch.setattr(utils.Run, "epoch", saved)
+    monkeypatch.setattr(Run, "epoch", saved)
     folder = run(tmp_path, "--epochs", "2", "--tensorboard", "--resume")["dir"]
     reader = events.EventAccumulator(folder)
     reader.Reload()
-    rows = utils.read_metrics(folder)
+    rows = read_metrics(folder)
     assert {"ce", "train_top1", "test_loss", "test_top1", "lr"} <= set(reader.Tags()["scalars"])
     for name in reader.Tags()["scalars"]:
         found = [(event.step, event.value) for event in reader.Scalars(name)]

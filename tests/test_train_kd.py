@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 
 import network
-import toys
 import train_base
 import train_kd
 import utils
+from engine import cli, published
+from engine.checkpoint import Weights, read_checkpoint, sha256
+from engine.run import Run, read_metrics
 from kd_losses import METHODS, Phase
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +24,7 @@ FEW = ["--epochs", "1", "--batch_size", "256"]
 
 
 def weights(path, key="snet"):
-    checkpoint = utils.read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     return checkpoint[key] if key in checkpoint else checkpoint["net"]
 
 
@@ -61,13 +64,13 @@ def test_one_epoch(mode, base, distil, monkeypatch):
         before = {key: x for key, x in before.items() if key in after}
     assert before and not same(before, after)
     trained = METHODS[mode].teacher == "trained"
-    saved = utils.read_checkpoint(folder / "checkpoint.pth.tar")
+    saved = read_checkpoint(folder / "checkpoint.pth.tar")
     assert ("net1" in saved) == trained
     if trained:
         assert not same(weights(base / "resnet14" / "model_best.pth.tar"), saved["net1"])
         assert {"prec1@1", "prec2@5"} <= set(saved)
 
-    rows = utils.read_metrics(folder)
+    rows = read_metrics(folder)
     assert [row["phase"] for row in rows] == [phase.name for phase in METHODS[mode].phases]
     assert all(0 < row["kd"] < 1e6 for row, p in zip(rows, METHODS[mode].phases) if p.kd)
     assert ("peer_test_top1" in rows[-1]) == trained
@@ -78,7 +81,7 @@ def test_the_frozen_teacher_is_bit_for_bit_the_same(mode):
     job = toys.job(mode)
     before = {k: v.clone() for k, v in job.teacher.net.state_dict().items()}
     for phase in METHODS[mode].phases:
-        args = utils.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+        args = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
         optimizer = utils.sgd(job.learners(phase), args)
         for _ in range(2):
             batch = toys.batch(dtype=torch.float32, strong=job.strong)
@@ -94,12 +97,12 @@ def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "at-digits-resnet14-resnet8"
-    assert len(utils.read_metrics(folder)) == 1
+    assert len(read_metrics(folder)) == 1
     args = json.loads((folder / "args.json").read_text())
     assert args["methods"]["at"] == dict(
         lambda_kd=1000.0, lambda_ce=1.0, stages=[-3, -2, -1], reduce="mean", p=2.0, absolute=True
     )
-    assert args["teacher"]["sha256"] == utils.sha256(base / "resnet14" / "model_best.pth.tar")
+    assert args["teacher"]["sha256"] == sha256(base / "resnet14" / "model_best.pth.tar")
 
 
 SLOWLY = [pytest.param(mode, marks=pytest.mark.slow) for mode in METHODS]
@@ -119,20 +122,20 @@ def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):
     """Stopped in any phase, or between two, and gone on with: the same bytes, the same weights."""
     flags = ["--epochs", "3", "--batch_size", "512"]
     whole = Path(distil(mode, *flags, note="whole")["dir"])
-    saved = utils.Run.epoch
+    saved = Run.epoch
 
     def stop(self, *args, **kwargs):
         saved(self, *args, **kwargs)
         if len(self.history) == rows:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.Run, "epoch", stop)
+    monkeypatch.setattr(Run, "epoch", stop)
     with pytest.raises(SystemExit):
         distil(mode, *flags, note="parts")
-    monkeypatch.setattr(utils.Run, "epoch", saved)
+    monkeypatch.setattr(Run, "epoch", saved)
     parts = Path(distil(mode, *flags, "--resume", note="parts")["dir"])
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
-    one, two = (utils.read_checkpoint(p / "checkpoint.pth.tar") for p in (whole, parts))
+    one, two = (read_checkpoint(p / "checkpoint.pth.tar") for p in (whole, parts))
     for key in {"snet", "net1", "kd", "optimizer", "rng"} & set(one):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0, equal_nan=True)
 
@@ -203,7 +206,7 @@ def test_a_wider_teacher(mode):
     """Adapters, built from the shapes that a dry pass shows, supply what a row needs."""
     job = toys.job(mode, toys.Toy((3, 5, 7, 9), last=1), toys.Toy())
     phase = job.phases[0]
-    recipe = utils.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
     optimizer = utils.sgd(job.learners(phase), recipe)
     batch = toys.batch(dtype=torch.float32, strong=job.strong)
     terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
@@ -223,7 +226,7 @@ def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
     # 64 x 256 weights and batch norm's 2 x 256, on a 3-pixel map
     assert "the method adds 16,896 parameters and 147,456 multiply-adds" in out
     assert "adapter, stages0 64x3x3 -> 256x3x3: learnable projection" in out
-    saved = utils.read_checkpoint(Path(done["dir"]) / "checkpoint.pth.tar")
+    saved = read_checkpoint(Path(done["dir"]) / "checkpoint.pth.tar")
     assert any("adapter" in key for key in saved["kd"])
     assert set(saved["snet"]) == set(network.build("resnet8", 10).state_dict())
 
@@ -232,7 +235,7 @@ def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
 
 
 def test_phases_scale_with_epochs(distil):
-    rows = utils.read_metrics(distil("fsp", "--epochs", "8", "--batch_size", "1297")["dir"])
+    rows = read_metrics(distil("fsp", "--epochs", "8", "--batch_size", "1297")["dir"])
     assert [row["phase"] for row in rows] == ["init"] * 2 + ["train"] * 8
     assert "kd" in rows[0] and "kd" not in rows[2]
     assert [row["lr"] for row in rows] == pytest.approx(
@@ -242,7 +245,7 @@ def test_phases_scale_with_epochs(distil):
 
 def test_the_first_phase_s_rates():
     phase = METHODS["fsp"].phases[0]
-    recipe = utils.resolve(train_kd.parse(["--kd_mode", "fsp", *DATA])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse(["--kd_mode", "fsp", *DATA])[0], "x", {})
     rates = [train_kd.learning_rate(phase, epoch, 50, recipe) for epoch in range(1, 51)]
     assert rates == pytest.approx([0.01] * 30 + [0.001] * 10 + [0.0001] * 10)
 
@@ -252,7 +255,7 @@ def test_the_first_phase_s_rates():
 def test_ramps_scale_with_epochs(mode, weight, epochs):
     """At its own length the protocol's weight, epoch by epoch; shorter, the same curve in less time."""
     job = toys.job(mode)
-    recipe = utils.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
     expected = {
         "dkd": [min(e / 20, 1) for e in range(1, 201)],
         "bss": [0.0] * 10 + [2 * max(1 - 1.25 * (e - 1) / 200, 0) for e in range(11, 201)],
@@ -270,7 +273,7 @@ def test_ramps_scale_with_epochs(mode, weight, epochs):
 def test_the_loss_is_the_weighted_sum():
     """One step against the sum written out, for a composed mode."""
     job = toys.job("st+at", argv=["--lambda_kd", "0.9,1000", "--lambda_ce", "0.3"])
-    recipe = utils.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
     batch = toys.batch(dtype=torch.float32)
     optimizer = utils.sgd(job.learners(Phase()), recipe)
     terms = train_kd.train_step(
@@ -305,7 +308,7 @@ def test_compiled_networks_train(distil):
     plain, compiled = (
         Path(distil("at", *FEW, *more, note=f"r{len(more)}")["dir"]) for more in ([], ["--compile"])
     )
-    one, two = (utils.read_metrics(folder)[0] for folder in (plain, compiled))
+    one, two = (read_metrics(folder)[0] for folder in (plain, compiled))
     assert two["kd"] == pytest.approx(one["kd"], rel=0.05) and two["ce"] == pytest.approx(
         one["ce"], rel=0.05
     )
@@ -314,7 +317,7 @@ def test_compiled_networks_train(distil):
 
 
 def test_composed_modes_train(distil):
-    rows = utils.read_metrics(distil("st+at+crd", *FEW, "--lambda_kd", "0.9,10,0.1")["dir"])
+    rows = read_metrics(distil("st+at+crd", *FEW, "--lambda_kd", "0.9,10,0.1")["dir"])
     assert {"kd_st", "kd_at", "kd_crd"} <= set(rows[0])
 
 
@@ -333,7 +336,7 @@ def test_all_single_phase_methods_at_once():
     assert {p.mode: p.row.flags["T"] for p in job.kd if "T" in p.row.flags} == dict.fromkeys(
         owners, 2.0
     )
-    recipe = utils.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
     optimizer = utils.sgd(job.learners(job.phases[0]), recipe)
     batch = toys.batch(dtype=torch.float32, strong=job.strong)
     weights = [1.0] * len(modes)
@@ -355,7 +358,7 @@ def test_protocol_changes_the_row():
     assert rows["crd"].flags["nce_t"] == 0.2
 
 
-@pytest.mark.parametrize("protocol", utils.PROTOCOLS)
+@pytest.mark.parametrize("protocol", published.PROTOCOLS)
 @pytest.mark.parametrize("mode", METHODS)
 def test_every_mode_under_every_protocol(mode, protocol):
     """Its flags parse, also when its defaults are given; its comparison fits ResNets of two widths."""
@@ -367,7 +370,7 @@ def test_every_mode_under_every_protocol(mode, protocol):
     job = toys.job(mode, *nets, toys.images(size=16), argv=["--protocol", protocol])
     job.rehearse(toys.images(size=16))
     phase = job.phases[0]
-    recipe = utils.resolve(train_kd.parse([*argv, *DATA])[0], "x", {})
+    recipe = cli.resolve(train_kd.parse([*argv, *DATA])[0], "x", {})
     optimizer = utils.sgd(job.learners(phase), recipe)
     batch = toys.batch(dtype=torch.float32, size=16, strong=job.strong)
     terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
@@ -410,7 +413,7 @@ def test_equal_learners_are_refused(base, tmp_path, capsys):
 def test_two_fresh_learners_differ(tmp_path):
     argv = ["--kd_mode", "dml", "--net1_name", "resnet8", "--net2_name", "resnet8", *DATA, *FEW]
     folder = Path(train_kd.main([*argv, "--save_root", str(tmp_path)])["dir"])
-    saved = utils.read_checkpoint(folder / "checkpoint.pth.tar")
+    saved = read_checkpoint(folder / "checkpoint.pth.tar")
     assert not same(saved["net1"], saved["net2"])
 
 
@@ -519,9 +522,9 @@ def broken(monkeypatch):
 def test_steps_without_a_number_can_be_left_out(broken, distil, capsys):
     folder = distil("st", "--epochs", "2", "--on_nan", "skip")["dir"]
     assert capsys.readouterr().out.count("a step without finite gradients is left out") >= 6
-    for row in utils.read_metrics(folder):
+    for row in read_metrics(folder):
         assert all(value == value for value in row.values()) and row["kd"] > 0
-    saved = utils.read_checkpoint(f"{folder}/checkpoint.pth.tar")
+    saved = read_checkpoint(f"{folder}/checkpoint.pth.tar")
     assert all(x.isfinite().all() for x in saved["snet"].values())
 
 
@@ -547,5 +550,5 @@ def test_no_number_at_all_stops_the_run_that_leaves_them_out(distil, monkeypatch
 def test_a_fresh_student_is_the_baseline_of_its_seed(base):
     """--s_name with the seed of a baseline and --s_init with its initial weights are the same start."""
     initial = weights(base / "resnet8" / "initial_r8.pth.tar")
-    fresh = network.Weights("resnet8").build(10, 2, 12).state_dict()
+    fresh = Weights("resnet8").build(10, 2, 12).state_dict()
     assert initial.keys() == fresh.keys() and same(initial, fresh)

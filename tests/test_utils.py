@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from torch import nn
 
-import toys
 import utils
+from engine import stream
+from engine import cli, published
+from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu
+from engine.run import Run, check_finite, read_metrics
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -23,37 +27,37 @@ CPU = utils.Machine(torch.device("cpu"), bf16=False)
 
 
 def flags(*argv):
-    parser = utils.Parser()
-    utils.add_common_flags(parser)
+    parser = cli.Parser()
+    cli.add_common_flags(parser)
     return parser.parse_args(list(argv))
 
 
 def test_protocols_fill_what_is_not_given():
-    recipe = utils.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "resnet20", {})
+    recipe = cli.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "resnet20", {})
     assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.nesterov) == (0.05, 240, 64, 0)
     assert recipe.milestones == (150, 180, 210) and recipe.padding == "zero"
-    assert recipe.mean_std == utils.CRD_CIFAR100
-    light = utils.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "ShuffleV1", {})
+    assert recipe.mean_std == published.CRD_CIFAR100
+    light = cli.resolve(flags("--data_name", "cifar100", "--protocol", "crd"), "ShuffleV1", {})
     assert light.lr == 0.01
-    own = utils.resolve(flags("--data_name", "cifar10", "--lr", "0.3", "--epochs", "20"), "x", {})
+    own = cli.resolve(flags("--data_name", "cifar10", "--lr", "0.3", "--epochs", "20"), "x", {})
     assert (own.lr, own.milestones, own.weight_decay) == (0.3, (10, 15), 1e-4)
 
 
 def test_the_checkpoint_s_word_on_the_data():
     knows = dict(data_name="digits", num_class=10, img_root="a", mean=[0.1] * 3, std=[0.2] * 3)
-    recipe = utils.resolve(flags(), "x", knows)
+    recipe = cli.resolve(flags(), "x", knows)
     assert (recipe.data_name, recipe.num_class, recipe.img_root) == ("digits", 10, "a")
     assert recipe.mean_std == ((0.1,) * 3, (0.2,) * 3)
-    assert utils.resolve(flags("--mean_std", "measured"), "x", knows).mean_std is None
-    assert utils.resolve(flags("--mean_std", "cifar10"), "x", knows).mean_std == utils.CIFAR10
+    assert cli.resolve(flags("--mean_std", "measured"), "x", knows).mean_std is None
+    assert cli.resolve(flags("--mean_std", "cifar10"), "x", knows).mean_std == published.CIFAR10
     with pytest.raises(UserError, match="--data_name cifar10 contradicts"):
-        utils.resolve(flags("--data_name", "cifar10"), "x", knows)
+        cli.resolve(flags("--data_name", "cifar10"), "x", knows)
 
 
 def test_flags_stay_as_they_were_given():
     args = flags("--data_name", "digits")
     before = dict(vars(args))
-    utils.resolve(args, "x", {})
+    cli.resolve(args, "x", {})
     assert vars(args) == before
 
 
@@ -81,7 +85,7 @@ def test_wrong_flags(argv, message):
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys):
-    @utils.command
+    @cli.command
     def main(argv=None):
         raise UserError("first\nsecond")
 
@@ -92,7 +96,7 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 
 
 def test_other_errors_keep_their_traceback():
-    @utils.command
+    @cli.command
     def main(argv=None):
         raise ValueError("a bug")
 
@@ -106,8 +110,8 @@ def test_step_decay():
 
 
 def test_scaled():
-    protocol = utils.PROTOCOLS["kdzoo"]
-    assert [utils.scaled(50, n, protocol) for n in (200, 20, 4, 1)] == [50, 5, 1, 1]
+    protocol = published.PROTOCOLS["kdzoo"]
+    assert [published.scaled(50, n, protocol) for n in (200, 20, 4, 1)] == [50, 5, 1, 1]
 
 
 def test_cuda_is_never_replaced_silently(monkeypatch):
@@ -136,7 +140,7 @@ def test_meter_takes_what_comes_later():
 
 def test_evaluate_against_a_loop():
     net, images = toys.Toy(num_class=7), toys.images(n=23, num_class=7)
-    found = utils.evaluate(net.train(), images, CPU, batch_size=5)
+    found = utils.evaluate(net.train(), stream.test_batches(images, 5), CPU)
     assert not net.training
     loss = one = five = 0
     for i in range(23):
@@ -153,13 +157,13 @@ def test_evaluate_against_a_loop():
 
 def test_top5_with_few_classes():
     images = toys.images(n=6, num_class=3)
-    assert utils.evaluate(toys.Toy(num_class=3), images, CPU)["test_top5"] == 100.0
+    assert utils.evaluate(toys.Toy(num_class=3), stream.test_batches(images), CPU)["test_top5"] == 100.0
 
 
 def test_check_finite_names_the_term():
-    utils.check_finite(dict(ce=1.0), "here")
+    check_finite(dict(ce=1.0), "here")
     with pytest.raises(UserError, match="epoch 3: kd is not finite"):
-        utils.check_finite(dict(ce=1.0, kd=float("nan")), "epoch 3")
+        check_finite(dict(ce=1.0, kd=float("nan")), "epoch 3")
 
 
 # --- checkpoints -----------------------------------------------------------------------------------
@@ -167,15 +171,15 @@ def test_check_finite_names_the_term():
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "x.pth.tar"
-    utils.save_checkpoint({"a": torch.ones(3)}, path)
+    save_checkpoint({"a": torch.ones(3)}, path)
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        utils.save_checkpoint({"a": torch.zeros(3)}, path)
-    assert torch.equal(utils.read_checkpoint(path)["a"], torch.ones(3))
+        save_checkpoint({"a": torch.zeros(3)}, path)
+    assert torch.equal(read_checkpoint(path)["a"], torch.ones(3))
 
 
 class Evil:
@@ -193,7 +197,7 @@ def bad_checkpoint(path, kind):
     elif kind == "text":
         path.write_text("hello")
     elif kind == "truncated":
-        utils.save_checkpoint({"a": torch.ones(1000)}, path)
+        save_checkpoint({"a": torch.ones(1000)}, path)
         path.write_bytes(path.read_bytes()[:500])
     elif kind == "code":
         torch.save({"net": Evil()}, path)
@@ -212,7 +216,7 @@ def test_bad_checkpoints(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     path = bad_checkpoint(tmp_path / "x.pth", kind)
     with pytest.raises(UserError, match="x.pth") as error:
-        utils.read_checkpoint(path)
+        read_checkpoint(path)
     assert "\n" not in str(error.value)
     assert not os.path.exists("pwned"), "a checkpoint must not run code"
 
@@ -243,7 +247,7 @@ def recipe(tmp_path, **kwargs):
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypatch):
-    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run = Run(recipe(tmp_path), "r", ["x"])
     run.start(CPU, {})
     row = dict(epoch=1, test_top1=10.0, test_top5=50.0)
     run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.ones(2)})))
@@ -254,12 +258,12 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device.*--resume"):
         run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.zeros(2)})))
-    saved = utils.read_checkpoint(tmp_path / "r" / "checkpoint.pth.tar")
+    saved = read_checkpoint(tmp_path / "r" / "checkpoint.pth.tar")
     assert saved["epoch"] == 1 and saved["net"]["a"].tolist() == [1, 1]
 
 
 def test_best_is_kept_beside_last(tmp_path):
-    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run = Run(recipe(tmp_path), "r", ["x"])
     run.start(CPU, {})
     for i, score in enumerate((30.0, 50.0, 40.0)):
         row = dict(epoch=i + 1, ce=1.0, test_top1=score, test_top5=90.0)
@@ -267,16 +271,16 @@ def test_best_is_kept_beside_last(tmp_path):
     result = run.finish()
     assert (result["last"], result["best"]) == (40.0, 50.0)
     best, last = (
-        utils.read_checkpoint(tmp_path / "r" / f"{name}.pth.tar")
+        read_checkpoint(tmp_path / "r" / f"{name}.pth.tar")
         for name in ("model_best", "checkpoint")
     )
     assert (best["prec@1"], best["net"]["a"], last["prec@1"], last["net"]["a"]) == (50, 1, 40, 2)
     assert (tmp_path / "r" / "curves.png").stat().st_size > 5000
-    assert [r["test_top1"] for r in utils.read_metrics(tmp_path / "r")] == [30, 50, 40]
+    assert [r["test_top1"] for r in read_metrics(tmp_path / "r")] == [30, 50, 40]
 
 
 def test_resume_refuses_other_flags(tmp_path):
-    run = utils.Run(recipe(tmp_path), "r", ["x"])
+    run = Run(recipe(tmp_path), "r", ["x"])
     run.start(CPU, {})
     run.epoch(
         dict(epoch=1, test_top1=1.0, test_top5=2.0),
@@ -285,15 +289,15 @@ def test_resume_refuses_other_flags(tmp_path):
     )
     again = recipe(tmp_path)
     again.resume, again.print_freq = True, 7
-    assert utils.Run(again, "r", ["x"]).saved["epoch"] == 1
+    assert Run(again, "r", ["x"]).saved["epoch"] == 1
     again.lr = 0.2
     with pytest.raises(UserError, match="--lr is 0.2, the run was started with 0.1"):
-        utils.Run(again, "r", ["x"])
+        Run(again, "r", ["x"])
 
 
 def test_tensors_move_to_the_cpu_wherever_they_are():
     state = dict(a=[torch.ones(1, requires_grad=True)], b=(1, "x"), c=nn.Linear(1, 1).state_dict())
-    moved = utils.to_cpu(state)
+    moved = to_cpu(state)
     assert not moved["a"][0].requires_grad and moved["b"] == (1, "x") and len(moved["c"]) == 2
 
 

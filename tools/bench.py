@@ -48,6 +48,14 @@ import network  # noqa: E402
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    cli,  # noqa: E402
+    published,  # noqa: E402
+    stream,  # noqa: E402
+)
+from engine.adapter import align  # noqa: E402
+from engine.checkpoint import Weights  # noqa: E402
+from engine.run import Run  # noqa: E402
 from kd_losses import METHODS, crd  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -133,7 +141,7 @@ def peak_bytes(call, device: torch.device) -> int:
 # --- bench.py step --------------------------------------------------------------------------------
 
 
-def step_flags(parser: utils.Parser) -> None:
+def step_flags(parser: cli.Parser) -> None:
     add = parser.add_argument
     everything = (BASE, *METHODS)
     add("--modes", type=some(everything), default=everything, metavar="M,M", help="(default all)")
@@ -141,7 +149,7 @@ def step_flags(parser: utils.Parser) -> None:
     add_networks(parser)
 
 
-def add_networks(parser: utils.Parser) -> None:
+def add_networks(parser: cli.Parser) -> None:
     """The flags of `step` and `epoch`."""
     for side in ("student", "teacher"):
         parser.add_argument(
@@ -150,7 +158,7 @@ def add_networks(parser: utils.Parser) -> None:
     numbers = dict(batch_size=(2, 128, ""), num_class=(2, 100, ""))
     numbers["samples"] = (8, 50_000, "random training images of 32 pixels ")
     add_numbers(parser, **numbers)
-    steps = utils.number(int, 1)
+    steps = cli.number(int, 1)
     parser.add_argument("--steps", type=steps, metavar="N", help="a round (default 5, CUDA 50)")
     add_rounds(parser)
     add_amp(parser)
@@ -203,15 +211,15 @@ def random_images(n: int, num_class: int) -> dataset.Images:
 
 def recipe() -> argparse.Namespace:
     """KD-Zoo's at a rate of 0: the arithmetic is that of any other, random labels spoil nothing."""
-    protocol = vars(utils.PROTOCOLS["kdzoo"])
+    protocol = vars(published.PROTOCOLS["kdzoo"])
     return argparse.Namespace(**protocol | dict(protocol="kdzoo", lr=0.0))
 
 
 def pair(args: argparse.Namespace, images: dataset.Images) -> tuple[nn.Module, nn.Module]:
     """Student and teacher with fresh weights, on the CPU."""
     names = (args.student, args.teacher)
-    nets = [network.Weights(x).build(args.num_class, i, 32) for i, x in enumerate(names)]
-    img, *_ = next(dataset.test_batches(images, 64))
+    nets = [Weights(x).build(args.num_class, i, 32) for i, x in enumerate(names)]
+    img, *_ = next(stream.test_batches(images, 64))
     for net in nets:
         norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
@@ -233,7 +241,7 @@ def bare_step(args, machine, images, snet, tnet, alone: bool):
     ]
     snet, tnet = nets[0].train().requires_grad_(True), nets[1].eval().requires_grad_(False)
     optimizer = utils.sgd(snet.parameters(), recipe())
-    img, target, _ = next(dataset.train_batches(images, args.batch_size, 0, 1))
+    img, target, _ = next(stream.train_batches(images, args.batch_size, 0, 1))
     img, target = img.to(device), target.to(device)
 
     def call():
@@ -295,7 +303,7 @@ def distillation(mode: str, args, machine, images, snet, tnet):
 def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
     """Batches of one epoch after another, or the first for ever; `strong`: with a second view."""
     epochs = (
-        dataset.train_batches(images, batch_size, 2, epoch, padding=settings.padding, strong=strong)
+        stream.train_batches(images, batch_size, 2, epoch, padding=settings.padding, two_views=strong)
         for epoch in itertools.count(1)
     )
     batches = itertools.chain.from_iterable(epochs)
@@ -375,16 +383,16 @@ VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the
 PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores: what GATHER says
 
 
-def loss_flags(parser: utils.Parser) -> None:
+def loss_flags(parser: cli.Parser) -> None:
     add = parser.add_argument
     add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help="(default all)")
     add("--size", choices=PAIRS, default="cifar", help="whose feature maps (default cifar)")
     add("--student", metavar="NAME", help="another pair of networks, for their shapes")
     add("--teacher", metavar="NAME", help="the same")
-    add("--batch_size", type=utils.number(int, 3), metavar="N", help="(default: the size's)")
+    add("--batch_size", type=cli.number(int, 3), metavar="N", help="(default: the size's)")
     add(
         "--n_data",
-        type=utils.number(int, 4),
+        type=cli.number(int, 4),
         metavar="N",
         help="samples in the banks of crd (default: cifar 50000, imagenet 200000)",
     )
@@ -413,7 +421,7 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
             raise UserError("--student and --teacher go together")
         pairs = [(args.teacher, args.student, pairs[0][2])]
     for teacher, student, batch_size in pairs:
-        nets = [network.Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
+        nets = [Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
             how = args.batch_size or batch_size, 0 if args.memory else args.rounds, machine.device
             bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout, how[0])
@@ -447,7 +455,7 @@ class Loss:
             return
         self.phase = longest(self.row.phases)
         self.reads = READS.get(mode, (self.row.compare.wants,) * 2)
-        stages = network.align(*nets, self.row.stages)
+        stages = align(*nets, self.row.stages)
         dry = torch.zeros(2, 3, size, size)
         with torch.no_grad():
             # a loss may be built from more than its comparison reads
@@ -798,7 +806,7 @@ BROADCAST = {  # the version, and how many numbers its largest tensor has where 
 # --- bench.py data --------------------------------------------------------------------------------
 
 
-def data_flags(parser: utils.Parser) -> None:
+def data_flags(parser: cli.Parser) -> None:
     add_numbers(
         parser,
         batch_size=(2, 128, ""),
@@ -823,8 +831,8 @@ def data(args: argparse.Namespace, machine: utils.Machine):
     larger = replace(resident, img_size=args.img_size, autoaugment=True)
     with tempfile.TemporaryDirectory() as root:
         kilobytes = write_jpegs(Path(root), args.images)
-        folder = dataset.load(
-            "imagefolder", root, utils.IMAGENET, args.img_size, workers=args.workers
+        folder = stream.load(
+            "imagefolder", root, published.IMAGENET, args.img_size, workers=args.workers
         )
         turns = (  # name, images and processes of ours; name and images of the plain loader
             ("resident", resident, 0, "plain DataLoader", InMemory(images)),
@@ -846,7 +854,7 @@ def data(args: argparse.Namespace, machine: utils.Machine):
         for name, own, processes, other, plain in turns:
             rounds = []
             for _ in range(args.rounds):
-                batches = dataset.train_batches(own, args.batch_size, 2, 1)
+                batches = stream.train_batches(own, args.batch_size, 2, 1)
                 speed = throughput(batches, processes, args.batches, device)
                 batches = plain_loader(plain, args)
                 rounds.append((speed, throughput(batches, args.workers, args.batches, device)))
@@ -937,7 +945,7 @@ def on_disk(root: str, size: int):
     from torchvision import datasets, transforms
 
     steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    steps += [transforms.ToTensor(), transforms.Normalize(*utils.IMAGENET)]
+    steps += [transforms.ToTensor(), transforms.Normalize(*published.IMAGENET)]
     return datasets.ImageFolder(f"{root}/train", transforms.Compose(steps))
 
 
@@ -995,9 +1003,9 @@ def evaluation(net: nn.Module, test: dataset.Images, machine: utils.Machine) -> 
     net.to(machine.device, memory_format=torch.channels_last).eval()
     test, sizes = test.to(machine.device), set()
     hook = net.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
-    utils.evaluate(net, test, machine)
+    utils.evaluate(net, stream.test_batches(test), machine)
     hook.remove()
-    batches = [img for img, *_ in dataset.test_batches(test, max(sizes))]
+    batches = [img for img, *_ in stream.test_batches(test, max(sizes))]
 
     @torch.inference_mode()
     def bare():
@@ -1005,14 +1013,14 @@ def evaluation(net: nn.Module, test: dataset.Images, machine: utils.Machine) -> 
             with machine.autocast():
                 net(img)
 
-    return [bare, lambda: utils.evaluate(net, test, machine)]
+    return [bare, lambda: utils.evaluate(net, stream.test_batches(test), machine)]
 
 
 def writing(args, machine, images, nets, root: str, steps: int):
     """A function that writes what a late epoch of `steps` does: log lines, CSV files and both
     checkpoints, each epoch being the best. The optimizer's state is that after a step."""
     flags, _ = train_kd.parse(["--kd_mode", "st", "--t_model", "none"])
-    run = utils.Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
+    run = Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
     run.start(machine, {})
     job, phase, optimizer, _ = distillation("st", args, machine, images, *nets)
     for x in job.learners(phase):
@@ -1199,28 +1207,28 @@ def some(names):
     return parse
 
 
-def add_numbers(parser: utils.Parser, **flags) -> None:
+def add_numbers(parser: cli.Parser, **flags) -> None:
     """Flags that are whole numbers: the least, the default, the help."""
     for flag, (least, default, text) in flags.items():
         parser.add_argument(
             f"--{flag}",
-            type=utils.number(int, least),
+            type=cli.number(int, least),
             default=default,
             metavar="N",
             help=f"{text}(default {default})",
         )
 
 
-def add_rounds(parser: utils.Parser) -> None:
+def add_rounds(parser: cli.Parser) -> None:
     """The flags that all commands have."""
     add_numbers(parser, rounds=(1, 7, ""))
-    add, cuda = parser.add_argument, utils.number(int, 0, 1)
+    add, cuda = parser.add_argument, cli.number(int, 0, 1)
     add("--cuda", type=cuda, metavar="0|1", help="0: CPU (default: what is there)")
-    add("--threads", type=utils.number(int, 1), metavar="N", help="on the CPU (default: torch's)")
+    add("--threads", type=cli.number(int, 1), metavar="N", help="on the CPU (default: torch's)")
     add("--json", metavar="FILE", help="the figures, as JSON; '-': to stdout")
 
 
-def add_amp(parser: utils.Parser) -> None:
+def add_amp(parser: cli.Parser) -> None:
     choices = ("auto", "bf16", "off")
     parser.add_argument(
         "--amp", choices=choices, default="auto", help="as in training (default auto)"
@@ -1228,16 +1236,16 @@ def add_amp(parser: utils.Parser) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    first = utils.Parser(prog="bench.py", description=__doc__)
+    first = cli.Parser(prog="bench.py", description=__doc__)
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
-    parser = utils.Parser(prog=f"bench.py {command}")
+    parser = cli.Parser(prog=f"bench.py {command}")
     parser.set_defaults(command=command, profile=None, steps=0)
     COMMANDS[command][0](parser)
     return parser.parse_args(argv[1:])
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)

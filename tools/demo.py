@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
-import utils  # noqa: E402
+from engine.run import draw_curves  # noqa: E402
 
 MODES = ("st", "at", "pkt", "vid", "crd", "dml")
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> Path:
                 [name, f"{run['last']:.2f}", f"{run['best']:.2f}", f"{run['seconds']:.1f}"]
             )
     figure = root / "comparison.png"
-    drawn = utils.draw_curves([run["dir"] for run in results.values()], figure, list(results))
+    drawn = draw_curves([run["dir"] for run in results.values()], figure, list(results))
     print(f"\n{time.perf_counter() - began:.0f} s in all; best is chosen on the test set")
     print(f"figure: {figure}" if drawn else f"table: {root / 'comparison.csv'}")
     return root

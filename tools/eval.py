@@ -24,13 +24,28 @@ sys.path.insert(0, str(ROOT))
 
 import network  # noqa: E402
 import utils  # noqa: E402
+from engine import stream  # noqa: E402
+from engine import (
+    cli,  # noqa: E402
+    published,  # noqa: E402
+)
+from engine.adapter import count_macs  # noqa: E402
+from engine.checkpoint import (  # noqa: E402
+    Weights,
+    find_weights,
+    identify,
+    read_checkpoint,
+    read_meta,
+    read_weights,
+)
+from engine.find_taps import dry_pass  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SECONDS = 1.0  # of forward passes that are timed
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(prog="eval.py", description=__doc__)
+    parser = cli.Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
     add("--net", metavar="NAME", help="its network, where the file does not know it")
@@ -42,10 +57,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--teacher", metavar="CHECKPOINT", help="how far do the two agree?")
     add("--teacher_net", metavar="NAME", help="the teacher's network, as --net")
-    add("--batch_size", type=utils.number(int, 1), metavar="N", help="(default: as in training)")
+    add("--batch_size", type=cli.number(int, 1), metavar="N", help="(default: as in training)")
     add("--json", action="store_true", help="one JSON object instead of lines")
-    utils.add_data_flags(parser)
-    utils.add_machine_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_machine_flags(parser)
     parser.set_defaults(flip=None)  # of training images
     args = parser.parse_args(argv)
     if args.teacher_net and not args.teacher:
@@ -53,27 +68,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_peer(name: str | None, path: str) -> network.Weights:
+def find_peer(name: str | None, path: str) -> Weights:
     """The other network in a checkpoint of two; the file names the student's alone."""
-    checkpoint = utils.read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("net1"), dict):
         raise UserError(f"{path} holds one network: --which peer is for those of mutual learning")
-    state = network.read_weights(checkpoint["net1"], path)
-    meta = network.read_meta(checkpoint, path)
-    name = name or (network.identify(state) or [None])[0]
+    state = read_weights(checkpoint["net1"], path)
+    meta = read_meta(checkpoint, path)
+    name = name or (identify(state) or [None])[0]
     if name is None:
         raise UserError(f"{path} does not say which network the peer is: give --net")
-    return network.Weights(name, state, meta, path)
+    return Weights(name, state, meta, path)
 
 
-def build(found: network.Weights, data, device) -> nn.Module:
+def build(found: Weights, data, device) -> nn.Module:
     """The network with its weights as training evaluates it. Raises UserError where it does not fit."""
     num_class, size = data.train.num_class, data.train.size
     known = found.meta.get("num_class", num_class)
     if known != num_class:
         raise UserError(f"{found.path} has {known} classes, {data.name} {num_class}")
     net = found.load(num_class, size)
-    network.dry_pass(net, found.name, num_class, size)
+    dry_pass(net, found.name, num_class, size)
     for line in found.warnings(data.train):
         print(line, file=sys.stderr)
     return net.to(device, memory_format=torch.channels_last)
@@ -93,7 +108,7 @@ def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
             divergence.append(kl)
 
     hook = net.register_forward_hook(look)
-    score = utils.evaluate(net, images, machine, batch_size)
+    score = utils.evaluate(net, stream.test_batches(images, batch_size), machine)
     hook.remove()
     result = {key: score[f"test_{key}"] for key in ("top1", "top5", "loss")}
     if teacher is not None:
@@ -124,21 +139,21 @@ def measure(args: argparse.Namespace) -> dict:
     if args.which == "peer":
         found = find_peer(args.net, args.checkpoint)
     else:
-        found = network.find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+        found = find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
     teacher, knows = None, found.meta
     if args.teacher:
-        teacher = network.find_weights(args.teacher_net, args.teacher, "teacher_net", "teacher")
+        teacher = find_weights(args.teacher_net, args.teacher, "teacher_net", "teacher")
         knows = {**teacher.meta, **found.meta}
     recipe = argparse.Namespace(**vars(args))
-    utils.resolve_data(recipe, knows, utils.PROTOCOLS["kdzoo"])
+    cli.resolve_data(recipe, knows, published.PROTOCOLS["kdzoo"])
     machine = utils.machine(args.cuda, args.amp)
-    data = utils.load_data(recipe)
+    data = cli.load_data(recipe)
     net = build(found, data, machine.device)
     tnet = build(teacher, data, machine.device).eval() if teacher else None
     images = data.test.to(machine.device)
     score, img = scores(net, tnet, images, machine, args.batch_size)
     with torch.no_grad():
-        macs = network.count_macs(net, lambda: net(img[:1]))
+        macs = count_macs(net, lambda: net(img[:1]))
     result = dict(
         checkpoint=args.checkpoint,
         network=found.name,
@@ -181,7 +196,7 @@ def lines(r: dict) -> list[str]:
     return [f"{name:<11} {text}" for name, text in rows.items()]
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():

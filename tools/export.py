@@ -29,7 +29,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import network  # noqa: E402
-import utils  # noqa: E402
+from engine import cli  # noqa: E402
+from engine.checkpoint import Weights, find_weights  # noqa: E402
+from engine.find_taps import dry_pass  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
@@ -39,7 +41,7 @@ TOLERANCE = 1e-4
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = utils.Parser(prog="export.py", description=__doc__)
+    parser = cli.Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
     add("--format", choices=SUFFIXES, help="(default: what the suffix of --out says)")
@@ -47,11 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FILE", help=f"{suffixes} (default: beside CHECKPOINT)")
     add("--force", action="store_true", help="write over a file that is there")
     add("--net", metavar="NAME", help="its network, where the file does not know it")
-    add("--num_class", type=utils.number(int, 2), metavar="N", help="the same")
-    add("--img_size", type=utils.number(int, 4), metavar="N", help="the same: NxN pixels")
+    add("--num_class", type=cli.number(int, 2), metavar="N", help="the same")
+    add("--img_size", type=cli.number(int, 4), metavar="N", help="the same: NxN pixels")
     add(
         "--batch",
-        type=utils.number(int, 1),
+        type=cli.number(int, 1),
         metavar="N",
         help="onnx, torch: exactly N images a call (default: any number)",
     )
@@ -95,7 +97,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def agreed(args: argparse.Namespace, found: network.Weights, flag: str) -> int:
+def agreed(args: argparse.Namespace, found: Weights, flag: str) -> int:
     """The number that a flag and the checkpoint agree on."""
     given, known = getattr(args, flag), found.meta.get(flag)
     if known is None and flag == "img_size":
@@ -107,10 +109,10 @@ def agreed(args: argparse.Namespace, found: network.Weights, flag: str) -> int:
     return known if given is None else given
 
 
-def build(found: network.Weights, num_class: int, size: int) -> nn.Module:
+def build(found: Weights, num_class: int, size: int) -> nn.Module:
     """The bare network with its weights, in eval mode."""
     net = found.load(num_class, size)
-    network.dry_pass(net, found.name, num_class, size)
+    dry_pass(net, found.name, num_class, size)
     return net.eval().requires_grad_(False)
 
 
@@ -160,8 +162,8 @@ def trace(net: nn.Module, size: int, batch: int | None) -> torch.export.Exported
     return program
 
 
-def from_safetensors(path: Path, found: network.Weights, num_class: int, size: int):
-    return build(network.find_weights(found.name, str(path), "net", "out"), num_class, size)
+def from_safetensors(path: Path, found: Weights, num_class: int, size: int):
+    return build(find_weights(found.name, str(path), "net", "out"), num_class, size)
 
 
 def from_onnx(path: Path, *_):
@@ -207,11 +209,11 @@ def difference(net: nn.Module, other, img: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     kind, out = target(args)
-    found = network.find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+    found = find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
     num_class, size = agreed(args, found, "num_class"), agreed(args, found, "img_size")
     net = build(found, num_class, size)
     # without the folder of the images: it is this machine's

@@ -30,10 +30,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-import dataset  # noqa: E402
-import network  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    cli,  # noqa: E402
+    foreign,  # noqa: E402
+    stream,  # noqa: E402
+)
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -102,7 +105,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3
         images = images.to(machine.device)
-        batches = dataset.train_batches(images, flags.batch_size, 2, 1, strong=self.job.strong)
+        batches = stream.train_batches(images, flags.batch_size, 2, 1, two_views=self.job.strong)
         self.batches = [train_kd.Batch(*batch) for _, batch in zip(range(4), batches)]
         self.step, self.machine, self.taken = step, machine, 0
         self.weights = train_kd.kd_weights(self.job, 0.5, bench.recipe())
@@ -242,9 +245,9 @@ def speed(folder: Path) -> dict:
 def public_loop(args, machine, name: str, workers: int) -> dict:
     """Images a second of a loop that has what the public ones have: float32, NCHW, PIL's images
     through worker processes, and the losses read in every step."""
-    train, device = dataset.load("imagefolder", args.img_root).train, machine.device
+    train, device = stream.load("imagefolder", args.img_root).train, machine.device
     num_class = train.num_class
-    tnet, snet = (network.build(name, num_class).to(device) for _ in "ts")
+    tnet, snet = (foreign.build(name, num_class).to(device) for _ in "ts")
     tnet.eval(), snet.train()
     optimizer = torch.optim.SGD(snet.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     loader = torch.utils.data.DataLoader(
@@ -392,23 +395,23 @@ PARTS = dict(steps=steps, runs=runs, epoch=epoch, rows=rows, summary=summary)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = utils.Parser(prog="gpu_check.py", description=__doc__)
+    parser = cli.Parser(prog="gpu_check.py", description=__doc__)
     add = parser.add_argument
     add("part", choices=PARTS)
     add("--out", type=Path, default=Path("results/gpu/here"), metavar="DIR")
     add("--modes", type=bench.some(METHODS), default=tuple(METHODS), metavar="M,M")
     add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
-    add("--seconds", type=utils.number(float, 0), default=100, metavar="X", help="(default 100)")
-    add("--steps", type=utils.number(int, 1), default=10, metavar="N", help="a block (default 10)")
-    add("--pairs", type=utils.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
-    add("--jobs", type=utils.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)")
-    add("--cuda", type=utils.number(int, 0, 1), metavar="0|1", help="0: CPU")
+    add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help="(default 100)")
+    add("--steps", type=cli.number(int, 1), default=10, metavar="N", help="a block (default 10)")
+    add("--pairs", type=cli.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
+    add("--jobs", type=cli.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)")
+    add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
     add("--tiny", action="store_true", help="small sizes, to try the script")
     bench.add_amp(parser)
     return parser.parse_args(argv)
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else list(argv))
     if args.part in ("epoch", "rows") and not args.img_root:

@@ -31,6 +31,15 @@ sys.path.insert(0, str(ROOT))
 import dataset  # noqa: E402
 import network  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    cli,  # noqa: E402
+    foreign,  # noqa: E402
+    published,  # noqa: E402
+    stream,  # noqa: E402
+)
+from engine.checkpoint import Weights, find_weights  # noqa: E402
+from engine.find_taps import ensure_taps  # noqa: E402
+from engine.run import read_metrics  # noqa: E402
 from tools.eval import build  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -101,9 +110,9 @@ def short(paths: list[str]) -> list[str]:
     return found if len(set(found)) == len(found) else paths
 
 
-def titled(paths: list[str], found: list[network.Weights]) -> list[str]:
+def titled(paths: list[str], found: list[Weights]) -> list[str]:
     """The same with the networks' names."""
-    kinds = [network.file_name(weights.name) for weights in found]
+    kinds = [foreign.file_name(weights.name) for weights in found]
     return [f"{name} ({kind})" for name, kind in zip(short(paths), kinds)]
 
 
@@ -113,27 +122,27 @@ def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | Non
     given = given * len(args.what) if len(given) == 1 else given
     if len(given) != len(args.what):
         raise UserError(f"{len(given)} --net_name for {len(args.what)} networks: one, or one each")
-    found = [network.find_weights(*pair, "net_name", "MODEL") for pair in zip(given, args.what)]
+    found = [find_weights(*pair, "net_name", "MODEL") for pair in zip(given, args.what)]
     if t_model:
-        found.append(network.find_weights(t_name, t_model, "t_name", "t_model"))
+        found.append(find_weights(t_name, t_model, "t_name", "t_model"))
     knows = {}
     for weights in reversed(found):
         knows |= weights.meta
     recipe = argparse.Namespace(**vars(args))
-    utils.resolve_data(recipe, knows, utils.PROTOCOLS["kdzoo"])
+    cli.resolve_data(recipe, knows, published.PROTOCOLS["kdzoo"])
     machine = utils.machine(args.cuda, args.amp)
-    data = utils.load_data(recipe)
+    data = cli.load_data(recipe)
     nets = []
     for weights in found:
         net = build(weights, data, "cpu")
-        network.ensure_taps(net, weights.name, data.test.num_class, data.test.size)
+        ensure_taps(net, weights.name, data.test.num_class, data.test.size)
         nets.append(net.eval().to(machine.device))
     return found, nets, data.test, machine
 
 
-def pick(images: dataset.Images | dataset.Stream, index: np.ndarray):
+def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
     """Those of the images."""
-    part = "items" if isinstance(images, dataset.Stream) else "pixels"
+    part = "items" if isinstance(images, dataset.Files) else "pixels"
     kept = {key: getattr(images, key)[index] for key in (part, "labels")}
     return replace(images, **kept)
 
@@ -143,7 +152,7 @@ def look(net: nn.Module, name: str, images, machine: utils.Machine, tap: str) ->
     """The logits of all the images, then what the tap 'feat' or 'stages' gives ('out': nothing
     else), in float32 on the CPU."""
     tapped, parts = network.Tapped(net, (tap,)), []
-    for img, *_ in dataset.test_batches(images.to(machine.device), BATCH):
+    for img, *_ in stream.test_batches(images.to(machine.device), BATCH):
         with machine.autocast():
             seen = tapped(img)
         more = dict(out=[], feat=[seen.feat], stages=seen.stages)[tap]
@@ -164,7 +173,7 @@ def rows_of(folder: str) -> list[dict]:
     if not (Path(folder) / "metrics.csv").is_file():
         raise UserError(f"{folder} holds no metrics.csv, so it is no run or has no epoch yet")
     try:
-        return utils.read_metrics(folder)
+        return read_metrics(folder)
     except (OSError, ValueError, TypeError, csv.Error) as error:
         reason = utils.first_line(error)
         raise UserError(f"{folder}/metrics.csv is damaged or cut short ({reason})") from error
@@ -263,7 +272,7 @@ def attention(args: argparse.Namespace):
     check_places(args, len(images))
     images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
     seen = [look(net, name, images, machine, "stages") for net, name in zip(nets, titles)]
-    img, target, _ = next(dataset.test_batches(images, len(images)))
+    img, target, _ = next(stream.test_batches(images, len(images)))
     mean, std = (torch.tensor(x) for x in (images.mean, images.std))
     pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
     columns = max(map(len, seen))  # the image stands in the place of the logits
@@ -346,10 +355,10 @@ COMMANDS = dict(curves=curves, tsne=tsne, correlation=correlation, attention=att
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    first = utils.Parser(prog="plot.py", description=__doc__)
+    first = cli.Parser(prog="plot.py", description=__doc__)
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
-    parser = utils.Parser(prog=f"plot.py {command}", description=COMMANDS[command].__doc__)
+    parser = cli.Parser(prog=f"plot.py {command}", description=COMMANDS[command].__doc__)
     parser.set_defaults(command=command, flip=None)  # of training images
     add = parser.add_argument
     add("what", nargs="+", metavar="RUN" if command == "curves" else "MODEL")
@@ -359,38 +368,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command == "curves":
         add("--metric", nargs="+", default=["ce", "test_top1"], help="(default ce test_top1)")
     elif command == "tsne":
-        few = utils.number(int, 5)
+        few = cli.number(int, 5)
         add("--images", type=few, default=2000, metavar="N", help="drawn by chance (default 2000)")
-        seed = utils.number(int, 0, 2**32 - 1)
+        seed = cli.number(int, 0, 2**32 - 1)
         add("--seed", type=seed, default=2, metavar="N", help="(default 2)")
     elif command == "correlation":
         add("--t_model", required=True, metavar="FILE", help="the teacher's checkpoint")
         add("--t_name", metavar="NAME", help="its network, where the file does not know it")
     else:
-        several = utils.comma(utils.number(int, 0))
+        several = cli.comma(cli.number(int, 0))
         add("--images", type=several, required=True, metavar="N,N", help="of the test, from 0")
     if command == "boxes":
         add(
             "--score",
-            type=utils.number(float, 0, 1),
+            type=cli.number(float, 0, 1),
             default=0.5,
             metavar="X",
             help="(default 0.5)",
         )
-        add("--img_root", type=utils.filled, metavar="DIR", help="(default: the checkpoint's)")
-        utils.add_machine_flags(parser)
+        add("--img_root", type=cli.filled, metavar="DIR", help="(default: the checkpoint's)")
+        cli.add_machine_flags(parser)
     elif command != "curves":
         what = "network of the files that do not know it: one, or one for each"
         add("--net_name", nargs="+", metavar="NAME", help=what)
-        utils.add_data_flags(parser)
-        utils.add_machine_flags(parser)
+        cli.add_data_flags(parser)
+        cli.add_machine_flags(parser)
     args = parser.parse_args(argv[1:])
     if args.labels and len(args.labels) != len(args.what):
         raise UserError(f"{len(args.labels)} --labels for {len(args.what)}: give one for each")
     return args
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None):
     args = parse(sys.argv[1:] if argv is None else list(argv))
     out = Path(args.out)

@@ -31,10 +31,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import network  # noqa: E402
+import dataset  # noqa: E402
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    cli,  # noqa: E402
+    published,  # noqa: E402
+)
+from engine.checkpoint import find_weights, sha256  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -66,8 +71,8 @@ class Table:
 
 CIFAR = ("cifar10", "cifar100")
 LIBRARY = {
-    published: f"torchvision/{name}"
-    for published, name in (
+    theirs: f"torchvision/{name}"
+    for theirs, name in (
         ("ResNet18", "resnet18"),
         ("ResNet34", "resnet34"),
         ("ResNet50", "resnet50"),
@@ -118,7 +123,7 @@ TABLES = {
 }
 
 
-def published(name: str) -> list[dict]:
+def figures_of(name: str) -> list[dict]:
     """The published figures of a table; one may be published by several sources."""
     own, spent = TABLES[name].names, TABLES[name].budget
     with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
@@ -141,7 +146,7 @@ def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | No
     table = TABLES[name]
     home = data if data in table.data else next(iter(table.data), None)
     found = list(table.rows)
-    for f in published(name):
+    for f in figures_of(name):
         if f["data"] == home and f["value"] != "N/A" and f["mode"] not in ("", "teacher"):
             found.append((f["teacher"], f["student"], f["mode"].split(":")[0]))
     there = {label(t, s): (t, s) for t, s, _ in found if t}
@@ -183,11 +188,11 @@ class Job:
 def setting(args, table: Table) -> str:
     """The folder for runs under the same settings."""
     data = Path(args.img_root).name if args.data == "imagefolder" else args.data
-    epochs = args.epochs or utils.PROTOCOLS[table.protocol].epochs
+    epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
     parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
     parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
     if args.teacher:
-        parts.append(f"teacher{utils.sha256(args.teacher)[:8]}")
+        parts.append(f"teacher{sha256(args.teacher)[:8]}")
     return "-".join(parts)
 
 
@@ -254,7 +259,7 @@ def place(folder: Path, seed: int) -> list[str]:
 
 def plain(recipe) -> str:
     small = recipe.img_size is None or recipe.img_size < 100
-    return f"{recipe.epochs} epochs, {utils.describe_recipe(recipe, small)}"
+    return f"{recipe.epochs} epochs, {cli.describe_recipe(recipe, small)}"
 
 
 def compared(row, phases: list[tuple], data: str) -> str:
@@ -279,12 +284,12 @@ def run(args) -> None:
         raise UserError(f"{args.table} cannot be run, its recipe is not there; `show` shows it")
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
-        raise UserError(f"--data is needed: {utils.DATA_NAMES}")
+        raise UserError(f"--data is needed: {cli.DATA_NAMES}")
     if args.data == "imagefolder" and not args.img_root:
         raise UserError("--data imagefolder needs --img_root DIR")
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
     if args.teacher:
-        knows = network.find_weights(None, args.teacher, "t_name", "teacher").name
+        knows = find_weights(None, args.teacher, "t_name", "teacher").name
         others = {t for t, _, mode in rows if mode != BASE} - {knows}
         if others:
             raise UserError(
@@ -491,8 +496,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def summarise(name: str, records: list[dict]) -> list[dict]:
     """The table's rows, a block for every setting and pair: ours beside what is published. What was
     not run under the published setting stands there alone."""
-    table, figures = TABLES[name], published(name)
-    full = utils.PROTOCOLS[table.protocol].epochs if table.protocol else None
+    table, figures = TABLES[name], figures_of(name)
+    full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
     pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
     settings = (
@@ -581,7 +586,7 @@ def beside(same: list[dict]) -> dict:
 def markdown(name: str, rows: list[dict]) -> str:
     """The table, a part for every setting and pair."""
     table = TABLES[name]
-    full = utils.PROTOCOLS[table.protocol].epochs if table.protocol else None
+    full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     text = [f"**{table.title}**"]
     for (where, data, t, s), part in parts_of(rows).items():
         ours = any(r["seeds"] for r in part)
@@ -714,7 +719,7 @@ def insert(path: Path, name: str, text: str) -> None:
 def overview(args) -> None:
     print("table             protocol  pairs  published  methods")
     for name, table in TABLES.items():
-        figures = published(name)
+        figures = figures_of(name)
         rows = rows_of(name, next(iter(table.data), ""), None, None)
         pairs = len({row[:2] for row in rows if row[0]})
         modes = ",".join(dict.fromkeys(mode for *_, mode in rows)) or "-"
@@ -727,10 +732,10 @@ COMMANDS = dict(list=overview, run=run, show=show)
 
 
 def parse(argv: list[str]):
-    first = utils.Parser(prog="tables.py", description=__doc__)
+    first = cli.Parser(prog="tables.py", description=__doc__)
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
-    parser = utils.Parser(prog=f"tables.py {command}")
+    parser = cli.Parser(prog=f"tables.py {command}")
     parser.set_defaults(command=command)
     add = parser.add_argument
     if command != "list":
@@ -739,21 +744,21 @@ def parse(argv: list[str]):
         add("--out", metavar="DIR", help="also write CSV, Markdown and a figure there")
         add("--into", metavar="FILE", help="also put it between its marks in this page")
     if command == "run":
-        add("--methods", type=utils.comma(str), metavar="M,M", help="(default: the table's)")
-        add("--pairs", type=utils.comma(str), metavar="T-S,T-S", help="(default: the table's)")
-        add("--seeds", type=utils.number(int, 1), default=1, metavar="N", help="1 to N (default 1)")
-        add("--epochs", type=utils.number(int, 1), metavar="N", help="(default: the protocol's)")
-        add("--data", metavar="NAME", help="(default: the table's) " + utils.DATA_NAMES)
+        add("--methods", type=cli.comma(str), metavar="M,M", help="(default: the table's)")
+        add("--pairs", type=cli.comma(str), metavar="T-S,T-S", help="(default: the table's)")
+        add("--seeds", type=cli.number(int, 1), default=1, metavar="N", help="1 to N (default 1)")
+        add("--epochs", type=cli.number(int, 1), metavar="N", help="(default: the protocol's)")
+        add("--data", metavar="NAME", help="(default: the table's) " + cli.DATA_NAMES)
         add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
-        add("--img_size", type=utils.number(int, *utils.SIZES), metavar="N", help="in pixels")
+        add("--img_size", type=cli.number(int, *dataset.SIZES), metavar="N", help="in pixels")
         add("--teacher", metavar="FILE", help="a trained teacher (default: trained first)")
-        add("--jobs", type=utils.number(int, 1), default=1, metavar="J", help="side by side")
+        add("--jobs", type=cli.number(int, 1), default=1, metavar="J", help="side by side")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
-        utils.add_machine_flags(parser)
+        cli.add_machine_flags(parser)
     return parser.parse_args(argv[1:])
 
 
-@utils.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else list(argv))
     COMMANDS[args.command](args)

@@ -9,6 +9,8 @@ import torch
 import network
 import train_kd
 import utils
+from engine.checkpoint import Weights, read_checkpoint
+from engine.run import read_metrics
 from kd_losses import METHODS, crd
 from tools import bench
 
@@ -166,11 +168,11 @@ def test_what_an_epoch_writes(tmp_path):
     images, machine = bench.random_images(40, 4), utils.machine(0, "off")
     write = bench.writing(args, machine, images, bench.pair(args, images), tmp_path, 1000)
     write()
-    saved = utils.read_checkpoint(tmp_path / "run/checkpoint.pth.tar")
+    saved = read_checkpoint(tmp_path / "run/checkpoint.pth.tar")
     assert {"snet", "kd", "optimizer", "rng", "history"} <= saved.keys()
     assert saved["optimizer"]["state"], "momenta are a good part of it"
     assert (tmp_path / "run/model_best.pth.tar").exists()
-    assert len(utils.read_metrics(tmp_path / "run")) == 201
+    assert len(read_metrics(tmp_path / "run")) == 201
     lines = (tmp_path / "run/log.txt").read_text().splitlines()
     assert len(lines) == 1 + 1000 // train_kd.parse(["--kd_mode", "st"])[0].print_freq
 
@@ -307,7 +309,7 @@ def test_budgets():
 
 
 def nets():
-    return [network.Weights(name).build(5, 0, 32).eval() for name in ("resnet8", "resnet8x4")]
+    return [Weights(name).build(5, 0, 32).eval() for name in ("resnet8", "resnet8x4")]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import dataset
 import network
 import train_base
 import train_kd
+import engine.run as run_module
 import utils
+from engine import foreign, published, stream
+from engine.checkpoint import read_checkpoint, read_weights
+from engine.run import read_metrics
 from tools import eval as tool
 
 SMALL = ["--data_name", "digits", "--img_size", "8", "--cuda", "0"]
@@ -40,7 +43,7 @@ def runs(tmp_path_factory):
     kd = ["--t_model", str(root / "base" / "model_best.pth.tar"), "--s_name", "resnet8"]
     dml = ["--t_name", "resnet14", "--s_name", "resnet8", *SMALL]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "draw_curves", lambda *_: None)  # a second each
+        patch.setattr(run_module, "draw_curves", lambda *_: None)  # a second each
         train_base.main(["--net_name", "resnet14", *SMALL, *where, "base"])
         train_kd.main(["--kd_mode", "at", *kd, "--cuda", "0", *where, "at"])
         train_kd.main(["--kd_mode", "dml", *dml, *where, "dml"])
@@ -53,7 +56,7 @@ def mine(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     name = f"{file}:tiny"
-    torch.save(network.build(name, 10).state_dict(), tmp_path / "mine.pth")
+    torch.save(foreign.build(name, 10).state_dict(), tmp_path / "mine.pth")
     return name, str(tmp_path / "mine.pth")
 
 
@@ -82,23 +85,23 @@ def test_the_figures_are_those_of_training(runs, run, argv, prefix, name):
         assert result[key] == float(row[f"{prefix}test_{key}"])
     assert (result["network"], result["data_name"], result["img_size"]) == (name, "digits", 8)
     assert (result["test_images"], result["num_class"]) == (500, 10)
-    net = network.build(name, 10)
+    net = foreign.build(name, 10)
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
     assert result["img_per_s"] > 0 and result["batch_size"] == 500
 
 
 def logits(path, name, images):
-    net = network.build(name, 10).eval()
-    net.load_state_dict(network.read_weights(utils.read_checkpoint(path)))
+    net = foreign.build(name, 10).eval()
+    net.load_state_dict(read_weights(read_checkpoint(path)))
     with torch.no_grad():
-        return torch.cat([net(img) for img, *_ in dataset.test_batches(images, 1)]).double()
+        return torch.cat([net(img) for img, *_ in stream.test_batches(images, 1)]).double()
 
 
 def test_agreement_by_hand(runs):
     """Image by image, in float32; the teacher's top-1 and the divergence too."""
     argv = ["--teacher", last(runs / "base"), "--amp", "off", "--batch_size", "77", "--cuda", "0"]
     result = tool.main([last(runs / "at"), *argv])
-    images = dataset.load("digits", img_size=8).test
+    images = stream.load("digits", img_size=8).test
     s = logits(last(runs / "at"), "resnet8", images).log_softmax(1)
     t = logits(last(runs / "base"), "resnet14", images).log_softmax(1)
     same = sum(int(a.argmax() == b.argmax()) for a, b in zip(s, t))
@@ -151,7 +154,7 @@ def test_json_is_all_there_is_on_stdout(mine, capsys):
     assert result["loss"] is None
     assert result["parameters"] == (27 * 4 + 4) + (36 * 10 + 10)
     assert result["macs"] == 27 * 4 * 3 * 3 + 36 * 10
-    assert (result["mean"], result["std"]) == tuple(map(list, utils.CIFAR10))
+    assert (result["mean"], result["std"]) == tuple(map(list, published.CIFAR10))
 
 
 # --- other people's files --------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def test_public_checkpoints(runs, tmp_path):
     from safetensors.torch import save_file
 
     known = tool.main([last(runs / "base"), "--cuda", "0"])
-    state = utils.read_checkpoint(last(runs / "base"))["net"]
+    state = read_checkpoint(last(runs / "base"))["net"]
     zoo = {
         f"module.{k.replace('layer', 'res').replace('.downsample.', '.ds.')}": v
         for k, v in state.items()
@@ -178,7 +181,7 @@ def test_public_checkpoints(runs, tmp_path):
 
 
 def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsys):
-    state = utils.read_checkpoint(last(runs / "at"))["snet"]
+    state = read_checkpoint(last(runs / "at"))["snet"]
     torch.save(state, tmp_path / "student.pth")
     teacher = ["--teacher", last(runs / "base"), "--cuda", "0"]
     result = tool.main([str(tmp_path / "student.pth"), *teacher])
@@ -195,7 +198,7 @@ def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsy
 def test_foreign_networks_are_as_in_training(tmp_path, name):
     argv = ["--net_name", name, "--data_name", "digits", "--cuda", "0", "--epochs", "1"]
     folder = train_base.main([*argv, "--img_size", "16", "--save_root", str(tmp_path)])["dir"]
-    row = utils.read_metrics(folder)[-1]
+    row = read_metrics(folder)[-1]
     result = tool.main([last(Path(folder)), "--cuda", "0"])
     assert [result[k] for k in ("top1", "loss")] == [row["test_top1"], row["test_loss"]]
 

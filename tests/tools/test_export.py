@@ -7,7 +7,9 @@ import torch
 
 import network
 import train_kd
-import utils
+import engine.run as run_module
+from engine import foreign
+from engine.checkpoint import find_weights, read_checkpoint, read_weights, save_checkpoint
 from tools import eval as evaluation
 from tools import export
 
@@ -26,7 +28,7 @@ META = dict(
 
 def weights(name="resnet8", num_class=10, size=12):
     """A network's state whose batch norms have seen something."""
-    net = network.build(name, num_class, size).train()
+    net = foreign.build(name, num_class, size).train()
     with torch.no_grad():
         for _ in range(20):
             net(torch.randn(8, 3, size, size))
@@ -37,7 +39,7 @@ def weights(name="resnet8", num_class=10, size=12):
 def student(tmp_path):
     """A distilled student's checkpoint, with a method's state and an adapter in it."""
     state = dict(snet=weights(), meta=META, kd={"0.adapter.layers.stages0.weight": torch.ones(3)})
-    utils.save_checkpoint(state, tmp_path / "model_best.pth.tar")
+    save_checkpoint(state, tmp_path / "model_best.pth.tar")
     return tmp_path / "model_best.pth.tar"
 
 
@@ -62,14 +64,14 @@ def reader(path):
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
         meta = file.metadata()["meta"]
-    net = network.build(json.loads(meta)["network"], json.loads(meta)["num_class"]).eval()
+    net = foreign.build(json.loads(meta)["network"], json.loads(meta)["num_class"]).eval()
     net.load_state_dict(state)
     return net, meta
 
 
 def assert_same_logits(path, checkpoint, name="resnet8", size=12, batches=(1, 3, 8)):
-    net = network.build(name, 10, size).eval()
-    net.load_state_dict(network.read_weights(utils.read_checkpoint(checkpoint)))
+    net = foreign.build(name, 10, size).eval()
+    net.load_state_dict(read_weights(read_checkpoint(checkpoint)))
     other, meta = reader(path)
     for batch in batches:
         img = 2 * torch.randn(batch, 3, size, size)
@@ -129,10 +131,10 @@ def test_other_networks(name, kind, tmp_path):
 def test_safetensors_is_a_checkpoint_like_any_other(student, tmp_path, monkeypatch):
     """It holds the student and nothing else; it is evaluated, exported and distilled as it is."""
     monkeypatch.setattr(evaluation, "SECONDS", 0)
-    monkeypatch.setattr(utils, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)
     out = tmp_path / "student.safetensors"
     run(student, "--out", out)
-    known, saved = utils.read_checkpoint(student)["snet"], utils.read_checkpoint(out)
+    known, saved = read_checkpoint(student)["snet"], read_checkpoint(out)
     assert saved["net"].keys() == known.keys()
     assert all(torch.equal(saved["net"][key], value) for key, value in known.items())
     scores = [evaluation.main([str(p), "--cuda", "0"]) for p in (student, out)]
@@ -157,7 +159,7 @@ def test_a_public_file_that_says_nothing(tmp_path, capsys):
     run(tmp_path / "wrn.pth", "--out", out, "--img_size", "12")
     assert "normalised as in its training, which" in capsys.readouterr().out
     known = dict(network="wrn_16_1", num_class=10, img_size=12)
-    assert utils.read_checkpoint(out)["meta"] == known
+    assert read_checkpoint(out)["meta"] == known
 
 
 def test_tied_weights_and_a_network_of_ones_own(tmp_path):
@@ -170,10 +172,10 @@ def test_tied_weights_and_a_network_of_ones_own(tmp_path):
         "    return nn.Sequential(a, b, nn.Flatten(), nn.Linear(192, num_class))\n"
     )
     name = f"{file}:tied"
-    torch.save(network.build(name, 7).state_dict(), tmp_path / "mine.pth")
+    torch.save(foreign.build(name, 7).state_dict(), tmp_path / "mine.pth")
     known = ["--net", name, "--num_class", "7", "--img_size", "8"]
     run(tmp_path / "mine.pth", "--format", "safetensors", *known)
-    found = network.find_weights(name, str(tmp_path / "mine.safetensors"), "net", "x")
+    found = find_weights(name, str(tmp_path / "mine.safetensors"), "net", "x")
     assert found.meta["num_class"] == 7
 
 
@@ -187,7 +189,7 @@ def test_a_file_that_computes_something_else_is_not_left(kind, student, monkeypa
 
     def tampered(net, *args):
         net = network.build("resnet8", 10).eval()
-        net.load_state_dict(network.read_weights(utils.read_checkpoint(student)))
+        net.load_state_dict(read_weights(read_checkpoint(student)))
         net.fc.bias[3] += 1
         return write(net, *args)
 
@@ -221,7 +223,7 @@ def test_a_file_is_never_written_over(student, capsys):
     assert stop.value.code == 2 and "--force writes over it" in capsys.readouterr().err
     assert out.read_text() == "mine"
     run(student, "--out", out, "--force")
-    assert utils.read_checkpoint(out)["meta"]["network"] == "resnet8"
+    assert read_checkpoint(out)["meta"]["network"] == "resnet8"
 
 
 def test_without_onnxruntime(student, monkeypatch, capsys):
@@ -300,7 +302,7 @@ def test_bad_input_is_one_line_and_writes_nothing(student, tmp_path, capfd, argv
     torch.save(dict(model=network.build("resnet8", 10).state_dict()), tmp_path / "raw.pth")
     (tmp_path / "loop.py").write_text(LOOP)
     net = f"{tmp_path}/loop.py:Net"
-    torch.save(network.build(net, 7).state_dict(), tmp_path / "loop.pth")
+    torch.save(foreign.build(net, 7).state_dict(), tmp_path / "loop.pth")
     before = sorted(tmp_path.iterdir())
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:

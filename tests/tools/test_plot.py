@@ -2,19 +2,22 @@ import builtins
 from itertools import product
 from pathlib import Path
 
+import coco_like
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import coco
-import coco_like
-import dataset
 import network
 import train_base
 import train_det
 import train_kd
+import engine.run as run_module
 import utils
+from engine import foreign, stream
+from engine.checkpoint import read_checkpoint, read_weights, save_checkpoint
+from engine.run import read_metrics
 from tools import plot as tool
 
 SMALL = ["--data_name", "digits", "--img_size", "8", "--cuda", "0"]
@@ -28,7 +31,7 @@ def runs(tmp_path_factory):
     where = ["--batch_size", "128", "--lr", "0.02", "--save_root", str(root), "--note"]
     kd = ["--t_model", model(root, "base"), "--s_name", "resnet8", "--cuda", "0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "draw_curves", lambda *_: None)  # a second each
+        patch.setattr(run_module, "draw_curves", lambda *_: None)  # a second each
         train_base.main(["--net_name", "resnet14", *SMALL, *where, "base", "--epochs", "2"])
         train_kd.main(["--kd_mode", "at", *kd, *where, "at", "--epochs", "1"])
     return root
@@ -53,22 +56,22 @@ def draw(out, *argv):
 
 
 def images(count=None):
-    split = dataset.load("digits", img_size=8).test
+    split = stream.load("digits", img_size=8).test
     return split if count is None else tool.pick(split, np.arange(count))
 
 
 def bare(root, name, kind):
     """The network of a checkpoint, without the tool."""
-    net = network.build(kind, 10).eval()
-    found = utils.read_checkpoint(model(root, name))
-    net.load_state_dict(network.read_weights(found))
+    net = foreign.build(kind, 10).eval()
+    found = read_checkpoint(model(root, name))
+    net.load_state_dict(read_weights(found))
     return net
 
 
 def alone(net, split):
     """Logits, image by image."""
     with torch.no_grad():
-        return torch.cat([net(img) for img, *_ in dataset.test_batches(split, 1)])
+        return torch.cat([net(img) for img, *_ in stream.test_batches(split, 1)])
 
 
 # --- curves ----------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ def test_curves_are_the_runs_metrics(runs, out):
     for axis in panels:
         assert [line.get_label() for line in axis.lines] == ["base", "at"]
         for folder, line in zip(folders, axis.lines):
-            rows = [row.get(axis.get_ylabel(), np.nan) for row in utils.read_metrics(folder)]
+            rows = [row.get(axis.get_ylabel(), np.nan) for row in read_metrics(folder)]
             drawn = list(line.get_ydata())
             if np.isnan(rows).all():  # no distillation: a line without points
                 assert np.isnan(drawn).all()
@@ -268,8 +271,8 @@ def test_streamed_images_can_be_picked(tmp_path):
         for i in range(3):
             pixels = 80 * i + rng.integers(2, size=(120, 120, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-    split = tool.pick(dataset.load("imagefolder", tmp_path, None, 100).test, np.array([2, 0]))
-    (img, target, _), *_ = dataset.test_batches(split, 2)
+    split = tool.pick(stream.load("imagefolder", tmp_path, None, 100).test, np.array([2, 0]))
+    (img, target, _), *_ = stream.test_batches(split, 2)
     assert img.shape == (2, 3, 100, 100) and img[0].min() > img[1].max() and len(target) == 2
 
 
@@ -285,7 +288,7 @@ def detector(tmp_path_factory):
     net = train_det.build("fasterrcnn_resnet18", 8, view)
     meta = dict(network="fasterrcnn_resnet18", num_class=8, img_root=str(root / "coco"))
     state = dict(snet=net.state_dict(), meta=meta | vars(view))
-    utils.save_checkpoint(state, root / "checkpoint.pth.tar")
+    save_checkpoint(state, root / "checkpoint.pth.tar")
     return root / "checkpoint.pth.tar"
 
 
@@ -312,17 +315,17 @@ def test_a_bare_file_and_a_network_of_one_s_own(runs, tmp_path, out):
     code += "nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, k))\n"
     (tmp_path / "mine.py").write_text(code)
     name, path = f"{tmp_path}/mine.py:tiny", str(tmp_path / "mine.pth")
-    torch.save(network.build(name, 10).state_dict(), path)
+    torch.save(foreign.build(name, 10).state_dict(), path)
     argv = ["attention", path, "--images", "1", "--net_name", name, *SMALL]
     assert len(draw(out, *argv, "--labels", "my own")) == 2
-    state = network.read_weights(utils.read_checkpoint(model(runs, "at")))
+    state = read_weights(read_checkpoint(model(runs, "at")))
     torch.save(state, tmp_path / "bare.pth")
     argv = ["correlation", "--t_model", model(runs, "base"), str(tmp_path / "bare.pth"), *PLAIN]
     assert draw(out, *argv, "--force")[0].get_title().startswith("bare.pth (resnet8)\n")
 
 
 def test_the_first_that_knows_says_which_images(runs, tmp_path):
-    found = utils.read_checkpoint(model(runs, "base"))
+    found = read_checkpoint(model(runs, "base"))
     torch.save(dict(net=found["net"], meta=found["meta"] | dict(img_size=16)), tmp_path / "16.pth")
     models = [model(runs, "base"), str(tmp_path / "16.pth")]
     for paths, size in ((models, 8), (models[::-1], 16)):

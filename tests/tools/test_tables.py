@@ -12,6 +12,7 @@ import pytest
 import train_base
 import train_kd
 import utils
+from engine import cli, published
 from kd_losses import METHODS
 from tools import tables
 
@@ -25,7 +26,7 @@ DIGITS = ["--data", "digits", "--img_size", "12", "--cuda", "0", "--epochs", "2"
 def figure(table, teacher, student, method, data="cifar100"):
     return [
         row["value"]
-        for row in tables.published(table)
+        for row in tables.figures_of(table)
         if [tables.short(row[side]) for side in tables.SIDES] == [teacher, student]
         and row["method"] == method
         and (row["data"], row["metric"]) == (data, "top1")
@@ -62,7 +63,7 @@ def test_published_figures(where, value):
 def test_a_row_that_repeats_another_is_corrected_and_said():
     pair = "resnext101_32x8d", "mobilenet_v2", "ReviewKD, weight 6"
     assert figure("knowledgereview", *pair)[0] == "84.200"
-    rows = tables.published("knowledgereview")
+    rows = tables.figures_of("knowledgereview")
     rows = [r for r in rows if (r["value"], tables.short(r["teacher"])) == ("84.520", pair[0])]
     assert rows and all("repeats" in row["note"] for row in rows)
 
@@ -77,7 +78,7 @@ def test_the_numbers_of_pairs():
 
 def test_the_newer_methods_say_what_they_spend(tmp_path, capsys):
     """And what has no mode, or a network that is not ours, is shown but not run."""
-    rows = {r["method"]: r for r in tables.published("sota") if r["student"] == "resnet8x4"}
+    rows = {r["method"]: r for r in tables.figures_of("sota") if r["student"] == "resnet8x4"}
     spend = {method for method, row in rows.items() if row["budget"]}
     assert spend == set(tables.BUDGET) and rows["MLKD"]["budget"].startswith("480 epochs, 2 views")
     shown = "NORM", "DKD+LS", "SDD (StreamLined's rerun)"
@@ -94,7 +95,7 @@ def test_the_newer_methods_say_what_they_spend(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_show_prints_every_published_figure(name, tmp_path, capsys):
-    figures = tables.published(name)
+    figures = tables.figures_of(name)
     if not figures:
         with pytest.raises(SystemExit):
             tables.main(["show", name, "--runs", str(tmp_path)])
@@ -242,7 +243,7 @@ def test_protocols_at_224_pixels():
     args, rows = train_kd.parse(argv, "torchvision/resnet50", "MobileNetV1")
     recipe = train_kd.resolve(args, rows, "MobileNetV1", {})
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.img_size) == (0.1, 256, 100, 224)
-    assert recipe.mean_std == utils.IMAGENET
+    assert recipe.mean_std == published.IMAGENET
     row = rows["reviewkd"]
     assert (row.lambda_kd, row.flags["mid_channel"], row.ramp(1, 100)) == (8.0, 256, 1.0)
     _, rows = train_kd.parse(argv, "torchvision/resnet34", "torchvision/resnet18")
@@ -271,7 +272,7 @@ def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
     for student, lr in (("resnet8x4", 0.01), ("ShuffleV1", 0.01), ("vgg8", 0.05)):
         argv = ["--kd_mode", "ft", "--protocol", "crd", "--data_name", "cifar100"]
         args, rows = train_kd.parse(argv, "resnet32x4", student)
-        recipe = utils.resolve(args, student, {})
+        recipe = cli.resolve(args, student, {})
         phase = rows["ft"].phases[0]
         assert train_kd.learning_rate(phase, 3, 30, recipe) == pytest.approx(lr)
         args, rows = train_kd.parse([*argv[:1], "ab", *argv[2:]], "resnet32x4", student)

@@ -1,0 +1,213 @@
+"""Networks by name: ours, torchvision's, timm's, one of somebody's own file, and SimKD's students."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.find_taps import ensure_taps
+from network import NETWORKS, Tapped, classifier_of
+from utils import UserError, brief, first_line, named
+
+
+def build(
+    name: str, num_class: int, img_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """The network `name` with `num_class` outputs and fresh weights from torch's generator.
+
+    `name`: one of NETWORKS, `torchvision/NAME`, `timm/NAME` or `path/to/file.py:function`, called as
+    `function(num_class)`. `img_size`: for networks that must know it. `pretrained`: with the
+    library's own weights; their classifier is replaced where it has another number of classes.
+    Raises UserError where there is no such network, with the names that come near.
+    """
+    return constructor(name)(num_class, img_size, pretrained)
+
+
+def constructor(name: str):
+    """The function (num_class, img_size, pretrained) -> nn.Module behind a name; see `build`."""
+    library, _, model = name.partition("/")
+    if name.startswith("simkd:"):  # whatever network is in it
+        return _of_simkd(name)
+    if ".py:" in name:
+        return _of_file(*name.rsplit(":", 1))
+    if library in LIBRARIES and model:
+        return LIBRARIES[library](model)
+    own = named(NETWORKS, name, "network")
+
+    def make(num_class, img_size, pretrained):
+        if pretrained:
+            raise UserError(
+                f"{name} has no weights of its own: pretrained is for torchvision/NAME and timm/NAME"
+            )
+        return own(num_class)
+
+    return make
+
+
+def behead(net: nn.Module) -> None:
+    """Take the classifier away, once: the network then returns its pooled features."""
+    if not isinstance(net.get_submodule(classifier_of(net)), nn.Identity):
+        net.set_submodule(classifier_of(net), nn.Identity())
+
+
+class Reusing(nn.Module):
+    """A network whose last map goes through a projector and another network's classifier (SimKD).
+
+    net: it loses its own classifier; projector: with `predict(fm, classifier)`.
+    """
+
+    def __init__(self, net: nn.Module, projector: nn.Module, classifier: nn.Module):
+        super().__init__()
+        behead(net)
+        self.net, self.projector, self.classifier = net, projector, classifier
+        self.tapped = Tapped(net, ("last",))
+        self.taps = dict(feat="classifier:in")
+        for key in ("stem", "stages", "preacts"):  # its `last` is the projector's
+            path = net.taps.get(key)
+            if path:
+                inside = [f"net.{x}" for x in path] if isinstance(path, list) else f"net.{path}"
+                self.taps[key] = inside
+        self.taps["last"] = "projector.projector"
+        self.taps["layout"] = {f"net.{x}": how for x, how in net.taps.get("layout", {}).items()}
+
+    def forward(self, img: Tensor) -> Tensor:
+        return self.projector.predict(self.tapped(img).last, self.classifier)
+
+
+def reusing_name(name: str, spec: tuple[int, ...]) -> str:
+    """What `build` calls a Reusing of the network `name`, whose projector has the `spec`."""
+    return ":".join(map(str, ("simkd", name, *spec)))
+
+
+def _of_simkd(name: str):
+    """simkd:NETWORK:S_DIM:T_DIM:FACTOR:HEIGHT:WIDTH, a Reusing."""
+    from kd_losses.simkd import SimKD
+
+    _, _, rest = name.partition(":")
+    inner, *numbers = rest.rsplit(":", 5)
+    if len(numbers) < 5 or not all(x.isdecimal() for x in numbers):
+        raise UserError(f"no network {name!r}: simkd:NETWORK and five numbers are wanted")
+    s_dim, t_dim, factor, *size = map(int, numbers)
+    own = constructor(inner)
+
+    def make(num_class, img_size, pretrained):
+        net = own(num_class, img_size, pretrained)
+        ensure_taps(net, inner, num_class, img_size)
+        try:
+            projector = SimKD(s_dim, t_dim, factor, tuple(size))
+        except ValueError as error:
+            raise UserError(f"{name}: {first_line(error)}") from error
+        return Reusing(net, projector, nn.Linear(t_dim, num_class))
+
+    return make
+
+
+def file_name(name: str) -> str:
+    """A network's name as a part of file names: torchvision-resnet18, my_net-build."""
+    return re.sub(r"^(.*/)?([^/]+)\.py:", r"\2-", name).replace("/", "-")
+
+
+def _of_torchvision(name: str):
+    from torchvision import models
+
+    named(dict.fromkeys(models.list_models(module=models)), name, "network of torchvision")
+    # logits alone, in training too
+    wishes = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
+
+    def make(num_class, img_size, pretrained):
+        if not pretrained:
+            fresh = dict(init_weights=True) if wishes else {}
+            if name.startswith("vit_") and img_size:
+                fresh = dict(image_size=img_size)
+            return models.get_model(name, weights=None, num_classes=num_class, **wishes, **fresh)
+        known = models.get_model_weights(name)
+        # the first ones: those of the published tables
+        weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
+        net = downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
+        if num_class != len(weights.meta["categories"]):
+            _new_classifier(net, len(weights.meta["categories"]), num_class)
+        return net
+
+    return make
+
+
+def _of_timm(name: str):
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"timm/{name} needs timm: pip install timm") from None
+    known = timm.list_models() + timm.list_pretrained()
+    known += [model.split(".")[0] for model in known]
+    named(dict.fromkeys(known), name, "network of timm")
+
+    def make(num_class, img_size, pretrained):
+        def create(**wishes):
+            return timm.create_model(name, pretrained=pretrained, num_classes=num_class, **wishes)
+
+        try:
+            return downloaded(lambda: create(img_size=img_size), name)
+        except TypeError:  # most networks take any size and no such argument
+            return downloaded(create, name)
+
+    return make
+
+
+LIBRARIES = {"torchvision": _of_torchvision, "timm": _of_timm}
+
+
+def downloaded(create, name: str) -> nn.Module:
+    """`create()`, which may fetch weights."""
+    try:
+        return create()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the weights of {name} cannot be had ({first_line(error)}): a network connection is "
+            f"needed, or the file in {torch.hub.get_dir()}/checkpoints"
+        ) from error
+
+
+def _new_classifier(net: nn.Module, old_class: int, num_class: int) -> None:
+    """Replace the last layer with `old_class` outputs: N(0, 0.01) and 0, as KnowledgeReview does."""
+    name, old = [
+        (name, module)
+        for name, module in net.named_modules()
+        if getattr(module, "out_features", getattr(module, "out_channels", None)) == old_class
+    ][-1]
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_class)
+    else:
+        new = nn.Conv2d(old.in_channels, num_class, old.kernel_size, old.stride, old.padding)
+    nn.init.normal_(new.weight, std=0.01)
+    nn.init.zeros_(new.bias)
+    net.set_submodule(name, new)
+
+
+def _of_file(path: str, function: str):
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file (path/to/file.py:function names a network)")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody's file does
+        raise UserError(f"{path} cannot be imported ({brief(error)})") from error
+    functions = {key: f for key, f in vars(module).items() if callable(f) and key[0] != "_"}
+    make = named(functions, function, f"function in {path} called")
+
+    def call(num_class, img_size, pretrained):
+        if pretrained:
+            raise UserError(
+                f"{path}:{function} loads its weights itself: pretrained is for libraries"
+            )
+        try:
+            net = make(num_class)
+        except Exception as error:
+            raise UserError(f"{path}: {function}({num_class}) failed ({brief(error)})") from error
+        if not isinstance(net, nn.Module):
+            raise UserError(f"{path}: {function} returns a {type(net).__name__}, not an nn.Module")
+        return net
+
+    return call

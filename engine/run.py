@@ -1,0 +1,499 @@
+"""The run directory: log, metrics, checkpoints, resume, and the signals that ask for an end."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
+from utils import (
+    Machine,
+    Meter,
+    UserError,
+    all_gather,
+    control_group,
+    first_line,
+    rank,
+    rng_state,
+    world,
+)
+
+
+class Stopped(Exception):
+    """A run that a signal stopped, its checkpoint written."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}: --resume goes on")
+        self.signal = number
+
+
+class Run:
+    """The folder save_root/note of one run and everything in it.
+
+    args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone), timing.csv,
+    curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit for bit) and
+    model_best.pth.tar. Nothing is written before `start()`; a folder that holds another run, or that
+    another process writes into, is refused.
+
+        with run.start(...):        # signals are caught from here on
+            meter, done = run.begin()
+            if run.due(): run.pause(state, meter, step, where)    # inside an epoch
+            run.epoch(row, speed, state())                        # at its end
+
+    loss, score: the metrics that the curves show; the best epoch is the one of the highest score.
+    """
+
+    def __init__(
+        self,
+        recipe: argparse.Namespace,
+        note: str,
+        argv: list[str],
+        loss: str = "ce",
+        score: str = "test_top1",
+    ):
+        self.dir = Path(recipe.save_root) / note
+        self.recipe, self.argv, self.loss, self.score = recipe, argv, loss, score
+        self.history, self.timing = [], []
+        self.best = dict(epoch=0, score=-1.0)
+        self.saved = self.inside = self.events = self.signal = None
+        self.handlers, self.where, self.warned = {}, "before its first step", set()
+        if recipe.tensorboard:
+            summary_writer()  # or say what to install, before anything is written
+        self.checkpoint = self.dir / "checkpoint.pth.tar"
+        for parent in [self.dir, *self.dir.parents]:
+            try:
+                file = parent.exists() and not parent.is_dir()
+            except OSError as error:
+                raise UserError(f"{parent} cannot be used ({error.strerror})") from error
+            if file:
+                raise UserError(f"{parent} is a file: give another --save_root or --note")
+        if recipe.resume:
+            if self.checkpoint.exists():
+                self.saved = read_checkpoint(self.checkpoint)
+                with self.intact():
+                    self._same_flags(self.saved["flags"])
+                    self.history, self.timing = self.saved["history"], self.saved["timing"]
+                    self.best, self.inside = self.saved["best"], self.saved["inside"]
+                    self._look_over()
+            else:  # stopped before its first checkpoint
+                self._same_flags(self._recorded())
+        elif self.dir.exists() and any(self.dir.iterdir()):
+            raise UserError(
+                f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
+            )
+
+    @contextmanager
+    def intact(self):
+        """Whatever fails in here, because the checkpoint holds something else, is a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--resume: {self.checkpoint} is damaged, or not a run's checkpoint "
+                f"({type(error).__name__}: {first_line(error)}): start the run again"
+            ) from error
+
+    def _look_over(self) -> None:
+        """Raise something where what the checkpoint says of its epochs cannot be."""
+        if self.inside:
+            Meter().load(self.inside["meter"])
+            self.inside["step"] + self.inside["seconds"]
+        self.best["score"] + self.best["epoch"] + sum(row["seconds"] for row in self.timing)
+        lines = [_line(row) for row in self.history]
+        if len(lines) != len(self.timing):
+            raise ValueError(f"{len(lines)} epochs and the times of {len(self.timing)}")
+
+    def _recorded(self) -> dict:
+        """The flags that args.json remembers."""
+        try:
+            recipe = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))["recipe"]
+            return {key: recipe.get(key) for key in self._flags()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)"
+            ) from error
+
+    def _flags(self) -> dict:
+        """The flags that decide the result, as plain values."""
+        free = (
+            "print_freq",
+            "tensorboard",
+            "save_every",
+            "resume",
+            "dry_run",
+            "save_root",
+            "note",
+            "img_root",
+            "cuda",
+            "workers",
+        )
+        flags = {key: value for key, value in vars(self.recipe).items() if key not in free}
+        return json.loads(json.dumps(flags, default=str))
+
+    def _same_flags(self, saved: dict) -> None:
+        now = self._flags()
+        scripts = dict(net_name="train_base.py", iters="train_det.py", kd_mode="train_kd.py")
+        other, own = (
+            next((x for key, x in scripts.items() if key in f), None) for f in (saved, now)
+        )
+        if other != own:
+            raise UserError(f"--resume: the run in {self.dir} is one of {other}")
+        for key in sorted(set(now) | set(saved)):
+            if now.get(key) != saved.get(key):
+                raise UserError(
+                    f"--resume: --{key} is {now.get(key)}, the run was started with {saved.get(key)}"
+                )
+
+    def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> "Run":
+        """Make the folder and write args.json. `meta`: what checkpoints remember of network and data;
+        `notes`: what else belongs into args.json."""
+        self.meta = meta
+        all_gather(None)  # all have seen the folder as it was
+        self.began = self.kept = time.perf_counter()
+        if self.inside:
+            self.began -= self.inside["seconds"]
+        if rank() > 0:
+            return self
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
+            if not self.saved:
+                self._write_args(machine, notes or {})
+            elif self.history:  # it may have been stopped between the checkpoint and these
+                self._write_rows()
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
+        if self.recipe.tensorboard:
+            self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
+        return self
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, however it ends."""
+        self.lock = open(self.dir / ".lock", "w")
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.dir} is in use: another process trains there") from error
+
+    def _write_args(self, machine: Machine, notes: dict) -> None:
+        record = dict(
+            command=" ".join(self.argv),
+            recipe={k: v for k, v in vars(self.recipe).items() if k not in ("resume", "dry_run")},
+            machine=str(machine),
+            versions=dict(
+                python=platform.python_version(),
+                torch=torch.__version__,
+                numpy=np.__version__,
+            ),
+            commit=_commit(),
+            meta=self.meta,
+            **notes,
+        )
+        text = json.dumps(record, indent=1, default=str) + "\n"
+        write_file(self.dir / "args.json", text.encode())
+
+    def __enter__(self) -> "Run":
+        """Catch the signals that ask for an end. Only a program's main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._stop)
+        return self
+
+    def _stop(self, number: int, frame) -> None:
+        """The step at work is finished and everything is saved; a second signal ends at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        if rank() == 0:
+            os.write(2, b"stopping after this step\n")  # a print may be at work just now
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if rank() > 0:
+            return
+        self.log_file.close()
+        self.lock.close()
+        if self.events:
+            self.events.close()
+
+    def log(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if rank() > 0:
+            return
+        print(text, flush=True)
+        try:
+            self.log_file.write(text + "\n")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def warn(self, text: str) -> None:
+        """A warning, once."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self.log(f"warning: {text}")
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Under --on_nan skip, the optimizer leaves out the steps whose gradients are no numbers."""
+
+        def leave_out(optimizer, *args):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+            if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+                optimizer.zero_grad(set_to_none=True)
+                self.log("a step without finite gradients is left out")
+
+        if self.recipe.on_nan == "skip":
+            optimizer.register_step_pre_hook(leave_out)
+        return optimizer
+
+    def _full(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
+            "make room and go on with --resume"
+        )
+
+    def begin(self) -> tuple[Meter, int]:
+        """An epoch begins, or is gone on with: its meter and the number of its steps that are done."""
+        meter, inside, self.inside = Meter(self.recipe.on_nan == "skip"), self.inside, None
+        if not inside:
+            return meter, 0
+        meter.load(inside["meter"])
+        return meter, inside["step"]
+
+    def due(self) -> bool:
+        """Whether to save inside an epoch: a signal wants an end, or --save_every is over."""
+        minutes = self.recipe.save_every
+        late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
+        if world() > 1:  # all or none
+            votes = torch.tensor([self.signal or 0, late], dtype=torch.int32)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=control_group())
+            self.signal, late = votes[0].item() or None, bool(votes[1])
+        return late or self.signal is not None
+
+    def pause(self, state, meter: Meter, step: int, where: str) -> None:
+        """Save inside an epoch, after `step` of it, what `state()` gives; and stop where a signal
+        asked for it. A checkpoint with numbers that are none is not written."""
+        check_finite(meter.read(), where)
+        self.where = f"after {where}"
+        self.save(state(), dict(step=step, meter=meter.state()))
+
+    def save(self, state: dict, inside: dict | None = None, better: bool = False) -> None:
+        """Write a checkpoint. `state`: what it holds, `state['weights']` also being what model_best
+        holds; `inside`: how far the epoch at work is, if it is."""
+        self.due()  # the ranks agree on whether this is the end
+        signal_now = self.signal
+        if inside:
+            inside |= dict(seconds=time.perf_counter() - self.began)
+        if rank() == 0:
+            self._write_checkpoints(state, inside, better)
+        self.kept = time.perf_counter()
+        if signal_now:
+            raise Stopped(signal_now, self.where)
+
+    def _write_checkpoints(self, state: dict, inside: dict | None, better: bool) -> None:
+        weights = state.pop("weights")
+        scores = {"epoch": len(self.history)}
+        row = self.history[-1] if self.history else {}
+        if "test_top1" in row:
+            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
+        everything = dict(
+            weights,
+            **scores,
+            **state,
+            rng=rng_state(),
+            flags=self._flags(),
+            history=self.history,
+            timing=self.timing,
+            best=self.best,
+            inside=inside,
+        )
+        try:
+            if better:
+                save_checkpoint(to_cpu(dict(weights, **scores)), self.dir / "model_best.pth.tar")
+            save_checkpoint(to_cpu(everything), self.dir / "checkpoint.pth.tar")
+            if not inside:
+                self._write_rows()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _write_rows(self) -> None:
+        for name, rows in (("metrics", self.history), ("timing", self.timing)):
+            write_file(self.dir / f"{name}.csv", _csv(rows).encode())
+
+    def epoch(self, row: dict, speed: float, state: dict, keep_best: bool = True) -> None:
+        """An epoch is done: log it, save everything.
+
+        `row`: its metrics; `speed`: training images a second; `state`: as for `save`; `keep_best`:
+        whether the epoch may be the best one.
+        """
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
+        self.history.append({key: _short(value) for key, value in row.items()})
+        self.timing.append(
+            dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))
+        )
+        self.log(_line(row) + f"  {seconds:6.1f} s  {speed:6.0f} img/s")
+        if self.events:
+            for name, value in row.items():
+                if not isinstance(value, str):
+                    self.events.add_scalar(name, value, len(self.history))
+            self.events.flush()
+        better = keep_best and row[self.score] > self.best["score"]
+        if better:
+            self.best = dict(epoch=len(self.history), score=row[self.score])
+        self.where = f"after epoch {len(self.history)}"
+        self.save(state, better=better)
+
+    def finish(self) -> dict:
+        """Say the result, draw the curves, write result.json: last and best accuracy, the peer's too
+        where two networks learned, and the seconds. Returns the same, and the folder."""
+        last = self.history[-1][self.score]
+        best, seconds = self.best["score"], sum(row["seconds"] for row in self.timing)
+        result = dict(last=last, best=best, seconds=round(seconds, 3))
+        peer = [row["peer_test_top1"] for row in self.history if "peer_test_top1" in row]
+        if peer:
+            result |= dict(peer_last=peer[-1], peer_best=max(peer))
+        self.log(
+            f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
+            f"{seconds:.0f} s  {self.dir}"
+        )
+        if rank() > 0:
+            return dict(result, dir=str(self.dir))
+        try:
+            draw_curves([self.dir], self.dir / "curves.png", None, self.loss, self.score)
+            write_file(self.dir / "result.json", (json.dumps(result) + "\n").encode())
+        except OSError as error:
+            raise self._full(error) from error
+        return dict(result, dir=str(self.dir))
+
+
+def summary_writer():
+    """TensorBoard's, or a UserError that says what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter
+
+
+def check_finite(values: dict[str, float], where: str) -> None:
+    """Stop a run whose loss is no number, naming the term."""
+    if not values:
+        raise UserError(f"{where}: every step was left out, none had finite losses: lower --lr")
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{where}: {', '.join(bad)} is not finite: lower --lr or the method's weight; the last "
+            "checkpoint is whole"
+        )
+
+
+def _commit() -> str | None:
+    """The project's commit, with + where the files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            git + ["rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(git + ["status", "--porcelain", "-uno"], capture_output=True)
+        return head.stdout.strip() + ("+" if dirty.stdout else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _short(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _line(row: dict) -> str:
+    """An epoch's row, aligned."""
+    parts = []
+    for key, value in row.items():
+        if isinstance(value, float):
+            value = f"{value:6.2f}" if "top" in key else f"{value:<9.4g}"
+        parts.append(f"{key} {value:>3}")
+    return "  ".join(parts)
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The rows of a run's metrics.csv, numbers as floats, empty cells left out."""
+    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
+        return [
+            {key: _number(value) for key, value in row.items() if value != ""}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def draw_curves(
+    folders: list[str | Path],
+    path: str | Path,
+    labels: list[str] | None = None,
+    loss: str = "ce",
+    score: str = "test_top1",
+) -> bool:
+    """Two metrics of some runs, row by row, into one figure. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves drawn: pip install matplotlib")
+        return False
+    from matplotlib.figure import (
+        Figure,  # not pyplot: no window system, no global state
+    )
+    from matplotlib.ticker import MaxNLocator
+
+    titles = dict(ce="training cross-entropy", loss="training loss", test_top1="test top-1 (%)")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = matplotlib.colormaps["tab10"].colors
+    for i, folder in enumerate(folders):
+        rows = read_metrics(folder)
+        label = labels[i] if labels else Path(folder).name
+        style = dict(color=colors[i % 10], label=label, marker=".", markersize=4)
+        for axis, key in ((left, loss), (right, score)):
+            points = [(i, row[key]) for i, row in enumerate(rows, 1) if key in row]
+            axis.plot(*zip(*points), **style)
+    for axis, key in ((left, loss), (right, score)):
+        axis.set(title=titles.get(key, key), xlabel="row of metrics.csv")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    left.set_yscale("log")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return True
