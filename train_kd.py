@@ -227,6 +227,37 @@ class Part(nn.Module):
         return value
 
 
+def feature_path(net: nn.Module, img: Tensor) -> set[nn.Parameter]:
+    """The parameters on which the network's deepest stage depends: those of what lies behind it, such
+    as the classifier, are left out."""
+    tapped, state = network.Tapped(net.eval(), ("stages",)), net.training
+    learns = [p.requires_grad for p in net.parameters()]
+    net.requires_grad_(True)
+    with torch.enable_grad():
+        deepest = tapped(img.to(next(net.parameters()))).stages[-1].sum()
+        grads = torch.autograd.grad(deepest, list(net.parameters()), allow_unused=True)
+    for p, learnt in zip(net.parameters(), learns):
+        p.requires_grad_(learnt)
+    net.train(state)
+    return {p for p, grad in zip(net.parameters(), grads) if grad is not None}
+
+
+def train_only(net: nn.Module, parameters: set[nn.Parameter]) -> None:
+    """Training mode and gradients for the modules that own these parameters, and for no others."""
+    for module in net.modules():
+        module.training = any(p in parameters for p in module.parameters(recurse=False))
+    for p in net.parameters():
+        p.requires_grad_(p in parameters)
+
+
+def use_batch_statistics(net: nn.Module) -> None:
+    """Training mode, in which batch norms use the statistics of the batch; the running ones rest."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+
+
 def gathered(x):
     """Features of the images of all ranks, for losses that compare images with each other."""
     kinds = ("out", "stem", "stages", "preacts", "last", "feat")
@@ -311,6 +342,8 @@ class Distillation:
             for part in self.kd
             if part.row.prepare
         ]
+        self.teacher_bn = "batch" if any(row.teacher_bn == "batch" for row in rows.values()) else ""
+        self.features = feature_path(snet, dry) if "features" in learns else None
         self.names = ["kd"] if len(rows) == 1 else [f"kd_{mode}" for mode in rows]
         self.phases = next((r.phases for r in rows.values() if r.teacher == self.role), None)
 
@@ -359,13 +392,18 @@ class Distillation:
             module.eval().requires_grad_(False)
         for name in phase.learns:
             head, _, inner = name.partition(".")
-            module = dict(student=snet, backbone=snet, teacher=tnet, kd=self.kd)[head]
+            module = dict(student=snet, backbone=snet, teacher=tnet, kd=self.kd).get(head)
+            if name == "features":
+                train_only(snet, self.features)
+                continue
             if inner:
                 module = self.kd[0].loss.get_submodule(inner)
             module.train().requires_grad_(True)
             if name == "backbone":
                 classifier = snet.get_submodule(snet.taps["feat"].removesuffix(":in"))
                 classifier.eval().requires_grad_(False)
+        if self.teacher_bn == "batch":
+            use_batch_statistics(tnet)
         modules = (snet, tnet, self.kd)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
@@ -445,6 +483,12 @@ def train_step(
     return total
 
 
+def total(job: Distillation, phase: Phase, weights, terms: dict) -> Tensor:
+    """The loss that a step minimises, of its terms; the cross-entropy is the student's alone."""
+    ce = job.lambda_ce * terms["ce"] if phase.ce else 0.0
+    return ce + sum(w * terms[name] for name, w in zip(job.names, weights) if name in terms)
+
+
 def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
     """(loss, {name: term}) of a batch."""
     s_learns = phase.ce or phase.student_learns
@@ -475,11 +519,15 @@ def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
     learning += [x.strong for x in learning if x.strong]
     if learning:
         with nullcontext() if phase.ce else torch.no_grad():
-            ce = [F.cross_entropy(x.out.float(), batch.target) for x in learning]
+            ce = [F.cross_entropy(float32(x.out), batch.target) for x in learning]
         if phase.ce:
             loss = loss + job.lambda_ce * sum(ce)
         terms = {"ce": ce[0], **terms, "train_top1": utils.top1(s.out.detach(), batch.target)}
     return loss, terms
+
+
+def float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Captured:
@@ -545,13 +593,16 @@ def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
     return recipe.lr * factor
 
 
-def kd_weights(job: Distillation, done: float, recipe) -> list[float]:
-    """The weight of every part when the share `done` of the phase lies behind: the protocol's, epoch
+def kd_weights(job: Distillation, phase: Phase, done: float, recipe) -> list[float]:
+    """The weight of every part when the share `done` of the phase lies behind: the phase's, or the
+    method's; the protocol's, epoch
     by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth. The
     losses that want to know the epoch are told it."""
     total = published.PROTOCOLS[recipe.protocol].epochs
     place = int(done * total + 1e-6) + 1
     job.tell(place, total)
+    if phase.weight is not None:
+        return [phase.weight for _ in job.kd]
     return [part.row.lambda_kd * part.row.ramp(place, total) for part in job.kd]
 
 
@@ -623,7 +674,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
     weighs = any(row.lambda_kd for row in rows.values())
     for phase in job.phases:
-        if not (phase.ce and job.lambda_ce) and not (phase.kd and weighs):
+        if not (phase.ce and job.lambda_ce) and not (phase.kd and (weighs or phase.weight)):
             raise UserError(
                 f"--lambda_kd, --lambda_ce: 0 leaves phase {phase.name} nothing to learn from"
             )
@@ -711,7 +762,9 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     meter, done = run.begin()
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
-    weights = kd_weights(job, (epoch - 1) / epochs, recipe)  # of an epoch whose steps are all done
+    weights = kd_weights(
+        job, phase, (epoch - 1) / epochs, recipe
+    )  # of an epoch whose steps are all done
     batches = stream.train_batches(
         data.train,
         recipe.batch_size,
@@ -723,7 +776,7 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         two_views=job.strong,
     )
     for i, batch in enumerate(batches, done + 1):
-        weights = kd_weights(job, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
+        weights = kd_weights(job, phase, (epoch - 1 + (i - 1) / steps) / epochs, recipe)
         terms = step(job, phase, optimizer, Batch(*batch), weights, machine, recipe.accumulate)
         meter.add(terms, len(batch[1]))
         if i % recipe.print_freq == 0:

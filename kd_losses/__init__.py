@@ -165,10 +165,14 @@ def factors(kd, s, t, batch):
 @wants("out")
 def boundary(kd, s, t, batch):
     index, attack_class, valid = select(s.out, t.out, batch.target, kd.attack_size)
-    picked = batch.img[index].detach(), batch.target[index]
-    img = kd.attacker.attack(t.net, *picked, attack_class, valid)
+    index, attack_class = index[valid], attack_class[valid]
+    if len(index) == 0:
+        return s.out.new_zeros((), dtype=torch.float32)
+    if len(index) == 1:  # batch norm on a map of one pixel needs two
+        index, attack_class = index.repeat(2), attack_class.repeat(2)
+    img = kd.attacker.attack(t.net, batch.img[index].detach(), batch.target[index], attack_class)
     # the student's batch norm sees the attacked images too, as in KD-Zoo
-    return kd(s.net(img), t.net(img), valid)
+    return kd(s.net(img), t.net(img))
 
 
 @wants("stages", "preacts", "feat")
@@ -204,6 +208,12 @@ def transport(kd, s, t, batch):
     return kd(s.out, t.out, batch.target, faded(kd.clock[0] / kd.clock[1]))
 
 
+@wants("out")
+def transport_on_imagenet(kd, s, t, batch):
+    """The same, fading from the first epoch on."""
+    return kd(s.out, t.out, batch.target, faded(kd.clock[0] / kd.clock[1], 0.0))
+
+
 @wants("out", "last", "feat")
 def teachers_logits(kd, s, t, batch):
     x = s.feat if kd.form == "pooled" else s.last
@@ -233,7 +243,15 @@ def whole_batches(kd, s, t, batch):
     return kd(s.stages, t.stages)
 
 
-LOGITS = logits, mutual, with_target, two_views, at_its_epoch, transport  # compare nothing else
+LOGITS = (
+    logits,
+    mutual,
+    with_target,
+    two_views,
+    at_its_epoch,
+    transport,
+    transport_on_imagenet,
+)  # compare nothing else
 
 
 def one_each(kd, maps: list) -> list:
@@ -254,9 +272,19 @@ def build_ab(s, t, train, m):
     return AB(margin=m)
 
 
-def build_vid(s, t, train, sf, init_var):
+def build_vid(s, t, train, sf, init_var, eps, init):
     widths = [(fm_s.shape[1], fm_t.shape[1]) for fm_s, fm_t in zip(s.stages, t.stages)]
-    return nn.ModuleList(VID(c_s, int(sf * c_t), c_t, init_var) for c_s, c_t in widths)
+    losses = (VID(c_s, int(sf * c_t), c_t, init_var, eps) for c_s, c_t in widths)
+    return initialised(nn.ModuleList(losses), init)
+
+
+def initialised(layers: nn.Module, init: str) -> nn.Module:
+    """`layers` as they are ('kaiming'), or with torch's own initialisation of convolutions ('torch')."""
+    if init == "torch":
+        for layer in layers.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                layer.reset_parameters()
+    return layers
 
 
 def build_crd(s, t, train, **flags):
@@ -270,7 +298,7 @@ def build_cc(s, t, train, relation, gamma, P_order, feat_dim):
     return NeighbourCC(s.feat.shape[1], t.feat.shape[1], feat_dim)
 
 
-def build_ft(s, t, train, k, use_bn, factor):
+def build_ft(s, t, train, k, use_bn, factor, init):
     """use_bn: 'auto': up to 10 classes, as in KD-Zoo; 'translator': as in the CRD benchmark."""
     few = use_bn == "auto" and train.num_class <= 10
     c_s, c_t = s.stages[0].shape[1], t.stages[0].shape[1]
@@ -278,7 +306,7 @@ def build_ft(s, t, train, k, use_bn, factor):
     kd.loss = FT(factor)
     kd.paraphraser = Paraphraser(c_t, k, few or use_bn == "yes")
     kd.translator = Translator(c_s, c_t, k, few or use_bn in ("yes", "translator"))
-    return kd
+    return initialised(kd, init)
 
 
 def build_ofd(s, t, train, margin):
@@ -409,8 +437,10 @@ class Phase:
 
     epochs: in the protocol's number of epochs, scaled with --epochs; None: --epochs itself.
     ce: whether cross-entropy is part of the loss; kd: True for the row's comparison, False for none,
-    or another comparison. learns: of 'student', 'backbone' (the student without its classifier),
-    'teacher', 'kd' (the method's and the adapter's parameters) or 'kd.NAME' (one module of the method).
+    or another comparison. weight: of the comparison; None: the method's. learns: of 'student',
+    'backbone' (the student without its classifier), 'features' (what the student's deepest map depends
+    on), 'teacher', 'kd' (the method's and the adapter's parameters) or 'kd.NAME' (one module of the
+    method).
     lr: None for the recipe's milestones, else ((share of the phase, factor of --lr), ...).
     nesterov: None for the recipe's.
     """
@@ -419,6 +449,7 @@ class Phase:
     epochs: int | None = None
     ce: bool = True
     kd: bool | Callable = True
+    weight: float | None = None
     learns: tuple[str, ...] = ("student", "kd")
     lr: tuple[tuple[float, float], ...] | None = None
     nesterov: bool | None = None
@@ -426,25 +457,25 @@ class Phase:
     @property
     def student_learns(self) -> bool:
         """Whether the student learns, as a whole or without its classifier."""
-        return bool({"student", "backbone"} & set(self.learns))
+        return bool({"student", "backbone", "features"} & set(self.learns))
 
 
 ONE_PHASE = (Phase(),)
 BOTH_LEARN = (Phase(learns=("student", "teacher", "kd")),)
 
 
-def init_then_ce(epochs: int, *lr: tuple[float, float]):
+def init_then_ce(epochs: int, *lr: tuple[float, float], learns: str = "backbone"):
     """The method trains the backbone for `epochs`, then cross-entropy alone trains the student.
 
     As in KD-Zoo, but for two things: there weight decay acts on the idle classifier, and the momentum
     of the first phase is carried into the second.
     """
-    init = Phase(name="init", epochs=epochs, ce=False, learns=("backbone", "kd"), lr=lr)
+    init = Phase(name="init", epochs=epochs, ce=False, learns=(learns, "kd"), lr=lr)
     return (init, Phase(name="train", kd=False, learns=("student",)))
 
 
 ZOO_INIT = init_then_ce(50, (0.6, 0.1), (0.2, 0.01), (0.2, 0.001))
-CRD_INIT = init_then_ce(30, (1.0, 1.0))
+CRD_INIT = init_then_ce(30, (1.0, 1.0), learns="features")
 
 
 def paraphrase_first(lr: float):
@@ -454,6 +485,7 @@ def paraphrase_first(lr: float):
         epochs=30,
         ce=False,
         kd=reconstruction,
+        weight=1.0,
         learns=("kd.paraphraser",),
         lr=((1.0, lr),),
         nesterov=False,
@@ -468,9 +500,9 @@ def constant(epoch: int, epochs: int) -> float:
     return 1.0
 
 
-def warmup(length: int):
-    """Grows linearly to 1 over the first `length` epochs."""
-    return lambda epoch, epochs: min(epoch / length, 1.0)
+def warmup(length: int, first: int = 1):
+    """Grows linearly to 1 over the first `length` epochs, the first of which counts as `first`."""
+    return lambda epoch, epochs: min((epoch - 1 + first) / length, 1.0)
 
 
 def late_and_fading(epoch: int, epochs: int) -> float:
@@ -481,14 +513,16 @@ def late_and_fading(epoch: int, epochs: int) -> float:
 FADES = 150 / 240  # share of the training after which a weight begins to fade (WKD)
 
 
-def faded(done: torch.Tensor) -> torch.Tensor:
-    """The factor when the share `done` of the training lies behind: 1, and then falling to 0 by a
-    cosine."""
-    return (1 + torch.cos(math.pi * ((done - FADES) / (1 - FADES)).clamp(0, 1))) / 2
+def faded(done: torch.Tensor, start: float = FADES) -> torch.Tensor:
+    """The factor when the share `done` of the training lies behind: 1 up to `start`, and then falling
+    to 0 by a cosine."""
+    return (1 + torch.cos(math.pi * ((done - start) / (1 - start)).clamp(0, 1))) / 2
 
 
-def fading(epoch: int, epochs: int) -> float:
-    return faded(torch.tensor(epoch / epochs, dtype=torch.float64)).item()
+def fading_from(start: float):
+    return lambda epoch, epochs: faded(
+        torch.tensor(epoch / epochs, dtype=torch.float64), start
+    ).item()
 
 
 def up_to_ten_classes(few: float, many: float):
@@ -506,6 +540,8 @@ class Method:
     needs: what must agree for the comparison: '' nothing, 'size' or 'channels+size'; an adapter
     supplies it (network.Adapter, which has more of them). teacher: 'frozen', 'grad' (gradients flow
     through it to the image) or 'trained'.
+    teacher_bn: the teacher's batch norms use the 'running' statistics, or those of the 'batch' (as in
+    training mode; the running ones then rest).
     stages: which are compared, from the deepest (-1); None: all. reduce: over the stages.
     taps: {network: the modules whose maps are its stages}, where they are not the network's own.
     flags: a tuple lists the choices, the first being the default. batch_size: None for the protocol's.
@@ -531,6 +567,7 @@ class Method:
     reduce: str = "mean"
     lambda_ce: float = 1.0
     ramp: Callable = constant
+    teacher_bn: str = "running"
     batch_size: int | None = None
     graph: bool = True
     relates: bool = False
@@ -673,6 +710,7 @@ LSKD_PAIRS = pairs_of(
     r110_r20=dict(lambda_kd=12.0, flags=dict(T=4.0)),
     r50_mv2=dict(lambda_kd=1.0, flags=dict(T=3.0)),
     v13_mv2=dict(flags=dict(T=3.0)),
+    w402_mv2=dict(flags=dict(T=3.0)),
     r32x4_w162=dict(flags=dict(T=3.0)),
     r32x4_w402=dict(flags=dict(T=3.0)),
 )
@@ -703,8 +741,17 @@ WKD_L_FLAGS = dict(
     measured=("positions", "pooled", "logits"),
 )
 WKD_L_IMAGENET = dict(
+    batch_size=256,
+    compare=transport_on_imagenet,
     flags=dict(T=2.0, weight=30.0, measured="pooled"),
     pairs={MOBILE: dict(flags=dict(weight=25.0, sharpen=2.0))},
+)
+WKD_F_IMAGENET = dict(
+    lambda_kd=0.02,
+    batch_size=256,
+    ramp=fading_from(0.0),
+    flags=dict(ratio=2.0, grid=4),
+    pairs={MOBILE: dict(lambda_kd=0.005, ramp=fading_from(0.3))},
 )
 SDD_FLAGS = dict(
     inner=("kl", "dkd"),
@@ -727,6 +774,7 @@ CRD_FLAGS = dict(
 )
 IRG_FLAGS = dict(w_irg_vert=0.1, w_irg_edge=5.0, w_irg_tran=5.0)
 BOTH = "channels+size"
+INIT = ("kaiming", "torch")
 
 # fmt: off
 METHODS = {
@@ -736,9 +784,9 @@ METHODS = {
     "at":       Method(plain(AT),          stages,         1000.0, dict(p=2.0, absolute=True), needs="size", protocols=dict(crd=dict(reduce="sum", flags=dict(absolute=False)))),
     "fitnet":   Method(plain(Hint),        stages,            0.1, needs=BOTH, stages=(-1,), protocols=dict(crd=dict(lambda_kd=100.0, stages=(2,), needs="regressor+relu"))),
     "nst":      Method(plain(NST),         stages,           10.0, dict(kernel=("poly", "linear", "gauss")), needs="size", stages=(-1,), protocols=dict(crd=dict(lambda_kd=50.0, stages=None, reduce="sum"))),
-    "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, protocols=dict(crd=dict(lambda_kd=30000.0)), relates=True),
-    "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(lambda_kd=50.0, reduce="sum", phases=CRD_INIT))),
-    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator"), factor=("channels", "spatial")), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), pairs=FT_PAIRS, needs="", flags=dict(use_bn="translator", factor="spatial")))),
+    "pkt":      Method(plain(PKTCosSim),   feat,          10000.0, dict(eps=1e-6), protocols=dict(crd=dict(lambda_kd=30000.0, flags=dict(eps=1e-7))), relates=True),
+    "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(reduce="sum", phases=CRD_INIT))),
+    "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator"), factor=("channels", "spatial"), init=INIT), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), pairs=FT_PAIRS, needs="", flags=dict(use_bn="translator", factor="spatial", init="torch")))),
     "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0), relates=True),
     "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=CRD_INIT))),
     "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,))), relates=True),
@@ -747,13 +795,13 @@ METHODS = {
     "cc":       Method(build_cc,           feat,            100.0, dict(relation=("kernel", "neighbours"), gamma=0.4, P_order=2, feat_dim=128), protocols=dict(crd=dict(lambda_kd=0.02, flags=dict(relation="neighbours"))), relates=True),
     "lwm":      Method(plain(LwM),         class_activation,  0.4, dict(cam=("gradient", "activation")), stages=(-2,), teacher="grad"),
     "irg":      Method(plain(IRG),         relation_graph,    1.0, IRG_FLAGS, stages=(-2, -1), relates=True),
-    "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0), needs="size", protocols=dict(crd=dict(reduce="sum"))),
-    "ofd":      Method(build_ofd,          preacts,           0.5, dict(margin=("batch", "bn")), needs="size", protocols={"crd": dict(compare=preacts_summed, lambda_kd=0.001, reduce="sum", flags=dict(margin="bn")), "mdistiller-imagenet": dict(lambda_kd=0.0001, batch_size=128)}),
+    "vid":      Method(build_vid,          stages,            1.0, dict(sf=1.0, init_var=5.0, eps=1e-6, init=INIT), needs="size", protocols=dict(crd=dict(reduce="sum", flags=dict(eps=1e-5, init="torch")))),
+    "ofd":      Method(build_ofd,          preacts,           0.5, dict(margin=("batch", "bn")), needs="size", protocols={"crd": dict(compare=preacts_summed, lambda_kd=0.001, reduce="sum", flags=dict(margin="bn"), teacher_bn="batch"), "mdistiller-imagenet": dict(lambda_kd=0.0001, batch_size=128)}),
     "afd":      Method(build_afd,          stages,          500.0, dict(att_f=1.0, attention=("se", "paper")), needs=BOTH),
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols={"crd": dict(lambda_kd=0.8, flags=dict(nce_t=0.07)), "mdistiller-imagenet": dict(batch_size=256)}),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
-    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS, "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS | dict(ramp=warmup(20, first=0)), "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
     "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols={"crd": DKD_PAIRS, "mdistiller-imagenet": DKD_IMAGENET}),
     # since then
     "lskd":     Method(plain(LSKD),        logits,            9.0, dict(T=2.0), lambda_ce=0.1, protocols=dict(crd=dict(pairs=LSKD_PAIRS))),
@@ -761,7 +809,7 @@ METHODS = {
     "nkd":      Method(plain(NKD),         with_target,       1.0, dict(gamma=3.5, T=3.0), protocols={IMAGENET: dict(flags=dict(gamma=1.5, T=1.0))}),
     "ttm":      Method(plain(TTM),         logits,            4.5, dict(gamma=0.1), protocols=dict(crd=dict(lambda_kd=45.0))),
     "wttm":     Method(plain(WTTM),        logits,            0.5, dict(gamma=0.2), protocols=dict(crd=dict(lambda_kd=4.0))),
-    "rld":      Method(plain(RLD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0, alpha_T=1.0), ramp=warmup(20), protocols={IMAGENET: dict(ramp=constant, flags=dict(beta=0.5, T=1.0))}),
+    "rld":      Method(plain(RLD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0, alpha_T=1.0), ramp=warmup(20), protocols={IMAGENET: dict(ramp=constant, flags=dict(beta=0.5, T=1.0), pairs={MOBILE: dict(flags=dict(beta=2.0))})}),
     "ctkd":     Method(build_ctkd,         at_its_epoch,      0.9, CTKD_FLAGS, lambda_ce=0.1, protocols={IMAGENET: dict(lambda_kd=1.0, lambda_ce=1.0, flags=dict(loops=5.0))}),
     "wsld":     Method(plain(partial(WSLD, 1.0)), with_target, 2.25, dict(T=4.0), protocols={IMAGENET: dict(lambda_kd=2.5, flags=dict(T=2.0))}),
     "srrl":     Method(build_srrl,         teachers_logits,   1.0, dict(weight=1.0, project=("map", "vector"))),
@@ -773,7 +821,7 @@ METHODS = {
     "catkd":    Method(plain(CATKD),       class_maps,        1.5, dict(resolution=2, normalize=False), protocols={"crd": dict(pairs=CATKD_PAIRS), IMAGENET: dict(pairs=CATKD_IMAGENET)}),
     "mlkd":     Method(build_mlkd,         two_views,        0.09, dict(base=4.0, form=("released", "intended")), lambda_ce=0.1, strong=True, relates=True, protocols={"crd": dict(lambda_kd=0.9), IMAGENET: dict(lambda_kd=0.5, lambda_ce=0.5, flags=dict(base=1.0))}),
     "wkd_l":    Method(build_wkd_l,        transport,         1.0, WKD_L_FLAGS, prepare=class_distances, protocols={"crd": dict(pairs=WKD_L_PAIRS), IMAGENET: WKD_L_IMAGENET}),
-    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading, protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: dict(lambda_kd=0.02, flags=dict(ratio=2.0, grid=4))}),
+    "wkd_f":    Method(build_wkd_f,        last,             0.08, dict(ratio=4.0, grid=1), ramp=fading_from(FADES), protocols={"crd": dict(pairs=WKD_F_PAIRS), IMAGENET: WKD_F_IMAGENET}),
     "sdd":      Method(build_sdd,          regions,           0.9, SDD_FLAGS, lambda_ce=0.1),
     "mgd":      Method(between(MGD, "last"), last,       0.0012, dict(lam=0.15), needs="size", protocols={IMAGENET: dict(lambda_kd=0.00007)}),
     "crld":     Method(plain(CRLD),        two_views,         1.0, dict(wv=2.0, cv=0.5, T=4.0, tau_w=0.9, tau_s=0.2), strong=True),
@@ -803,6 +851,9 @@ FLAG_HELP = {
     "w_irg_tran": "weight of the transformations",
     "sf": "width of the regressor as a share of the teacher's channels",
     "init_var": "variance at the start",
+    "vid.eps": "least variance",
+    "pkt.eps": "added to norms and probabilities",
+    "init": "of its layers: kaiming as KD-Zoo, or torch's own as the CRD benchmark",
     "margin": "measured on each batch, or from the teacher's batch norms",
     "att_f": "width of the attention as a share of the channels",
     "attention": "squeeze-and-excitation as in KD-Zoo, or the paper's",

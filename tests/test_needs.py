@@ -109,7 +109,7 @@ def test_the_epoch_is_told_in_the_protocol_s_number():
     recipe = Namespace(protocol="crd")
     clock = job.kd[0].loss.clock
     for done, place in ((0.0, 1), (0.5, 121), (0.999, 240)):
-        train_kd.kd_weights(job, done, recipe)
+        train_kd.kd_weights(job, job.phases[0], done, recipe)
         assert clock.tolist() == [place, 240]
     for module in (job.student.net, job.teacher.net, job.kd):
         module.double().eval()

@@ -263,7 +263,7 @@ def test_ramps_scale_with_epochs(mode, weight, epochs):
     }[mode]
     steps = 200 // epochs
     found = [
-        train_kd.kd_weights(job, (epoch + step / steps) / epochs, recipe)[0]
+        train_kd.kd_weights(job, job.phases[0], (epoch + step / steps) / epochs, recipe)[0]
         for epoch in range(epochs)
         for step in range(steps)
     ]

@@ -281,7 +281,7 @@ def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False)
 
     def call():
         batch = train_kd.Batch(*next(batches))
-        weights = train_kd.kd_weights(job, 0.5, settings)
+        weights = train_kd.kd_weights(job, phase, 0.5, settings)
         terms = train_kd.train_step(job, phase, optimizer, batch, weights, machine)
         meter.add(terms, len(batch.target))
 

@@ -108,7 +108,7 @@ class Stepper:
         batches = stream.train_batches(images, flags.batch_size, 2, 1, two_views=self.job.strong)
         self.batches = [train_kd.Batch(*batch) for _, batch in zip(range(4), batches)]
         self.step, self.machine, self.taken = step, machine, 0
-        self.weights = train_kd.kd_weights(self.job, 0.5, bench.recipe())
+        self.weights = train_kd.kd_weights(self.job, self.phase, 0.5, bench.recipe())
 
     def __call__(self) -> dict:
         batch = self.batches[self.taken % len(self.batches)]
