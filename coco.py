@@ -8,6 +8,7 @@ Batch k of a training is a function of (seed, k), with any number of workers and
 goes on after step k needs no more than k. Labels are the file's category ids; 0 is the background.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -145,6 +146,17 @@ class Coco:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def identity(self) -> dict:
+        """How many images, and a sha256 of the annotations, the images' names and their files' sizes."""
+        try:
+            digest = hashlib.sha256(self.file.read_bytes())
+            for name in self.files:
+                size = os.stat(os.path.join(os.fsencode(self.folder), name)).st_size
+                digest.update(b"%s\0%d\0" % (name, size))
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        return dict(images=len(self), sha256=digest.hexdigest())
+
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -233,6 +245,9 @@ class Data:
     val: Coco
     num_class: int
     notes: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict:
+        return dict(train=self.train.identity(), val=self.val.identity())
 
 
 def load(root: str | Path, masks: bool = False) -> Data:

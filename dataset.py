@@ -10,6 +10,7 @@ up front from a generator seeded by (seed, epoch), so batch k of an epoch is a f
 every device and with any number of workers.
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -104,12 +105,17 @@ class Files(Split):
 
 @dataclass
 class Data:
-    """A dataset: its two splits, its name, and what the log should say of it."""
+    """A dataset: its two splits, its name, and what the log should say of it.
+
+    `sources`: of each split, the sha256 of its pixels and labels, or the files under `root`.
+    """
 
     name: str
     train: Images | Files
     test: Images | Files
     notes: list[str] = field(default_factory=list)
+    sources: tuple = ()
+    root: Path = Path()
 
     def to(self, device) -> "Data":
         return replace(self, train=self.train.to(device), test=self.test.to(device))
@@ -123,6 +129,38 @@ class Data:
             f"std {std}"
         )
         return replace(self, train=train, test=test, notes=[*self.notes, note])
+
+    def identity(self) -> dict:
+        """What is the same wherever the data lie, and for no other data: {split: {images, sha256}}."""
+        return identity_of(self.sources, (len(self.train), len(self.test)), self.root)
+
+
+def identity_of(sources, counts, root: Path) -> dict:
+    """See `Data.identity`. Of files it is the names below `root` and the sizes."""
+    found = {}
+    for split, source, count in zip(("train", "test"), sources, counts):
+        sha = source if isinstance(source, str) else _digest_files(source, root)
+        found[split] = dict(images=count, sha256=sha)
+    return found
+
+
+def _digest_files(files: np.ndarray, root: Path) -> str:
+    digest, above = hashlib.sha256(), os.fsencode(root)
+    for path in files:
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(
+                f"{os.fsdecode(path)!r}: not a readable image ({error.strerror}): mend or remove it"
+            ) from error
+        digest.update(b"%s\0%d\0" % (path.removeprefix(above).lstrip(b"/\\"), size))
+    return digest.hexdigest()
+
+
+def _digest(pixels: np.ndarray, labels) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(pixels))
+    digest.update(np.asarray(labels, np.int64))
+    return digest.hexdigest()
 
 
 def load(
@@ -143,6 +181,7 @@ def load(
     read = named(DATASETS, name, "dataset")
     img_size = img_size or IMG_SIZE.get(name)
     *parts, classes, options, notes = read(Path(root), img_size)
+    sources = options.pop("sources")
     if len(parts[0][1]) < 2:
         raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
     if len(classes) < 2:
@@ -165,7 +204,7 @@ def load(
         splits.append(split)
     train = splits[0]
     if isinstance(train, Files):
-        return Data(name, *splits, notes)
+        return Data(name, *splits, notes, sources, Path(root))
     if train.enlarged:
         steps = ["Resize", "RandomCrop"] + ["RandomHorizontalFlip"] * train.flip
         steps += ["AutoAugment"] * train.autoaugment
@@ -174,10 +213,10 @@ def load(
     if mean_std is None:
         size = SAMPLE_BATCH if is_large(img_size) else 4096
         places, bounds = sample(train, is_large(img_size), size)
-        return Data(name, *splits, notes).measured(
+        return Data(name, *splits, notes, sources, Path(root)).measured(
             (shown(train, places[start:stop]) for start, stop in bounds), len(places)
         )
-    return Data(name, *splits, notes)
+    return Data(name, *splits, notes, sources, Path(root))
 
 
 def sample(train: Images | Files, few: bool, batch_size: int) -> tuple[Tensor, list]:
@@ -414,8 +453,10 @@ def _cifar(kind: str):
                 f"{kind} is not to be had in {root} ({first_line(error)}): put the folder "
                 f"{reader.base_folder} there, or a network connection"
             ) from error
+        sources = [_digest(x, y) for x, y in splits]
         splits = [(_resize_all(x, img_size), y) for x, y in splits]
-        return *splits, list(split.classes), dict(flip=True, autoaugment=True), []
+        options = dict(flip=True, autoaugment=True, sources=sources)
+        return *splits, list(split.classes), options, []
 
     return read
 
@@ -454,11 +495,12 @@ def _digits(root: Path, img_size: int | None):
     order = np.random.RandomState(0).permutation(len(pixels))
     train, test = order[:1297], order[1297:]
     labels = digits.target
+    sources = [_digest(grey[part], labels[part]) for part in (train, test)]
     return (
         (pixels[train], labels[train]),
         (pixels[test], labels[test]),
         [str(digit) for digit in range(10)],
-        dict(flip=False),  # a mirrored digit is another sign
+        dict(flip=False, sources=sources),  # a mirrored digit is another sign
         [],
     )
 
@@ -467,25 +509,8 @@ def _folder(*tests: str):
     """ROOT/train/<class>/* and ROOT/<the first of `tests` that is there>/<class>/*."""
 
     def read(root: Path, img_size: int | None):
-        _no_file(root)
-        train = root / "train"
-        test = next((root / name for name in tests if (root / name).is_dir()), None)
-        if not train.is_dir() or test is None:
-            raise UserError(
-                f"{root}: no image folder: train/<class>/* and {tests[0]}/<class>/* "
-                f"(or {tests[1]}) are needed"
-            )
-        (classes, files, labels, note), second = _list_images(train), _list_images(test)
-        odd = [
-            f"only in {split.name}: {_some(sorted(set(mine) - set(others)))}"
-            for split, mine, others in ((train, classes, second[0]), (test, second[0], classes))
-            if set(mine) - set(others)
-        ]
-        if odd:
-            raise UserError(
-                f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}"
-            )
-        items = [np.array([os.fsencode(path) for path in paths]) for paths in (files, second[1])]
+        train, test, (classes, files, labels, note), second = _list_folder(root, tests)
+        items = sources = _paths(files, second[1])
         small = is_large(img_size) and all(map(_is_small, chain(*items)))
         if small or not is_large(img_size):
             side = None if small else img_size
@@ -497,10 +522,42 @@ def _folder(*tests: str):
                     "give --img_size"
                 )
         notes = [x for x in (note, second[3]) if x]
-        options = dict(flip=True, **dict(autoaugment=True) if small else {})
+        options = dict(flip=True, sources=sources, **dict(autoaugment=True) if small else {})
         return (items[0], labels), (items[1], second[2]), classes, options, notes
 
     return read
+
+
+def folder_identity(root: Path, tests: tuple[str, ...] = ()) -> dict:
+    """`Data.identity` of an image folder, or with VALIDATED of imagenet, without its images being read."""
+    *_, train, test = _list_folder(root, tests or FOLDER)
+    files = _paths(train[1], test[1])
+    return identity_of(files, list(map(len, files)), root)
+
+
+def _list_folder(root: Path, tests: tuple[str, ...]):
+    """The folders of the two splits, and what `_list_images` says of each."""
+    _no_file(root)
+    train = root / "train"
+    test = next((root / name for name in tests if (root / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise UserError(
+            f"{root}: no image folder: train/<class>/* and {tests[0]}/<class>/* "
+            f"(or {tests[1]}) are needed"
+        )
+    first, second = _list_images(train), _list_images(test)
+    odd = [
+        f"only in {split.name}: {_some(sorted(set(mine) - set(others)))}"
+        for split, mine, others in ((train, first[0], second[0]), (test, second[0], first[0]))
+        if set(mine) - set(others)
+    ]
+    if odd:
+        raise UserError(f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}")
+    return train, test, first, second
+
+
+def _paths(*splits: list[str]) -> list[np.ndarray]:
+    return [np.array([os.fsencode(path) for path in paths]) for paths in splits]
 
 
 def _is_small(path: bytes) -> bool:
@@ -592,10 +649,11 @@ def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray
     return pixels
 
 
+FOLDER, VALIDATED = ("test", "val"), ("val", "test")
 DATASETS = {
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "digits": _digits,
-    "imagefolder": _folder("test", "val"),
-    "imagenet": _folder("val", "test"),  # its test folder, where there is one, has no labels
+    "imagefolder": _folder(*FOLDER),
+    "imagenet": _folder(*VALIDATED),  # its test folder, where there is one, has no labels
 }

@@ -18,7 +18,7 @@ import utils
 from engine import cli, distributed, foreign, published, stream
 from engine.checkpoint import save_checkpoint
 from engine.find_taps import dry_pass
-from engine.run import Run, check_finite
+from engine.run import Run
 
 
 def parse(argv: list[str]):
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
     note = args.note or f"base-{recipe.data_name}-{foreign.file_name(args.net_name)}"
     run = Run(recipe, note, ["train_base.py", *argv])
     data = cli.load_data(recipe, args.batch_size)
+    run.learns_from(data.identity())
     utils.seed_everything(recipe.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     if run.saved:
         with run.intact():  # or say so before anything is written
+            epochs = [dict(epoch=epoch) for epoch in range(1, recipe.epochs + 1)]
+            run.fits(epochs, len(dataset.batch_bounds(len(data.train), recipe.batch_size)))
             restore(run.saved, net, utils.sgd(net.parameters(), recipe))
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
@@ -158,7 +161,7 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
         if step % recipe.print_freq == 0:
             now = meter.read()
-            check_finite(now, f"epoch {epoch}, step {step}")
+            run.check_finite(now, f"epoch {epoch}, step {step}")
             run.log(
                 f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
                 f"top1 {now['train_top1']:.2f}  {meter.speed:.0f} img/s"
@@ -166,7 +169,7 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
         if run.due():
             run.pause(state, meter, step, f"epoch {epoch}, step {step}")
     now = meter.read()
-    check_finite(now, f"epoch {epoch}")
+    run.check_finite(now, f"epoch {epoch}")
     speed = meter.speed
     distributed.average_batch_norms(net)
     row = dict(

@@ -26,7 +26,7 @@ import coco
 import utils
 from engine import cli, distributed, foreign, published
 from engine.checkpoint import check_weights, find_weights, load_weights, sha256
-from engine.run import Run, check_finite
+from engine.run import Run
 from kd_losses.dkd import DKD
 from kd_losses.reviewkd import ReviewKD
 from utils import UserError
@@ -534,9 +534,14 @@ def main(argv: list[str] | None = None) -> dict:
         img_root=recipe.img_root,
         **vars(view),
     )
+    sha = sha256(found_t.path) if found_t and found_t.path else None
+    run.learns_from(data.identity(), sha)
     lines = announcement(machine, job, data, recipe, found_s, found_t)
     if run.saved:
         with run.intact():  # or say so before anything is written
+            stops = range(recipe.eval_every, recipe.iters + recipe.eval_every, recipe.eval_every)
+            rows = [dict(step=min(stop, recipe.iters)) for stop in stops]
+            run.fits(rows, recipe.eval_every)
             restore(run, job, utils.sgd(job.learners(), recipe))
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
@@ -546,7 +551,6 @@ def main(argv: list[str] | None = None) -> dict:
         parts={part: dict(lambda_kd=w, **parts[part].flags) for part, w in job.weights.items()}
     )
     if found_t:
-        sha = sha256(found_t.path) if found_t.path else None
         notes["teacher"] = dict(network=found_t.name, path=found_t.path, sha256=sha)
     with run.start(machine, meta, notes):
         for line in lines:
@@ -592,13 +596,13 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
         meter.add(train_step(job, optimizer, imgs, targets, machine), len(imgs))
         if step % recipe.print_freq == 0:
             now = meter.read()
-            check_finite(now, f"step {step}")
+            run.check_finite(now, f"step {step}")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             run.log(f"  step {step:6d}  {shown}  {meter.speed:.1f} img/s")
         if run.due():
             run.pause(state, meter, step - start, f"step {step}")
     now = meter.read()
-    check_finite(now, f"step {stop}")
+    run.check_finite(now, f"step {stop}")
     speed = meter.speed
     lr = utils.step_decay(recipe.lr, stop, recipe.milestones, recipe.warmup)
     saved = state()

@@ -23,7 +23,7 @@ import utils
 from engine import cli, distributed, foreign, published, stream
 from engine.adapter import Adapter, align, count_macs
 from engine.checkpoint import Weights, find_weights, sha256
-from engine.run import Run, check_finite
+from engine.run import Run
 from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
 from utils import UserError
 
@@ -690,6 +690,7 @@ def main(argv: list[str] | None = None) -> dict:
         for mode, row in rows.items()
     }
     teacher = dict(path=found_t.path, sha256=sha256(found_t.path) if found_t.path else None)
+    run.learns_from(data.identity(), teacher["sha256"])
     macs = job.rehearse(data.train)
     for part in job.kd:
         part.gathers = args.gather and utils.world() > 1
@@ -697,6 +698,8 @@ def main(argv: list[str] | None = None) -> dict:
     lines = announcement(machine, job, data, recipe, phases, methods, found_t, found_s, macs)
     if run.saved:
         with run.intact():
+            rows = [dict(phase=p.name, epoch=i + 1) for p, n in phases for i in range(n)]
+            run.fits(rows, len(dataset.batch_bounds(len(data.train), recipe.batch_size)))
             try_restore(run, job, phases, recipe)
     if recipe.dry_run:
         return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
@@ -781,14 +784,14 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
         meter.add(terms, len(batch[1]))
         if i % recipe.print_freq == 0:
             now = meter.read()
-            check_finite(now, f"{where}, step {i}")
+            run.check_finite(now, f"{where}, step {i}")
             balance(run, job, phase, weights, now)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             run.log(f"  {where} step {i:4d}  {shown}  {meter.speed:.0f} img/s")
         if run.due():
             run.pause(state, meter, i, f"{where}, step {i}")
     now = meter.read()
-    check_finite(now, where)
+    run.check_finite(now, where)
     balance(run, job, phase, weights, now)
     speed = meter.speed
 

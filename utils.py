@@ -187,7 +187,11 @@ def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) ->
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load `state`. Raises ValueError where it belongs to other parameters."""
+    """Load `state`. Raises ValueError where it belongs to other parameters or another recipe."""
+    for own, group in zip(optimizer.param_groups, state["param_groups"]):
+        for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
+            if group[key] != own[key]:
+                raise ValueError(f"the optimizer's {key} is {group[key]}, not {own[key]}")
     optimizer.load_state_dict(state)
     for parameter, kept in optimizer.state.items():
         if any(torch.is_tensor(x) and x.shape not in ((), parameter.shape) for x in kept.values()):

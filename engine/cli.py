@@ -105,6 +105,35 @@ def number(kind, low=None, high=None, open_low=False):
     return parse
 
 
+def usable_folder(path: Path, flag: str, write: bool = True) -> None:
+    """Raise UserError where `path` is no folder and could be none, or not be written into. Nothing is
+    written."""
+    try:
+        for there in (path, *path.absolute().parents):
+            if there.is_dir():
+                break
+            if there.exists() or there.is_symlink():
+                raise UserError(f"{flag} {path}: {there} is a file, a folder is wanted")
+    except OSError as error:
+        raise UserError(f"{flag} {str(path)[:200]} cannot be used ({error.strerror})") from error
+    if write and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {there} is not writable")
+
+
+def writable_file(path: Path, force: bool) -> None:
+    """Raise UserError where there is no place for a new file, or without `force` one is there."""
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: it is a folder, or in none that is there")
+        there = path.exists()
+    except OSError as error:  # of a name too long
+        raise UserError(f"{str(path)[:200]} cannot be written ({error.strerror})") from error
+    if there and not force:
+        raise UserError(f"{path} is there already: --force writes over it, --out FILE beside it")
+    if not os.access(path if there else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written (no permission)")
+
+
 def filled(text: str) -> str:
     """An argparse type: a name or path that is not empty and can be printed."""
     try:

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.locks import NO_LOCKS, Held, hold
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
 from utils import (
     Machine,
@@ -67,7 +68,8 @@ class Run:
         self.recipe, self.argv, self.loss, self.score = recipe, argv, loss, score
         self.history, self.timing = [], []
         self.best = dict(epoch=0, score=-1.0)
-        self.saved = self.inside = self.events = self.signal = None
+        self.saved = self.inside = self.events = self.signal = self.known = None
+        self.sources = {}
         self.handlers, self.where, self.warned = {}, "before its first step", set()
         if recipe.tensorboard:
             summary_writer()  # or say what to install, before anything is written
@@ -87,12 +89,65 @@ class Run:
                     self.history, self.timing = self.saved["history"], self.saved["timing"]
                     self.best, self.inside = self.saved["best"], self.saved["inside"]
                     self._look_over()
-            else:  # stopped before its first checkpoint
-                self._same_flags(self._recorded())
-        elif self.dir.exists() and any(self.dir.iterdir()):
+                self.known = self.saved.get("sources") or self._recorded("sources")
+            elif not self._bare():  # stopped before its first checkpoint
+                recipe = self._recorded("recipe")
+                if not isinstance(recipe, dict):
+                    raise UserError(f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)")
+                self._same_flags({key: recipe.get(key) for key in self._flags()})
+                self.known = self._recorded("sources")
+        elif self.dir.exists() and not self._bare():
             raise UserError(
                 f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
             )
+        self.found = self._stamp()
+
+    def _bare(self) -> bool:
+        """Whether the folder is there and holds no more than what a run writes before its args.json:
+        one that was killed that early."""
+        early = {".lock", "args.json.tmp", "log.txt"}
+        try:
+            return all(
+                x.name in early and x.is_file() and (x.name != "log.txt" or not x.stat().st_size)
+                for x in self.dir.iterdir()
+            )
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be read ({error.strerror})") from error
+
+    def _stamp(self) -> list:
+        """What changes when another process writes a run into the folder."""
+        stamp = []
+        for name in ("args.json", "checkpoint.pth.tar"):
+            with suppress(OSError):
+                found = (self.dir / name).stat()
+                stamp.append((name, found.st_mtime_ns, found.st_size))
+        return stamp
+
+    def _before(self, what: str, default=None):
+        """What the run said of its data or teacher when it was started."""
+        return self.known.get(what, default) if isinstance(self.known, dict) else default
+
+    def learns_from(self, data: dict, teacher: str | None = None) -> None:
+        """Say what identifies the data and the teacher's file (its sha256); where the run goes on, they
+        have to be those that it was started with."""
+        self.sources = dict(data=data, teacher=teacher)
+        own = self._before("teacher", teacher)
+        if own != teacher:
+            raise UserError(
+                f"--resume: --t_model {self.recipe.t_model} is another file than the run was started "
+                f"with (sha256 {str(teacher)[:12]}, it was {str(own)[:12]}): put that one "
+                "back, or start another run with --note NAME"
+            )
+        before = self._before("data")
+        for split, now in data.items() if isinstance(before, dict) else ():
+            if before.get(split) != now:
+                raise UserError(
+                    f"--resume: the {split} images in {self.recipe.img_root} are not those that the "
+                    f"run was started with ({_counted(before.get(split), now)}): give these with "
+                    "--img_root, or start another run with --note NAME"
+                )
 
     @contextmanager
     def intact(self):
@@ -109,23 +164,66 @@ class Run:
 
     def _look_over(self) -> None:
         """Raise something where what the checkpoint says of its epochs cannot be."""
-        if self.inside:
-            Meter().load(self.inside["meter"])
-            self.inside["step"] + self.inside["seconds"]
-        self.best["score"] + self.best["epoch"] + sum(row["seconds"] for row in self.timing)
-        lines = [_line(row) for row in self.history]
-        if len(lines) != len(self.timing):
-            raise ValueError(f"{len(lines)} epochs and the times of {len(self.timing)}")
+        [_line(row) for row in self.history]
+        done = len(self.history)
+        if done != len(self.timing):
+            raise ValueError(f"{done} epochs and the times of {len(self.timing)}")
+        if self.saved["epoch"] != done:
+            raise ValueError(f"epoch {self.saved['epoch']!r} and {done} rows of metrics")
+        for i, row in enumerate(self.timing, 1):
+            if row["row"] != i or not _finite(row["seconds"]) or row["seconds"] < 0:
+                raise ValueError(f"the time of epoch {i} is {row['seconds']!r} s")
+        epoch, score = self.best["epoch"], self.best["score"]
+        scores = [row.get(self.score) for row in self.history]
+        if epoch == 0:
+            fine = score == -1.0
+        else:
+            fine = type(epoch) is int and 0 < epoch <= done and _short(score) == scores[epoch - 1]
+        if not fine:
+            raise ValueError(f"the best epoch is {epoch!r}, its score {score!r}")
+        if self.saved.get("sources"):
+            dict(self.saved["sources"]["data"], teacher=self.saved["sources"]["teacher"])
+        if self.inside is not None:
+            names = {"step", "meter", "seconds"}
+            if not isinstance(self.inside, dict) or set(self.inside) != names:
+                raise ValueError(f"of the epoch at work it needs {', '.join(sorted(names))}")
+            self._look_over_meter(**self.inside)
+        numbers = {key: value for key, value in self.saved.items() if key != "rng"}
+        bad = sorted({key for key, x in _tensors(numbers) if not x.isfinite().all()})
+        if bad:
+            raise ValueError(f"{', '.join(bad)} has entries that are not finite")
 
-    def _recorded(self) -> dict:
-        """The flags that args.json remembers."""
+    def _look_over_meter(self, step, meter, seconds) -> None:
+        if type(step) is not int or step < 1:
+            raise ValueError(f"step {step!r} of the epoch at work")
+        if not _finite(seconds) or seconds < 0:
+            raise ValueError(f"{seconds!r} s of the epoch at work")
+        for names, sums, count in meter:
+            if type(count) is not int or count < 1 or sums.shape != (len(names),):
+                raise ValueError(f"sums of {len(names)} metrics over {count!r} images")
+        if not meter:
+            raise ValueError("no sums of the epoch at work")
+        Meter().load(meter)
+
+    def fits(self, rows: list[dict], steps: int) -> None:
+        """Raise ValueError where the epochs of the checkpoint are not the first of `rows`, which say
+        something of each, or the epoch at work has more than `steps` or none is left."""
+        for i, row in enumerate(self.history):
+            if i >= len(rows) or any(row.get(key) != value for key, value in rows[i].items()):
+                raise ValueError(f"row {i + 1} of its metrics is none of this run")
+        if self.inside and (self.inside["step"] > steps or len(self.history) == len(rows)):
+            raise ValueError(f"step {self.inside['step']} of an epoch of {steps}")
+
+    def _recorded(self, what: str):
+        """What args.json remembers; None where it remembers nothing."""
         try:
-            recipe = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))["recipe"]
-            return {key: recipe.get(key) for key in self._flags()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)"
-            ) from error
+            args = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
+            found = args.get(what)
+            if what == "sources" and found is None and "teacher" in args:  # of older runs
+                found = dict(teacher=args["teacher"]["sha256"])
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
@@ -170,7 +268,7 @@ class Run:
             return self
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            open_to_all = self._lock()
             self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
             if not self.saved:
                 self._write_args(machine, notes or {})
@@ -178,21 +276,34 @@ class Run:
                 self._write_rows()
         except OSError as error:
             raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
+        if open_to_all:
+            self.warn(f"{open_to_all}: see that no other process trains in {self.dir}")
+        if self.found and not isinstance(self._before("data"), dict):
+            self.warn("the run does not say with which images it was started: not compared")
         if self.recipe.tensorboard:
             self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
         return self
 
-    def _lock(self) -> None:
-        """Hold the folder until this process ends, however it ends."""
-        self.lock = open(self.dir / ".lock", "w")
+    def _lock(self) -> str | None:
+        """Hold the folder until this process ends, however it ends. Returns why it cannot be held."""
+        self.lock = why = None
         try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.dir} is in use: another process trains there") from error
+            self.lock = hold(self.dir / ".lock", patience=1.0)
+        except Held as held:
+            raise UserError(
+                f"{self.dir} is in use: another process trains there ({held or 'it does not say which'})"
+            ) from held
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            why = f"the file system has no locks ({error.strerror})"
+        if self._stamp() != self.found:
+            raise UserError(f"{self.dir} was written by another process just now: try again")
+        if self.lock:
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            self.lock.flush()
+        return why
 
     def _write_args(self, machine: Machine, notes: dict) -> None:
         record = dict(
@@ -206,6 +317,7 @@ class Run:
             ),
             commit=_commit(),
             meta=self.meta,
+            sources=self.sources,
             **notes,
         )
         text = json.dumps(record, indent=1, default=str) + "\n"
@@ -232,7 +344,8 @@ class Run:
         if rank() > 0:
             return
         self.log_file.close()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
         if self.events:
             self.events.close()
 
@@ -268,9 +381,20 @@ class Run:
 
     def _full(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.dir} cannot be written ({error.strerror}): the last checkpoint is whole, "
-            "make room and go on with --resume"
+            f"{self.dir} cannot be written ({error.strerror}): {self._kept()}, make room and go on "
+            "with --resume"
         )
+
+    def _kept(self) -> str:
+        there = self.checkpoint.exists()
+        return "the last checkpoint is whole" if there else "there is no checkpoint yet"
+
+    def check_finite(self, values: dict[str, float], where: str) -> None:
+        """Stop a run whose loss is no number, and say what is left of it."""
+        try:
+            check_finite(values, where)
+        except UserError as error:
+            raise UserError(f"{error}; {self._kept()}") from error
 
     def begin(self) -> tuple[Meter, int]:
         """An epoch begins, or is gone on with: its meter and the number of its steps that are done."""
@@ -293,7 +417,7 @@ class Run:
     def pause(self, state, meter: Meter, step: int, where: str) -> None:
         """Save inside an epoch, after `step` of it, what `state()` gives; and stop where a signal
         asked for it. A checkpoint with numbers that are none is not written."""
-        check_finite(meter.read(), where)
+        self.check_finite(meter.read(), where)
         self.where = f"after {where}"
         self.save(state(), dict(step=step, meter=meter.state()))
 
@@ -322,6 +446,7 @@ class Run:
             **state,
             rng=rng_state(),
             flags=self._flags(),
+            sources=self.sources,
             history=self.history,
             timing=self.timing,
             best=self.best,
@@ -380,8 +505,8 @@ class Run:
         if rank() > 0:
             return dict(result, dir=str(self.dir))
         try:
-            draw_curves([self.dir], self.dir / "curves.png", None, self.loss, self.score)
             write_file(self.dir / "result.json", (json.dumps(result) + "\n").encode())
+            draw_curves([self.dir], self.dir / "curves.png", None, self.loss, self.score)
         except OSError as error:
             raise self._full(error) from error
         return dict(result, dir=str(self.dir))
@@ -403,8 +528,7 @@ def check_finite(values: dict[str, float], where: str) -> None:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise UserError(
-            f"{where}: {', '.join(bad)} is not finite: lower --lr or the method's weight; the last "
-            "checkpoint is whole"
+            f"{where}: {', '.join(bad)} is not finite: lower --lr or the method's weight"
         )
 
 
@@ -419,6 +543,28 @@ def _commit() -> str | None:
         return head.stdout.strip() + ("+" if dirty.stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _counted(before, now: dict) -> str:
+    """How many images there were and are."""
+    count = before.get("images") if isinstance(before, dict) else None
+    if count == now["images"]:
+        return f"{count} images, of other names, sizes or pixels"
+    return f"{count} images then, {now['images']} now"
+
+
+def _finite(value) -> bool:
+    return type(value) in (int, float) and bool(np.isfinite(value))
+
+
+def _tensors(x, key: str = ""):
+    """Yield (outermost key, tensor) for every tensor in nested dicts, lists and tuples."""
+    if torch.is_tensor(x):
+        yield key, x
+    elif isinstance(x, (dict, list, tuple)):
+        parts = x.items() if isinstance(x, dict) else ((key, value) for value in x)
+        for name, value in parts:
+            yield from _tensors(value, key or str(name))
 
 
 def _short(value):
@@ -460,6 +606,20 @@ def _number(text: str):
         return text
 
 
+def import_matplotlib():
+    """The module, or None. MPLBACKEND chooses a window system, which no figure here needs, and a wrong
+    one would fail the import."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
+
+
 def draw_curves(
     folders: list[str | Path],
     path: str | Path,
@@ -468,9 +628,8 @@ def draw_curves(
     score: str = "test_top1",
 ) -> bool:
     """Two metrics of some runs, row by row, into one figure. False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    matplotlib = import_matplotlib()
+    if matplotlib is None:
         print("no curves drawn: pip install matplotlib")
         return False
     from matplotlib.figure import (

@@ -10,6 +10,7 @@ import pickle
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -25,6 +26,7 @@ from PIL import Image
 import network
 import train_base
 import train_kd
+import utils
 import engine.run as run_module
 from engine import cli
 from engine.checkpoint import find_weights, read_checkpoint
@@ -768,9 +770,11 @@ def test_random_objects(fuzz, consume, tmp_path_factory):
     path = tmp_path_factory.mktemp("objects") / "x.pth"
     nested = st.recursive(
         LEAVES,
-        lambda inner: st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(KEYS, inner, max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.tuples(inner, inner)
+            | st.dictionaries(KEYS, inner, max_size=5)
+        ),
         max_leaves=12,
     )
     wrapped = st.fixed_dictionaries(
@@ -841,3 +845,146 @@ def test_random_flags(fuzz, capsys, script):
         capsys.readouterr()
 
     check()
+
+
+# --- a checkpoint that was edited, and --resume -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs that were stopped inside their second epoch, and the flags that go on with them."""
+    root = tmp_path_factory.mktemp("stopped")
+    few = shlex.split(f"{DIGITS} --cuda 0 --epochs 2 --batch_size 300 --save_root {root} --note")
+    commands = dict(
+        base=(train_base.main, ["--net_name", "resnet8", *few, "base"]),
+        kd=(train_kd.main, shlex.split("--kd_mode dml --net1_name resnet14 --s_name resnet8")),
+    )
+    commands["kd"][1].extend([*few, "kd"])
+    for main, argv in commands.values():
+        add, count = utils.Meter.add, []
+
+        def counted(self, *args):
+            add(self, *args)
+            count.append(self)
+            if len(count) == 8:  # five steps, one or two evaluations
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils.Meter, "add", counted)
+            with pytest.raises(SystemExit):
+                main(argv)
+    return root, commands
+
+
+def at(path, value):
+    """Put `value` at a path of a checkpoint's keys, or what `value` makes of what is there."""
+    *way, last = (int(x) if x.isdigit() else x for x in path.split("."))
+
+    def change(saved):
+        part = saved
+        for key in way:
+            part = part[key]
+        part[last] = value(part.get(last)) if callable(value) else value
+
+    return change
+
+
+def without(path, key):
+    return at(path, lambda part: {k: v for k, v in part.items() if k != key})
+
+
+def longer(saved):
+    for key in ("history", "timing"):
+        saved[key] += [dict(saved[key][0], epoch=2, row=2), dict(saved[key][0], epoch=3, row=3)]
+    saved["epoch"] = 3
+
+
+def done(saved):
+    for key in ("history", "timing"):
+        saved[key].append(dict(saved[key][0], epoch=2, row=2))
+    saved["epoch"] = 2
+
+
+NAN, INF = float("nan"), float("inf")
+EDITED = [
+    *((at("inside.step", x), f"step {x!r} of the epoch at work") for x in (-1, 0, 1.5, True, "2")),
+    (at("inside.step", None), "step None of the epoch at work"),
+    (at("inside.step", 10**6), "step 1000000 of an epoch of 5"),
+    (at("inside.step", 6), "step 6 of an epoch of 5"),
+    (at("inside", {}), "of the epoch at work it needs meter, seconds, step"),
+    (at("inside", []), "of the epoch at work it needs"),
+    (at("inside", 0), "of the epoch at work it needs"),
+    (without("inside", "meter"), "of the epoch at work it needs"),
+    (at("inside.meter", []), "no sums of the epoch at work"),
+    *(
+        (at("inside.meter", lambda x, n=n: [(*x[0][:2], n)]), f"over {n!r} images")
+        for n in (0, -300, 1.5, True)
+    ),
+    (at("inside.meter", lambda x: [(x[0][0], x[0][1][:1], x[0][2])]), "sums of"),
+    (at("inside.meter", lambda x: [(x[0][0], x[0][1] * NAN, x[0][2])]), "inside has entries"),
+    *((at("inside.seconds", x), f"{x!r} s of the epoch") for x in (-1.0, NAN, INF, "1", True)),
+    (at("optimizer.param_groups.0.weight_decay", -1.0), "the optimizer's weight_decay is -1.0"),
+    (at("optimizer.param_groups.0.momentum", 0.5), "the optimizer's momentum is 0.5, not 0.9"),
+    (at("optimizer.param_groups.0.nesterov", False), "the optimizer's nesterov is False"),
+    (
+        at("optimizer.state.0.momentum_buffer", lambda x: x * NAN),
+        "optimizer has entries that are not",
+    ),
+    (longer, "row 3 of its metrics is none of this run"),
+    (done, "of an epoch of 5"),
+    (at("history.0.epoch", 2), "row 1 of its metrics is none of this run"),
+    (at("epoch", 7), "epoch 7 and 1 rows of metrics"),
+    (at("timing.0.seconds", NAN), "the time of epoch 1 is nan s"),
+    (at("timing.0.seconds", -1.0), "the time of epoch 1 is -1.0 s"),
+    (at("timing.0.row", 2), "the time of epoch 1"),
+    *((at("best.epoch", x), f"the best epoch is {x!r}") for x in (5, -1, 0.5, 0)),
+    *((at("best.score", x), "the best epoch is 1, its score") for x in (99.5, NAN, "x")),
+    (at("sources", 3), "is damaged, or not a run's checkpoint"),
+    (at("sources.data", 3), "is damaged, or not a run's checkpoint"),
+    (at("sources.data.train.images", 3), "the train images in ./datasets are not those"),
+]
+OF_BASE = [
+    (at("net", lambda net: net | dict(more=torch.zeros(10))), "or not a run's checkpoint"),
+    (
+        lambda saved: saved["net"].update({"fc.bias": torch.full((10,), NAN)}),
+        "net has entries that",
+    ),
+    (lambda saved: saved["net"].update({"bn1.running_var": torch.full((16,), INF)}), "net has"),
+]
+OF_KD = [
+    (lambda saved: saved["net1"].update({"fc.bias": torch.full((10,), NAN)}), "net1 has entries"),
+    (lambda saved: saved["snet"].update({"fc.bias": torch.full((10,), NAN)}), "snet has entries"),
+    (at("history.0.phase", "init"), "row 1 of its metrics is none of this run"),
+    (at("sources.teacher", "abc"), "is another file than the run was started with"),
+]
+
+
+@pytest.mark.parametrize(
+    "which, change, says",
+    [("base", *case) for case in EDITED + OF_BASE] + [("kd", *case) for case in EDITED + OF_KD],
+    ids=lambda x: ascii(x)[1:40] if isinstance(x, str) else "",
+)
+def test_an_edited_checkpoint_is_refused(which, change, says, stopped, tmp_path, capsys):
+    root, commands = stopped
+    main, argv = commands[which]
+    folder = shutil.copytree(root / which, tmp_path / which)
+    saved = read_checkpoint(folder / "checkpoint.pth.tar")
+    assert len(saved["history"]) == 1 and saved["inside"]["step"] > 0
+    change(saved)
+    torch.save(saved, folder / "checkpoint.pth.tar")
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--save_root", str(tmp_path), "--resume"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.count("\n") == 1 and out == "" and says in err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("which", ["base", "kd"])
+def test_an_untouched_checkpoint_is_accepted(which, stopped, tmp_path):
+    """Or the table would prove nothing."""
+    root, commands = stopped
+    main, argv = commands[which]
+    shutil.copytree(root / which, tmp_path / which)
+    main([*argv, "--save_root", str(tmp_path), "--resume", "--dry_run"])

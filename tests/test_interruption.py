@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,16 @@ import torch
 import toys
 from PIL import Image
 
+import coco
+import coco_like
 import train_base
+import engine.run as run_module
 import train_kd
 import utils
 from engine.checkpoint import read_checkpoint
+from engine.checkpoint import save_checkpoint
+from engine import cli
+from engine import stream
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--print_freq", "3"]
@@ -273,3 +280,254 @@ def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
     assert "--lr is 0.3, the run was started with 0.1" in capsys.readouterr().err
     train_base.main([*argv, "--note", "early", "--resume"])
     assert_same(result(whole), result(folder))
+
+
+# --- killed before its args.json -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", ["killed", "", ".lock", ".lock args.json.tmp log.txt"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_killed_before_its_args_are_there(left, more, tmp_path):
+    """Both a new run and --resume begin in what is left."""
+    argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
+    if left == "killed":
+        code = KILLED.replace("train_kd", "train_base")
+        done = subprocess.run([sys.executable, "-c", code, "1", *argv, "--note", "r"], cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+        assert not (tmp_path / "r" / "args.json").exists()
+    else:
+        (tmp_path / "r").mkdir()
+        for name in left.split():
+            (tmp_path / "r" / name).write_text("" if name == "log.txt" else "half")
+    train_base.main([*argv, "--note", "r", *more])
+    assert (tmp_path / "r" / "result.json").exists()
+    assert not list((tmp_path / "r").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "log.txt"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_what_others_wrote_is_not_taken_for_a_killed_run(name, more, tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / name).write_text("mine")
+    argv = ["--net_name", "resnet8", *SMALL, "--save_root", str(tmp_path), "--note", "r"]
+    with pytest.raises(SystemExit):
+        train_base.main([*argv, *more])
+    err = capsys.readouterr().err
+    assert ("there is no run in" if more else "holds another run") in err
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [name]
+
+
+def test_a_run_that_another_process_wrote_meanwhile(tmp_path, capsys, monkeypatch):
+    """Between the look at the folder and its lock."""
+    argv = ["--net_name", "resnet8", *SMALL, "--save_root", str(tmp_path), "--note", "r"]
+    load = cli.load_data
+
+    def late(*args):
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "args.json").write_text("{}")
+        return load(*args)
+
+    monkeypatch.setattr(cli, "load_data", late)
+    with pytest.raises(SystemExit):
+        train_base.main(argv)
+    assert "was written by another process just now: try again" in capsys.readouterr().err
+    assert (tmp_path / "r" / "args.json").read_text() == "{}"
+
+
+def test_no_locks_on_a_file_system(tmp_path, capsys, monkeypatch):
+    """It is said; the run goes on."""
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
+    train_base.main(argv)
+    out = capsys.readouterr().out
+    assert "warning: the file system has no locks (No locks available): see that no other" in out
+
+
+# --- other images, another teacher -----------------------------------------------------------------
+
+
+def pictures(root, size, change=0):
+    rng = np.random.default_rng(0)
+    for split, name in product(("train", "test"), ("a", "b")):
+        (root / split / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(256, size=(size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i + change}.png")
+    return root
+
+
+def grown(root):
+    for name in ("a", "b"):
+        shutil.copy(root / "train" / name / "0.png", root / "train" / name / "more.png")
+    return (
+        "the train images in {} are not those that the run was started with (8 images then, 10 now)"
+    )
+
+
+def renamed(root):
+    (root / "test" / "a" / "0.png").rename(root / "test" / "a" / "9.png")
+    return "the test images in {} are not those that the run was started with (8 images, of other"
+
+
+def repainted(root):
+    Image.new("RGB", (6, 6)).save(root / "train" / "a" / "0.png")
+    return "the train images in {} are not those that the run was started with (8 images, of other"
+
+
+def swapped(root):
+    one, other = root / "train" / "a" / "0.png", root / "train" / "b" / "x.png"
+    one.rename(other)
+    return "the train images in {} are not those"
+
+
+@pytest.fixture(scope="module", params=[6, 98], ids=["resident", "streamed"])
+def on_files(request, tmp_path_factory):
+    """A run of one of two epochs on files: its flags, and its folder's root."""
+    root = tmp_path_factory.mktemp("files")
+    size = request.param
+    pictures(root / "img", size)
+    argv = ["--net_name", "resnet8", "--data_name", "imagefolder", "--epochs", "2", "--cuda", "0"]
+    argv += ["--batch_size", "4", "--workers", "0", "--note", "r"]
+    argv += ["--img_size", str(size)] if size > 96 else []
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            place = ["--img_root", str(root / "img"), "--save_root", str(root / "runs")]
+            train_base.main([*argv, *place])
+    return argv, root
+
+
+@pytest.mark.parametrize("change", [grown, renamed, repainted, swapped])
+def test_other_images_are_refused(change, on_files, tmp_path, capsys):
+    argv, root = on_files
+    img, runs = shutil.copytree(root / "img", tmp_path / "img"), tmp_path / "runs"
+    shutil.copytree(root / "runs", runs)
+    says = change(img).format(img)
+    before = {path: path.read_bytes() for path in (runs / "r").iterdir()}
+    for early in (False, True):  # stopped before its first checkpoint
+        if early:
+            (runs / "r" / "checkpoint.pth.tar").unlink()
+            del before[runs / "r" / "checkpoint.pth.tar"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train_base.main([*argv, "--img_root", str(img), "--save_root", str(runs), "--resume"])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and says in err and err.count("\n") == 1
+        assert {path: path.read_bytes() for path in (runs / "r").iterdir()} == before
+
+
+def test_a_moved_folder_is_the_same(on_files, tmp_path, monkeypatch):
+    argv, root = on_files
+    shutil.copytree(root / "img", tmp_path / "elsewhere" / "pictures")
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = ["--save_root", str(tmp_path / "runs"), "--resume"]
+    train_base.main([*argv, "--img_root", "pictures", *runs])
+    assert (tmp_path / "runs" / "r" / "result.json").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_teacher_is_refused(old, teacher, tmp_path, capsys, monkeypatch):
+    """The same weights in another file are the same teacher; other ones under its name are not."""
+    path = shutil.copy(teacher, tmp_path / "teacher.pth.tar")
+    argv = command("st", str(path), tmp_path, "r")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_kd.main(argv)
+    if old:  # of a run that did not know its images
+        file = tmp_path / "r" / "checkpoint.pth.tar"
+        saved = read_checkpoint(file)
+        del saved["sources"]
+        torch.save(saved, file)
+        args = json.loads((tmp_path / "r" / "args.json").read_text())
+        del args["sources"]
+        (tmp_path / "r" / "args.json").write_text(json.dumps(args))
+    content = read_checkpoint(path)
+    content["net"]["fc.bias"] += 1
+    torch.save(content, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main([*argv, "--resume"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert f"--t_model {path} is another file than the run was started with (sha256 " in err
+    shutil.copy(teacher, path)
+    train_kd.main([*argv, "--resume"])
+    out = capsys.readouterr().out
+    assert ("the run does not say with which images it was started: not compared" in out) is old
+
+
+# --- what is said where there is no checkpoint -----------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_whether_there_is_a_checkpoint_is_said(epoch, tmp_path, capsys, monkeypatch):
+    argv = ["--net_name", "resnet8", *SMALL, "--epochs", "2", "--save_root", str(tmp_path)]
+    step, done = train_base.train_step, []
+
+    def broken(*args):
+        out, loss = step(*args)
+        done.append(loss)
+        return out, loss * float("nan") if len(done) > 11 * (epoch - 1) else loss
+
+    monkeypatch.setattr(train_base, "train_step", broken)
+    with pytest.raises(SystemExit):
+        train_base.main([*argv, "--note", "r"])
+    err = capsys.readouterr().err
+    assert "ce is not finite: lower --lr or the method's weight; " in err
+    kept = epoch == 2
+    assert (tmp_path / "r" / "checkpoint.pth.tar").exists() is kept
+    assert ("the last checkpoint is whole" in err) is kept
+    assert ("there is no checkpoint yet" in err) is not kept
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint(tmp_path, capsys, monkeypatch):
+    def full(state, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save = save_checkpoint
+    first = lambda state, path: (save if "initial" in path.name else full)(state, path)
+    monkeypatch.setattr(run_module, "save_checkpoint", first)
+    argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        train_base.main(argv)
+    err = capsys.readouterr().err
+    assert "(No space left on device): there is no checkpoint yet, make room and go on" in err
+
+
+def test_a_wrong_backend_does_not_end_a_run(tmp_path):
+    """MPLBACKEND chooses a window system, of which no curve has need."""
+    argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
+    command = [sys.executable, "train_base.py", *argv, "--note", "r"]
+    env = dict(os.environ, MPLBACKEND="nonsense")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r" / "result.json").exists() and (tmp_path / "r" / "curves.png").exists()
+
+
+def test_what_identifies_boxes_and_digits(tmp_path):
+    """Boxes: the annotations, names and sizes, wherever they lie. Digits: what they are unscaled."""
+    coco_like.draw(tmp_path / "one", 3, 2, 40, 1)
+    known = coco.load(tmp_path / "one").identity()
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert coco.load(tmp_path / "moved").identity() == known
+    image = next((tmp_path / "moved" / "val2017").iterdir())
+    image.write_bytes(image.read_bytes() + b"more")
+    other = coco.load(tmp_path / "moved").identity()
+    assert other["train"] == known["train"] and other["val"] != known["val"]
+    file = tmp_path / "one" / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][0] += 0.5
+    file.write_text(json.dumps(content))
+    assert coco.load(tmp_path / "one").identity()["train"] != known["train"]
+
+    digits = stream.load("digits").identity()
+    assert stream.load("digits", img_size=12).to("cpu").identity() == digits
+    assert [part["images"] for part in digits.values()] == [1297, 500]
+    assert digits["train"]["sha256"] != digits["test"]["sha256"]

@@ -16,6 +16,7 @@ import train_kd
 import utils
 from engine.run import read_metrics
 from kd_losses import METHODS
+from engine import foreign
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
 CRD, IMAGENET = "crd", "mdistiller-imagenet"
@@ -95,7 +96,7 @@ def test_ft_trains_through(tmp_path, flags):
     ],
 )
 def test_the_first_phase_trains_the_feature_path(mode, protocol, name, rests):
-    nets = [network.build(name, 5).requires_grad_(False) for _ in "st"]
+    nets = [foreign.build(name, 5).requires_grad_(False) for _ in "st"]
     job = toys.job(mode, *nets, toys.images(size=32), argv=["--protocol", protocol])
     job.learners(job.phases[0])
     for path, module in nets[0].named_modules():
@@ -117,7 +118,7 @@ def test_the_public_connector_is_the_identity_where_the_maps_agree():
 @pytest.mark.parametrize("protocol, batch_statistics", [("kdzoo", 0), (CRD, 1), (IMAGENET, 1)])
 def test_the_teacher_of_ofd(protocol, batch_statistics):
     """Under MDistiller's recipes its batch norms use the batch's statistics; the running ones rest."""
-    nets = [network.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
+    nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
     job = toys.job("ofd", *nets, toys.images(size=16), argv=["--protocol", protocol])
     batch, phase = toys.batch(dtype=torch.float32, size=16), job.phases[0]
     before = {k: v.clone() for k, v in nets[1].state_dict().items() if "running" in k}

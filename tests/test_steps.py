@@ -17,9 +17,9 @@ import torch
 import toys
 from fill import fill
 
-import network
 import train_kd
 import utils
+from engine import foreign
 
 DATA = Path(__file__).parent / "data" / "steps"
 PAIRS = [("resnet20", "resnet8"), ("vgg13", "MobileNetV2")]
@@ -134,7 +134,7 @@ def start(pair, name: str, phase_name: str):
     argv = ["--kd_mode", mode, "--t_model", "x", "--protocol", "crd", "--data_name", "cifar100"]
     args, rows = train_kd.parse([*argv, *FLAGS.get(mode, [])], *pair)
     cfg = train_kd.resolve(args, rows, pair[1], {})
-    t, s = (network.build(x, NUM_CLASS) for x in pair)
+    t, s = (foreign.build(x, NUM_CLASS) for x in pair)
     distiller = train_kd.Distillation(s, t, rows, toys.images(N_DATA, NUM_CLASS, 32))
     set_weights(t, "")
     set_weights(s, "student.")

@@ -303,7 +303,9 @@ def distillation(mode: str, args, machine, images, snet, tnet):
 def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
     """Batches of one epoch after another, or the first for ever; `strong`: with a second view."""
     epochs = (
-        stream.train_batches(images, batch_size, 2, epoch, padding=settings.padding, two_views=strong)
+        stream.train_batches(
+            images, batch_size, 2, epoch, padding=settings.padding, two_views=strong
+        )
         for epoch in itertools.count(1)
     )
     batches = itertools.chain.from_iterable(epochs)

@@ -43,12 +43,18 @@ TOLERANCE = 1e-4
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
+    checkpoint = dict(type=cli.filled, metavar="CHECKPOINT")
+    add("checkpoint", **checkpoint, help="ours, a .safetensors file, or a public one")
     add("--format", choices=SUFFIXES, help="(default: what the suffix of --out says)")
     suffixes = ", ".join(SUFFIXES.values())
-    add("--out", metavar="FILE", help=f"{suffixes} (default: beside CHECKPOINT)")
+    add("--out", type=cli.filled, metavar="FILE", help=f"{suffixes} (default: beside CHECKPOINT)")
     add("--force", action="store_true", help="write over a file that is there")
-    add("--net", metavar="NAME", help="its network, where the file does not know it")
+    add(
+        "--net",
+        type=cli.filled,
+        metavar="NAME",
+        help="its network, where the file does not know it",
+    )
     add("--num_class", type=cli.number(int, 2), metavar="N", help="the same")
     add("--img_size", type=cli.number(int, 4), metavar="N", help="the same: NxN pixels")
     add(
@@ -67,6 +73,8 @@ def target(args: argparse.Namespace) -> tuple[str, Path]:
         if args.format is None:
             raise UserError(f"--format {'|'.join(SUFFIXES)} is needed, or --out FILE with a suffix")
         path = Path(args.checkpoint)
+        if not path.name:
+            raise UserError(f"{path} is a folder: name the checkpoint in it")
         stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", path.name)
         out = path.with_name(stem + SUFFIXES[args.format])
     else:
@@ -77,10 +85,7 @@ def target(args: argparse.Namespace) -> tuple[str, Path]:
         raise UserError(f"--out {out}: a name that ends in {wanted} is wanted")
     if args.batch and kind == "safetensors":
         raise UserError("--batch: a .safetensors file holds weights, for any number of images")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written: it is a folder, or in none that is there")
-    if out.exists() and not args.force:
-        raise UserError(f"{out} is there already: --force writes over it, --out FILE beside it")
+    cli.writable_file(out, args.force)
     lacking = [name for name in NEEDS[kind] if not _installed(name)]
     if lacking:
         raise UserError(
@@ -221,7 +226,7 @@ def main(argv: list[str] | None = None) -> dict:
     meta |= dict(network=found.name, num_class=num_class, img_size=size)
     write, read = FORMATS[kind]
     checked = kind != "onnx" or _installed("onnxruntime")
-    aside = out.with_name(f"{out.stem}.{os.getpid()}{out.suffix}")
+    aside = out.with_name(f"{os.getpid()}{out.suffix}")  # no longer than `out` may be
     # another number of images than the graph was made with, where it takes any
     img = torch.randn(args.batch or 5, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:

@@ -113,9 +113,7 @@ class Stepper:
     def __call__(self) -> dict:
         batch = self.batches[self.taken % len(self.batches)]
         self.taken += 1
-        return self.step(
-            self.job, self.phase, self.optimizer, batch, self.weights, self.machine
-        )
+        return self.step(self.job, self.phase, self.optimizer, batch, self.weights, self.machine)
 
     def compared(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The terms of the first steps and the weights after them, as two vectors."""
@@ -138,9 +136,7 @@ def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
             call()
         torch.cuda.synchronize()
     kernels = [
-        event
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]
     kernel_ms = sum(event.self_device_time_total for event in kernels) / 1000 / count
     return dict(
@@ -289,7 +285,9 @@ def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
     data = ["--data_name", "imagefolder", "--img_root", args.img_root]
     same = ["--save_root", str(root), "--print_freq", "100000", *epochs]
     base = ["train_base.py", "--net_name", net, *data, *same]
-    together([[*base, "--note", "teacher"], [*base, "--note", "baseline", "--seed", "1"]], root, 2, end)
+    together(
+        [[*base, "--note", "teacher"], [*base, "--note", "baseline", "--seed", "1"]], root, 2, end
+    )
     teacher = root / "teacher" / "checkpoint.pth.tar"
     if not finished(root / "teacher"):
         return
@@ -354,7 +352,10 @@ def summary(args: argparse.Namespace, machine: utils.Machine) -> None:
         lines += ["`pytest tests/test_cuda.py`: " + tests.read_text().strip().splitlines()[-1], ""]
     if (args.out / "runs.json").exists():
         found = json.loads((args.out / "runs.json").read_text())
-        lines += [f"Two epochs on digits: {found['count']} methods, {len(found['failed'])} failed", ""]
+        lines += [
+            f"Two epochs on digits: {found['count']} methods, {len(found['failed'])} failed",
+            "",
+        ]
         lines += [f"- {mode}: {line}" for mode, line in found["failed"].items()] + [""]
     path = args.out / "steps.jsonl"
     found = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
@@ -404,7 +405,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help="(default 100)")
     add("--steps", type=cli.number(int, 1), default=10, metavar="N", help="a block (default 10)")
     add("--pairs", type=cli.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
-    add("--jobs", type=cli.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)")
+    add(
+        "--jobs", type=cli.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)"
+    )
     add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
     add("--tiny", action="store_true", help="small sizes, to try the script")
     bench.add_amp(parser)

@@ -42,6 +42,7 @@ from engine.find_taps import ensure_taps  # noqa: E402
 from engine.run import read_metrics  # noqa: E402
 from tools.eval import build  # noqa: E402
 from utils import UserError  # noqa: E402
+from engine.run import import_matplotlib  # noqa: E402
 
 STYLE = {
     "font.size": 10,
@@ -168,13 +169,17 @@ def look(net: nn.Module, name: str, images, machine: utils.Machine, tap: str) ->
 
 def rows_of(folder: str) -> list[dict]:
     """The epochs of a run."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such run: the folder of one is wanted")
-    if not (Path(folder) / "metrics.csv").is_file():
-        raise UserError(f"{folder} holds no metrics.csv, so it is no run or has no epoch yet")
     try:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such run: the folder of one is wanted")
+        if not (Path(folder) / "metrics.csv").is_file():
+            raise UserError(f"{folder} holds no metrics.csv, so it is no run or has no epoch yet")
         return read_metrics(folder)
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{folder[:200]} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, csv.Error) as error:
         reason = utils.first_line(error)
         raise UserError(f"{folder}/metrics.csv is damaged or cut short ({reason})") from error
 
@@ -361,10 +366,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog=f"plot.py {command}", description=COMMANDS[command].__doc__)
     parser.set_defaults(command=command, flip=None)  # of training images
     add = parser.add_argument
-    add("what", nargs="+", metavar="RUN" if command == "curves" else "MODEL")
-    add("--out", required=True, metavar="FILE.png")
+    what = "RUN" if command == "curves" else "MODEL"
+    add("what", nargs="+", type=cli.filled, metavar=what)
+    add("--out", type=cli.filled, required=True, metavar="FILE.png")
     add("--force", action="store_true", help="write over a file that is there")
-    add("--labels", nargs="+", metavar="NAME", help="one for each (default: names of folders)")
+    names = dict(nargs="+", type=cli.filled, metavar="NAME")
+    add("--labels", **names, help="one for each (default: names of folders)")
     if command == "curves":
         add("--metric", nargs="+", default=["ce", "test_top1"], help="(default ce test_top1)")
     elif command == "tsne":
@@ -373,8 +380,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         seed = cli.number(int, 0, 2**32 - 1)
         add("--seed", type=seed, default=2, metavar="N", help="(default 2)")
     elif command == "correlation":
-        add("--t_model", required=True, metavar="FILE", help="the teacher's checkpoint")
-        add("--t_name", metavar="NAME", help="its network, where the file does not know it")
+        teacher = "the teacher's checkpoint"
+        add("--t_model", type=cli.filled, required=True, metavar="FILE", help=teacher)
+        add(
+            "--t_name",
+            type=cli.filled,
+            metavar="NAME",
+            help="its network, where the file does not know it",
+        )
     else:
         several = cli.comma(cli.number(int, 0))
         add("--images", type=several, required=True, metavar="N,N", help="of the test, from 0")
@@ -390,7 +403,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         cli.add_machine_flags(parser)
     elif command != "curves":
         what = "network of the files that do not know it: one, or one for each"
-        add("--net_name", nargs="+", metavar="NAME", help=what)
+        add("--net_name", **names, help=what)
         cli.add_data_flags(parser)
         cli.add_machine_flags(parser)
     args = parser.parse_args(argv[1:])
@@ -405,14 +418,10 @@ def main(argv: list[str] | None = None):
     out = Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out {out}: a name that ends in .png is wanted")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written: it is a folder, or in none that is there")
-    if out.exists() and not args.force:
-        raise UserError(f"{out} is there already: --force writes over it, --out FILE beside it")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    cli.writable_file(out, args.force)
+    matplotlib = import_matplotlib()
+    if matplotlib is None:
+        raise UserError("figures need matplotlib: pip install matplotlib")
     with matplotlib.rc_context(STYLE):
         figure, png = COMMANDS[args.command](args), io.BytesIO()
         try:

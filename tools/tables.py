@@ -5,18 +5,21 @@
     python tools/tables.py show kdzoo-r20-r20
 
 `run` trains the missing teacher, then every method and seed through train_base.py and train_kd.py. It
-skips what is finished, goes on with what was interrupted and goes on after a failure; `--dry_run` says
-the commands and their recipes instead. `show` gives last and best epoch, mean and deviation over the
+skips what is finished, goes on with what was interrupted and goes on after a failure; what another
+process trains is waited for. `--dry_run` says the commands and their recipes instead. `show` gives last and best epoch, mean and deviation over the
 seeds; the published figures are in published.csv. Runs of other data, epochs or precision are shown
 apart, never in one mean.
 """
 
 import csv
 import ctypes
+import hashlib
+import io
 import json
 import os
+import re
+import reprlib
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,13 +38,11 @@ import dataset  # noqa: E402
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
-from engine import (
-    cli,  # noqa: E402
-    published,  # noqa: E402
-)
-from engine.checkpoint import find_weights, sha256  # noqa: E402
+from engine import cli, locks, published  # noqa: E402
+from engine.checkpoint import find_weights, sha256, write_file  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
+from engine.run import import_matplotlib  # noqa: E402
 
 BASE = "baseline"
 SIDES = ("teacher", "student")
@@ -88,6 +89,7 @@ BUDGET = {  # the first by the README that has its figures; its authors' files s
     "MLKD+LS, last epoch of one run": "480 epochs (ShuffleNet 960), 2 views",
     **{f"SimKD{factor}": REUSED for factor in ("", ", factor 2", ", factor 8")},
 }
+AGAIN = 2.0  # seconds after which to look again at what another process trains
 SMALL = tuple(("resnet20", "resnet8", mode) for mode in (BASE, *METHODS))
 TABLES = {
     "kdzoo-r20-r20": Table("KD-Zoo: resnet20 -> resnet20", "kdzoo", data=CIFAR),
@@ -182,18 +184,47 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+        """Whether its result is there and can be read; one that was damaged is written again."""
+        try:
+            return bool(read_json(self.folder / "result.json"))
+        except ValueError:
+            return False
 
 
 def setting(args, table: Table) -> str:
-    """The folder for runs under the same settings."""
-    data = Path(args.img_root).name if args.data == "imagefolder" else args.data
+    """The folder for runs under the same settings. An image folder goes by its name and by what is in
+    it, wherever it lies."""
+    data = args.data
+    if data == "imagefolder":
+        root = Path(args.img_root)
+        name = re.sub(r"[^\w.-]", "_", root.resolve().name)[:60]
+        data = f"{name}-{fingerprint(dataset.folder_identity(root))}"
     epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
     parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
     parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
     if args.teacher:
         parts.append(f"teacher{sha256(args.teacher)[:8]}")
     return "-".join(parts)
+
+
+def same_images(home: Path, root: str | None) -> None:
+    """Raise UserError where the runs of a setting are of another imagenet than that in `root`."""
+    root, now = Path(root or "./datasets"), None
+    for path in sorted(home.glob("**/args.json")):
+        try:
+            before = read_json(path)["sources"]["data"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        now = now or dataset.folder_identity(root, dataset.VALIDATED)
+        if before != now:
+            raise UserError(
+                f"{home} holds runs of other images than those in {root}: give another --runs"
+            )
+        return
+
+
+def fingerprint(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
@@ -287,6 +318,7 @@ def run(args) -> None:
         raise UserError(f"--data is needed: {cli.DATA_NAMES}")
     if args.data == "imagefolder" and not args.img_root:
         raise UserError("--data imagefolder needs --img_root DIR")
+    check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
     if args.teacher:
         knows = find_weights(None, args.teacher, "t_name", "teacher").name
@@ -301,10 +333,15 @@ def run(args) -> None:
         for job in jobs:
             print(f"# {job.recipe}\n{job}")
         return
+    if args.data == "imagenet":
+        same_images(Path(args.runs) / table.protocol / setting(args, table), args.img_root)
     todo = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} trainings, {len(jobs) - len(todo)} of them finished", flush=True)
     if todo:
         check(todo[0])
+    if args.out:  # or say before all is trained that nothing can be written there
+        make_folder(Path(args.out))
+        remembered(Path(args.out) / f"{args.table}.runs.csv")
     failed = work(todo, jobs, args.jobs, args.cuda)
     show(args)
     if failed:
@@ -326,66 +363,124 @@ def work(todo: list[Job], jobs: list[Job], side_by_side: int, cuda) -> list[Job]
     gpus = torch.cuda.device_count() if cuda != 0 else 0
     waiting, running, failed = list(todo), [], []
     slots = list(range(side_by_side))
+    again = {}  # when to look again at those that another process trains
+
+    def tell(words: list[str]) -> None:
+        left = [*waiting, *(job for job, *_ in running)]
+        done = len([job for job in jobs if job.finished])
+        ahead = time_left(jobs, left, side_by_side)
+        print(f"{done} of {len(jobs)}  {' '.join(words)}{ahead}", flush=True)
+
     try:
         while waiting or running:
             busy = {job.folder for job in (*waiting, *(job for job, *_ in running))}
             ready = [job for job in waiting if job.needs not in busy]
+            ready = [job for job in ready if time.monotonic() >= again.get(job.folder, 0)]
             if ready and slots:
-                job, slot = ready[0], slots.pop(0)
-                waiting.remove(job)
+                job = ready[0]
                 try:
                     if job.needs in [other.folder for other in failed]:
                         raise UserError("not run, its teacher failed")
-                    running.append((job, start(job, slot, side_by_side, gpus), slot))
+                    begun = start(job, slots[0], side_by_side, gpus)
                 except UserError as error:
-                    slots.append(slot)
+                    waiting.remove(job)
                     failed.append(job)
                     print(f"{job.folder}: {error}", flush=True)
+                    continue
+                except locks.Held as other:
+                    if job.folder not in again:
+                        print(f"{job.folder}: waits for {other}, which trains there", flush=True)
+                    again[job.folder] = time.monotonic() + AGAIN
+                    continue
+                waiting.remove(job)
+                if begun:
+                    running.append((job, *begun, slots.pop(0)))
+                else:
+                    tell([f"{job.folder}: finished by another process"])
                 continue
             time.sleep(0.1)
             for entry in [e for e in running if e[1].poll() is not None]:
                 running.remove(entry)
-                job, process, slot = entry
+                job, process, file, slot = entry
                 slots.append(slot)
-                says = output(job).read_text(encoding="utf-8").strip().splitlines()[-1:]
+                says = last_line(output(job))
                 if process.returncode or not job.finished:
                     failed.append(job)
                     print(f"{job.folder}: failed: {' '.join(says)}\n  {job}", flush=True)
-                    continue
-                output(job).unlink()
-                left = [*waiting, *(job for job, *_ in running)]
-                done = len([job for job in jobs if job.finished])
-                ahead = time_left(jobs, left, side_by_side)
-                print(f"{done} of {len(jobs)}  {' '.join(says)}{ahead}", flush=True)
+                else:
+                    output(job).unlink(missing_ok=True)
+                    tell(says)
+                file.close()
     finally:
-        for _, process, _ in running:
+        for _, process, *_ in running:
             process.terminate()
-        for _, process, _ in running:
+        for _, process, file, _ in running:
             process.wait()
+            file.close()
     return failed
 
 
-def start(job: Job, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen:
-    """Begin a training, or go on with one that was interrupted."""
+def start(job: Job, slot: int, side_by_side: int, gpus: int):
+    """Begin a training, or go on with one that was interrupted: its process and the file that it
+    prints into; None where another process has just finished it. Nothing is removed.
+
+    The file is locked as long as the training lives, also where this process is killed, so of several
+    `run`s on one table only one works on a training. Raises utils.Held where another does.
+    """
+    try:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        file = claim(job)
+    except OSError as error:
+        raise UserError(f"cannot be begun ({error.strerror})") from error
+    try:
+        if job.finished:
+            output(job).unlink(missing_ok=True)
+            file.close()
+            return None
+        return launch(job, file, slot, side_by_side, gpus), file
+    except BaseException:
+        file.close()
+        raise
+
+
+def claim(job: Job):
+    """The file that a training prints into, for this process alone. Raises utils.Held."""
+    try:
+        file = locks.hold(output(job))
+    except locks.Held:
+        raise locks.Held(locks.held(job.folder / ".lock") or "another process") from None
+    except OSError as error:
+        if error.errno not in locks.NO_LOCKS:
+            raise
+        print(f"warning: no locks in {job.folder.parent}: start one run at a time", flush=True)
+        return open(output(job), "a", encoding="utf-8")
+    other = locks.held(job.folder / ".lock")  # one that no table has begun
+    if other:
+        file.close()
+        raise locks.Held(other)
+    return file
+
+
+def launch(job: Job, file, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen:
     more = []
-    if job.folder.exists():
+    if job.folder.exists():  # whatever state it is in, --resume goes on or says what is wrong
+        more = ["--resume"]
         try:
-            made = json.loads((job.folder / "args.json").read_text())["command"]
-        except (OSError, ValueError, KeyError):
-            made = None
-        if made and " ".join([job.script, *job.argv]) != made.removesuffix(" --resume"):
+            args = read_json(job.folder / "args.json")
+        except ValueError:
+            args = {}
+        made = args.get("command")
+        if isinstance(made, str) and without_place(made, args.get("recipe")) != without_place(
+            " ".join([job.script, *job.argv]), dict(zip(job.argv, job.argv[1:]))
+        ):
             raise UserError(f"made by another command: {made}; remove it or give another --runs")
-        if (job.folder / "checkpoint.pth.tar").exists():
-            more = ["--resume"]
-        else:  # interrupted before its first epoch ended
-            shutil.rmtree(job.folder)
+    file.truncate(0)
     env = dict(os.environ)
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     elif side_by_side > 1:  # threads of several processes stall each other
         env["OMP_NUM_THREADS"] = str(max(1, utils.cpus() // side_by_side))
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(output(job), "w", encoding="utf-8") as file:
+    try:
         return subprocess.Popen(
             [sys.executable, str(ROOT / job.script), *job.argv, *more],
             env=env,
@@ -393,6 +488,26 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
+    except OSError as error:
+        raise UserError(f"cannot be begun ({error.strerror})") from error
+
+
+def without_place(command: str, flags) -> str:
+    """A command without --resume and the flags that may change meanwhile: where the images lie (that
+    they are the same is looked at) and on what it is computed. flags: their values, by --name or name.
+    """
+    flags = flags if isinstance(flags, dict) else {}
+    for name in ("img_root", "cuda", "workers"):
+        value = flags.get(f"--{name}", flags.get(name))
+        command = command.replace(f" --{name} {value}", "", 1)
+    return command.removesuffix(" --resume")
+
+
+def last_line(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    except OSError:
+        return []
 
 
 def _die_with_parent() -> None:
@@ -409,10 +524,11 @@ def time_left(jobs: list[Job], left: list[Job], side_by_side: int) -> str:
     """How long the rest may take, from the seconds an epoch of the same method or of any took."""
     rates = {}
     for job in jobs:
-        if job.finished:
-            rates.setdefault(job.folder.name.rsplit("-", 1)[0], []).append(
-                json.loads((job.folder / "result.json").read_text())["seconds"] / job.epochs
-            )
+        try:
+            seconds = checked("seconds", read_json(job.folder / "result.json").get("seconds"))
+        except ValueError:
+            continue
+        rates.setdefault(job.folder.name.rsplit("-", 1)[0], []).append(seconds / job.epochs)
     if not left or not rates:
         return ""
     usual = mean(mean(rate) for rate in rates.values())
@@ -429,56 +545,224 @@ COLUMNS = (
     "setting data epochs teacher student mode method metric seeds last_mean last_std best_mean best_std "
     "published reported budget difference added seconds precision source also note"
 )
+FEW = 16_000_000  # bytes: no file of a run or table is larger
+CHECKS = {
+    "a name": lambda x: isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable(),
+    "a name or nothing": lambda x: x == "" or CHECKS["a name"](x),
+    "a whole number of at least 0": lambda x: type(x) is int and 0 <= x <= 2**53,
+    "a whole number of at least 1": lambda x: type(x) is int and 1 <= x <= 2**53,
+    "a number from 0 to 100": lambda x: type(x) in (int, float) and 0 <= x <= 100,
+    "a number of at least 0": lambda x: type(x) in (int, float) and 0 <= x <= 1e15,
+}
+NAME, NAME_OR_NOTHING, COUNT, AT_LEAST_1, PERCENT, NUMBER = CHECKS
+FIELDS = dict.fromkeys(RECORD.split(), NAME) | dict(
+    teacher=NAME_OR_NOTHING,
+    seed=COUNT,
+    epochs=AT_LEAST_1,
+    last=PERCENT,
+    best=PERCENT,
+    seconds=NUMBER,
+    added=COUNT,
+)
+
+
+def checked(key: str, value):
+    """`value`, or a ValueError that says what a record's `key` has to be."""
+    if not CHECKS[FIELDS[key]](value):
+        raise ValueError(f"its {key} is {reprlib.repr(value)}, {FIELDS[key]} is wanted")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file. Raises ValueError, one line, where there is none."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path.name} is damaged (nested too deep)") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged or cut short ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no object but {reprlib.repr(value)}")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file, with or without a byte order mark. Raises ValueError, one line."""
+    try:
+        if not path.is_file():  # one that never ends, perhaps
+            raise ValueError(f"{path.name} is missing, or no file")
+        if path.stat().st_size > FEW:
+            raise ValueError(f"{path.name} is too large ({path.stat().st_size:,} bytes)")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is no UTF-8") from None
+
+
+def shown(path: Path) -> str:
+    """A path in a line: escaped where it cannot be printed, and not endless."""
+    text = str(path)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 
 def collect(runs: Path, protocol: str) -> list[dict]:
-    """A record of every finished run of a protocol; mutual learning gives one for each network."""
-    records = []
-    for path in sorted(runs.glob(f"{protocol}/*/**/result.json")):
-        folder = path.parent
-        result = json.loads(path.read_text())
-        args = json.loads((folder / "args.json").read_text())
-        recipe, meta = args["recipe"], args["meta"]
-        mode, seed = folder.name.rsplit("-", 1)
-        common = dict(
-            protocol=protocol,
-            setting=folder.relative_to(runs / protocol).parts[0],
-            data=recipe["data_name"],
-            teacher="",
-            student=meta["network"],
-            mode=BASE,
-            seed=int(seed),
-            epochs=recipe["epochs"],
-            last=result["last"],
-            best=result["best"],
-            seconds=round(result["seconds"]),
-            added=args.get("added", 0),
-            precision="bf16" if "bfloat16" in args["machine"] else "fp32",
-        )
-        if not mode.startswith("base-"):
-            # the trained network may be the student with parts of the teacher
-            student = recipe.get("s_name") or meta["network"]
-            common |= dict(mode=mode, teacher=args["teacher"]["network"], student=student)
-        records.append(common)
-        if "peer_last" in result:
-            peer = dict(last=result["peer_last"], best=result["peer_best"])
-            records.append(common | peer | dict(mode=f"{mode}:net1"))
+    """A record of every finished run of a protocol; mutual learning gives one for each network. What
+    cannot be read is named, in a line, and left out."""
+    records, homes = [], {}
+
+    def left_out(folder, reason) -> None:
+        print(f"warning: {shown(folder)} is left out: {reason}", file=sys.stderr, flush=True)
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            left_out(error.filename, error.strerror)
+
+    for folder in finished_runs(runs / protocol, unreadable):
+        try:
+            found = records_of(folder, runs / protocol)
+            same = homes.get(_key(found[0]))
+            if same:
+                raise ValueError(f"it is a copy of {shown(same)}")
+        except ValueError as error:
+            left_out(folder, error)
+            continue
+        homes[_key(found[0])] = folder
+        records += found
     return records
+
+
+def finished_runs(home: Path, unreadable) -> list[Path]:
+    """The folders with a result below those of the settings, which may be links."""
+    found = []
+    try:
+        settings = sorted(entry.path for entry in os.scandir(home) if entry.is_dir())
+    except OSError as error:
+        unreadable(error)
+        return []
+    for where in settings:
+        for folder, _, names in os.walk(where, onerror=unreadable):
+            found += [Path(folder)] if "result.json" in names else []
+    return sorted(found)
+
+
+def records_of(folder: Path, home: Path) -> list[dict]:
+    """The records of the run in a folder. Raises ValueError, one line, where it is damaged or a copy."""
+    result, args = read_json(folder / "result.json"), read_json(folder / "args.json")
+
+    def said(*keys: str):
+        value = args
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"args.json does not say its {' '.join(keys)}")
+            value = value[key]
+        return value
+
+    recipe, place = said("recipe"), folder.relative_to(home)
+    mode, _, seed = folder.name.rpartition("-")
+    base = mode.startswith("base-")
+    if not re.fullmatch("[0-9]{1,10}", seed) or not (base or mode in METHODS):
+        raise ValueError("its name is not METHOD-SEED or base-NETWORK-SEED")
+    common = dict(
+        protocol=home.name,
+        setting=place.parts[0],
+        data=said("recipe", "data_name"),
+        teacher="",
+        student=said("meta", "network"),
+        mode=BASE,
+        seed=int(seed),
+        epochs=said("recipe", "epochs"),
+        last=result.get("last"),
+        best=result.get("best"),
+        seconds=result.get("seconds"),
+        added=args.get("added", 0),
+        precision="bf16" if "bfloat16" in str(said("machine")) else "fp32",
+    )
+    if not base:
+        # the trained network may be the student with parts of the teacher
+        student = recipe.get("s_name") or common["student"]
+        common |= dict(mode=mode, teacher=said("teacher", "network"), student=student)
+    for key in RECORD.split():
+        checked(key, common[key])
+    if not base:
+        checked("student", common["teacher"])
+    # what the run itself says of its place: a copied folder says another
+    says = dict(kd_mode=None if base else mode, protocol=home.name, seed=int(seed))
+    for key, value in dict(says, note=folder.name).items():
+        if value is not None and recipe.get(key, value) != value:
+            raise ValueError(f"args.json says its {key} is {reprlib.repr(recipe[key])}: a copy?")
+    root = recipe.get("save_root")
+    inner = place.parent.parts
+    if not inner:
+        raise ValueError("it is in no folder of a setting")
+    if isinstance(root, str) and Path(root).parts[-len(inner) :] != inner:
+        raise ValueError(f"args.json says its save_root is {reprlib.repr(root)}: a copy?")
+    common["seconds"] = round(common["seconds"])
+    records = [common]
+    if {"peer_last", "peer_best"} & set(result):
+        peer = {key: checked(key, result.get(f"peer_{key}")) for key in ("last", "best")}
+        records.append(common | peer | dict(mode=f"{mode}:net1"))
+    return records
+
+
+def remembered(path: Path) -> tuple[list[str], list[dict]]:
+    """The columns and records of a .runs.csv, also of one that a spreadsheet saved (a byte order mark,
+    semicolons or tabs, decimal commas, columns of its own). Raises UserError, which names the line,
+    where it holds anything else: what it remembers may be nowhere else."""
+    if not (path.exists() or path.is_symlink()):
+        return RECORD.split(), []
+    line = None
+    try:
+        text = read_text(path)
+        head = text.split("\n", 1)[0]
+        cut = max(",;\t", key=head.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=cut, strict=True)
+        columns, records = next(reader, []), []
+        while columns and not columns[-1].strip():
+            columns.pop()
+        lacks = [key for key in RECORD.split() if key not in columns]
+        if lacks:
+            raise ValueError(f"there is no column {', '.join(lacks)}")
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have one name")
+        for row in reader:
+            line = reader.line_num
+            if not any(cell.strip() for cell in row):
+                continue
+            if any(cell.strip() for cell in row[len(columns) :]):
+                raise ValueError(f"{len(row)} cells, {len(columns)} columns")
+            row = dict(zip(columns, row + [""] * len(columns)))
+            records.append(row | {key: parsed(key, row[key], cut) for key in RECORD.split()})
+    except (ValueError, csv.Error) as error:
+        where = f"{shown(path)}{f', line {line}' if line else ''}"
+        raise UserError(f"{where}: {error}: mend or remove it, it is left as it is") from error
+    return columns, records
+
+
+def parsed(key: str, cell: str, cut: str):
+    """A cell of a record as what it is. Raises ValueError."""
+    kind, text = FIELDS[key], cell.strip()
+    if kind in (NAME, NAME_OR_NOTHING):
+        return checked(key, text)
+    number = text.replace(",", ".") if cut == ";" else text
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?(e[-+][0-9]{1,2})?", number):
+        return checked(key, text)
+    value = float(number)
+    whole = number.isdigit() or kind in (COUNT, AT_LEAST_1) and value % 1 == 0
+    return checked(key, int(value) if whole else value)
 
 
 def merge(path: Path, records: list[dict]) -> list[dict]:
     """The records with those that the file remembers of runs that are not here, and back into it."""
-    known = {}
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                row |= {k: float(row[k]) for k in ("last", "best")}
-                row |= {k: int(row[k]) for k in ("seed", "epochs", "seconds", "added")}
-                known[_key(row)] = row
-    known |= {_key(record): record for record in records}
+    columns, before = remembered(path)
+    known = {_key(record): record for record in before}
+    for record in records:
+        known[_key(record)] = known.get(_key(record), {}) | record
     records = [known[key] for key in sorted(known)]
     if records:
-        write_csv(path, records)
+        write_csv(path, records, columns)
     return records
 
 
@@ -486,11 +770,20 @@ def _key(record: dict) -> tuple:
     return tuple(record[k] for k in ("setting", "teacher", "student", "mode", "seed"))
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_csv(path: Path, rows: list[dict], columns: list[str] | None = None) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns or list(rows[0]), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    try:
+        write_file(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def summarise(name: str, records: list[dict]) -> list[dict]:
@@ -500,35 +793,34 @@ def summarise(name: str, records: list[dict]) -> list[dict]:
     full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
     pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
-    settings = (
-        {  # (where, data, epochs) -> whether it is a published one: no size of its own either
-            (r["setting"], r["data"], r["epochs"]): r["data"] in table.data
-            and r["setting"].startswith(f"{r['data']}-{full}ep")
-            for r in records
-        }
-    )
+    settings = {  # (where, data, epochs) -> whether it is a published one: no size of its own either
+        (r["setting"], r["data"], r["epochs"]): r["data"] in table.data
+        and r["setting"].startswith(f"{r['data']}-{full}ep")
+        for r in records
+    }
     there = {data for (_, data, _), own in settings.items() if own}
     settings |= {("published", data, full): True for data in table.data if data not in there}
     rows = []
     for (where, data, epochs), own in settings.items():
-        mine = [r for r in records if r["setting"] == where]
+        what = where, data, epochs
+        mine = [r for r in records if (r["setting"], r["data"], r["epochs"]) == what]
         theirs = [f for f in figures if own and f["data"] == data]
-        for pair in pairs:
-            rows += block(where, data, epochs, pair, mine, theirs)
+        found = [row for pair in pairs for row in block(*what, pair, mine, theirs)]
+        rows += found or [row for pair in pairs for row in block(*what, pair, mine, theirs, True)]
     return rows
 
 
 def block(
-    where: str, data: str, epochs: int, pair: tuple, records: list, figures: list
+    where: str, data: str, epochs: int, pair: tuple, records: list, figures: list, bare=False
 ) -> list[dict]:
-    """The rows of one pair under one setting."""
+    """The rows of one pair under one setting; none where nothing was distilled, if not `bare`."""
     lines = {}  # (mode or method, metric) -> our runs, published figures
     for side, items in enumerate((records, figures)):
         for item in items:
             for mode in roles(item, *pair):
                 key = mode or item["method"], item.get("metric", "top1")
                 lines.setdefault(key, ([], []))[side].append(item)
-    if not any(not key[0].startswith(("teacher", BASE)) for key in lines):
+    if not bare and all(key[0].startswith(("teacher", BASE)) for key in lines):
         return []
     # the published order, then ours; above all the two networks as they are without distillation
     order = [key for key, line in lines.items() if line[1]]
@@ -618,7 +910,7 @@ def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
         cells |= {"its epoch": r["reported"], "added parameters": r["added"], "others": r["also"]}
         cells["their budget"] = r["budget"]
         cells["difference"] = f"{r['difference']:+.2f}" if r["difference"] != "" else ""
-        lines.append([str(cells[name]) for name in head])
+        lines.append([str(cells[name]).replace("|", r"\|") for name in head])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
@@ -651,12 +943,14 @@ def spread(row: dict, what: str) -> str:
 
 def draw(rows: list[dict], path: Path, title: str) -> bool:
     """Ours (last epoch, mean and deviation; best epoch hollow) and the published figures (crosses)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if import_matplotlib() is None:
         print("no figure drawn: pip install matplotlib")
         return False
+    from matplotlib.figure import Figure
+
     parts = parts_of(r for r in rows if r["metric"] == "top1" and r["published"] != "N/A")
+    if not parts:
+        return False
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     tallest = max(len(part) for part in parts.values())
@@ -673,7 +967,7 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
             if row["published"]:
                 axis.plot(float(row["published"]), i, "x", color="tab:orange")
         axis.set_yticks(range(len(part)), [row["method"] for row in part], fontsize=8)
-        what = data if where == "published" else where
+        what = (data if where == "published" else where).replace("$", r"\$")  # no formulas
         axis.set_title(f"{short(t)} -> {short(s)}, {what}", fontsize=9)
         axis.set_xlabel("test top-1 (%)", fontsize=8)
         axis.grid(alpha=0.3, axis="x")
@@ -681,16 +975,44 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
         axis.set_axis_off()
     crosses = ", published (crosses)" if any(row["published"] for row in rows) else ""
     figure.suptitle(f"{title}\nlast epoch (dots), best (circles){crosses}", fontsize=10)
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:  # also of too many pixels
+        raise UserError(f"{path} cannot be written ({utils.first_line(error)})") from error
     return True
 
 
+def check_places(args) -> None:
+    """Say what is wrong with --runs, --out and --into before anything is written or trained."""
+    runs, out = Path(args.runs), Path(args.out) if args.out else None
+    cli.usable_folder(runs, "--runs", write=args.command == "run")
+    if out:
+        cli.usable_folder(out, "--out")
+        for kind in ("runs.csv", "csv", "md", "png"):
+            if (out / f"{args.table}.{kind}").is_dir():
+                raise UserError(f"--out {out}: {args.table}.{kind} is a folder")
+    if args.into:
+        split_page(Path(args.into), args.table)
+
+
+def make_folder(path: Path) -> None:
+    """The folder, made if need be, and written into for a try."""
+    probe = path / f".{os.getpid()}.tmp"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror})") from error
+
+
 def show(args) -> None:
+    check_places(args)
     table = TABLES[args.table]
     records = collect(Path(args.runs), table.protocol) if table.protocol else []
     out = Path(args.out) if args.out else None
     if out:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         records = merge(out / f"{args.table}.runs.csv", records)
     rows = summarise(args.table, records)
     if not rows:
@@ -698,22 +1020,32 @@ def show(args) -> None:
     text = markdown(args.table, rows)
     if out:
         write_csv(out / f"{args.table}.csv", rows)
-        (out / f"{args.table}.md").write_text(text, encoding="utf-8")
+        write(out / f"{args.table}.md", text)
         draw(rows, out / f"{args.table}.png", table.title)
     if args.into:
         insert(Path(args.into), args.table, text)
     print(text)
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Put the table between its two marks in a page."""
+def split_page(path: Path, name: str) -> tuple[str, str]:
+    """What stands in a page up to the table's first mark, and from its last."""
     begin, end = f"<!-- tables.py show {name} -->", "<!-- end of the table -->"
     try:
-        before, rest = path.read_text(encoding="utf-8").split(begin)
-        after = rest[rest.index(end) :]
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        before, rest = path.read_bytes().decode().split(begin)
+        return before + begin, rest[rest.index(end) :]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} has no place for the table: {begin} ... {end}") from error
-    path.write_text(f"{before}{begin}\n{text}{after}", encoding="utf-8")
+        raise UserError(f"{shown(path)} has no place for the table: {begin} ... {end}") from error
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put the table between its two marks in a page."""
+    before, after = split_page(path, name)
+    try:
+        path.write_bytes(f"{before}\n{text}{after}".encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def overview(args) -> None:
@@ -740,19 +1072,32 @@ def parse(argv: list[str]):
     add = parser.add_argument
     if command != "list":
         add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
-        add("--runs", default="runs/tables", metavar="DIR", help="(default runs/tables)")
-        add("--out", metavar="DIR", help="also write CSV, Markdown and a figure there")
-        add("--into", metavar="FILE", help="also put it between its marks in this page")
+        folder = dict(type=cli.filled, metavar="DIR")
+        add("--runs", default="runs/tables", **folder, help="(default runs/tables)")
+        add("--out", **folder, help="also write CSV, Markdown and a figure there")
+        page = dict(type=cli.filled, metavar="FILE")
+        add("--into", **page, help="also put it between its marks in this page")
     if command == "run":
         add("--methods", type=cli.comma(str), metavar="M,M", help="(default: the table's)")
         add("--pairs", type=cli.comma(str), metavar="T-S,T-S", help="(default: the table's)")
-        add("--seeds", type=cli.number(int, 1), default=1, metavar="N", help="1 to N (default 1)")
+        add(
+            "--seeds",
+            type=cli.number(int, 1, 1000),
+            default=1,
+            metavar="N",
+            help="1 to N (default 1)",
+        )
         add("--epochs", type=cli.number(int, 1), metavar="N", help="(default: the protocol's)")
-        add("--data", metavar="NAME", help="(default: the table's) " + cli.DATA_NAMES)
-        add("--img_root", metavar="DIR", help="where the images are (default ./datasets)")
+        add(
+            "--data",
+            type=cli.filled,
+            metavar="NAME",
+            help="(default: the table's) " + cli.DATA_NAMES,
+        )
+        add("--img_root", **folder, help="where the images are (default ./datasets)")
         add("--img_size", type=cli.number(int, *dataset.SIZES), metavar="N", help="in pixels")
-        add("--teacher", metavar="FILE", help="a trained teacher (default: trained first)")
-        add("--jobs", type=cli.number(int, 1), default=1, metavar="J", help="side by side")
+        add("--teacher", **page, help="a trained teacher (default: trained first)")
+        add("--jobs", type=cli.number(int, 1, 256), default=1, metavar="J", help="side by side")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
         cli.add_machine_flags(parser)
     return parser.parse_args(argv[1:])

@@ -235,6 +235,11 @@ def test_without_onnxruntime(student, monkeypatch, capsys):
     assert "not read back, to compare logits: pip install onnxruntime" in capsys.readouterr().out
 
 
+def test_the_longest_name(student):
+    out = student.with_name("x" * 243 + ".safetensors")
+    assert run(student, "--out", out)["path"] == str(out) and out.exists()
+
+
 # --- bad input -------------------------------------------------------------------------------------
 
 
@@ -276,6 +281,16 @@ class Net(nn.Module):
         (["{file}", "--out", "{tmp}/x.bin"], "ends in .safetensors, .onnx, .pt2 is wanted"),
         (["{file}", "--format", "onnx", "--out", "{tmp}/x.pt2"], "ends in .onnx is wanted"),
         (["{file}", "--out", "{tmp}/no/x.pt2"], "cannot be written"),
+        (["{file}", "--out", f"{{tmp}}/{'x' * 300}.pt2"], "cannot be written (File name too long)"),
+        (["{file}", "--out", f"{{tmp}}/{'x' * 300}/x.pt2"], "(File name too long)"),
+        (["{file}", "--out", "a\0b.pt2"], "--out: a name is wanted"),
+        (["{file}", "--out", ""], "--out: a name is wanted"),
+        (["{file}", "--format", "torch", "--net", "a\0b"], "--net: a name is wanted"),
+        ([f"{'x' * 300}.pth", "--format", "torch"], "File name too long"),
+        (["a\0b.pth", "--format", "torch"], "CHECKPOINT: a name is wanted"),
+        (["", "--format", "torch"], "CHECKPOINT: a name is wanted"),
+        ([".", "--format", "torch"], ". is a folder: name the checkpoint in it"),
+        (["/", "--format", "torch"], "/ is a folder: name the checkpoint in it"),
         (["{file}", "--out", "{tmp}/x.pt2", "--img_size", "16"], "--img_size 16 contradicts"),
         (["{file}", "--out", "{tmp}/x.pt2", "--num_class", "7"], "--num_class 7 contradicts"),
         (["{file}", "--out", "{tmp}/x.pt2", "--net", "resnet20"], "--net resnet20 contradicts"),

@@ -1,4 +1,7 @@
 import builtins
+import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from engine.checkpoint import read_checkpoint, read_weights, save_checkpoint
 from engine.run import read_metrics
 from tools import plot as tool
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--data_name", "digits", "--img_size", "8", "--cuda", "0"]
 PLAIN = ["--amp", "off", "--cuda", "0"]
 
@@ -335,6 +339,8 @@ def test_the_first_that_knows_says_which_images(runs, tmp_path):
 
 # --- bad input -------------------------------------------------------------------------------------
 
+LONG = "x" * 300
+
 
 @pytest.mark.parametrize(
     "argv, message",
@@ -356,6 +362,19 @@ def test_the_first_that_knows_says_which_images(runs, tmp_path):
         (["curves", "{base}", "--out={tmp}/dir.png"], "dir.png cannot be written"),
         (["curves", "{base}", "--out={tmp}/none/x.png"], "or in none that is there"),
         (["curves", "{base}", "--out={tmp}/old.png"], "old.png is there already: --force"),
+        (["curves", "{base}", f"--out={LONG}.png"], "cannot be written (File name too long)"),
+        (["curves", "{base}", f"--out={{tmp}}/{LONG}/x.png"], "(File name too long)"),
+        (["curves", "{base}", "--out=a\0b.png"], "--out: a name is wanted"),
+        (["curves", "{base}", "--out=a\udce4.png"], "is no UTF-8"),
+        (["curves", LONG, "{out}"], "(File name too long)"),
+        (["curves", "a\0b", "{out}"], "RUN: a name is wanted"),
+        (["curves", "", "{out}"], "RUN: a name is wanted"),
+        (["curves", "{base}", "--labels", "a\0b", "{out}"], "--labels: a name is wanted"),
+        (["tsne", LONG, "{out}"], "File name too long"),
+        (["tsne", "a\0b", "{out}"], "MODEL: a name is wanted"),
+        (["tsne", "{model}", "--net_name", "a\0b", "{out}"], "--net_name: a name is wanted"),
+        (["correlation", "{model}", "--t_model=a\0b", "{out}"], "--t_model: a name is wanted"),
+        (["correlation", "{model}", f"--t_model={LONG}", "{out}"], "File name too long"),
         (["tsne", "{base}", "{out}"], "is a folder: name the checkpoint"),
         (["tsne", "{tmp}/none.pth", "{out}"], "none.pth: no such checkpoint"),
         (["tsne", "{model}", "--images", "4", "{out}"], "at least 5"),
@@ -416,3 +435,12 @@ def test_a_missing_package_is_one_line(runs, out, monkeypatch, capsys, package, 
 def test_force_writes_over(runs, out):
     Path(out).write_text("old")
     draw(out, "curves", str(runs / "at"), "--force")
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://nonsense"])
+def test_a_wrong_backend_changes_nothing(backend, runs, out):
+    """MPLBACKEND chooses a window system, of which no figure has need."""
+    command = [sys.executable, "tools/plot.py", "curves", str(runs / "at"), "--out", str(out)]
+    env = dict(os.environ, MPLBACKEND=backend)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and Path(out).exists(), done.stderr
