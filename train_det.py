@@ -625,7 +625,7 @@ def restore(run, job: Distillation, optimizer) -> None:
     """Put the state of the run's checkpoint back."""
     saved = run.saved
     job.student.load_state_dict(saved["snet"])
-    job.kd.load_state_dict(saved["kd"])
+    utils.load_state(job.kd, saved["kd"])
     utils.load_optimizer(optimizer, saved["optimizer"])
     utils.set_rng_state(saved["rng"])
 

@@ -828,7 +828,7 @@ def restore(run, job: Distillation, first: int, optimizer) -> None:
     job.deployed.load_state_dict(saved["snet"])
     if "net1" in saved:
         job.teacher.net.load_state_dict(saved["net1"])
-    job.kd.load_state_dict(saved["kd"])
+    utils.load_state(job.kd, saved["kd"])
     if first > 1 or run.inside:
         utils.load_optimizer(optimizer, saved["optimizer"])
     utils.set_rng_state(saved["rng"])

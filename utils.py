@@ -198,6 +198,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             raise ValueError("the optimizer's state is one of other parameters")
 
 
+def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load `state`. Raises ValueError where it has entries that are not finite, and the module has not."""
+    for key, own in module.state_dict().items():
+        if key in state and own.isfinite().all() and not state[key].isfinite().all():
+            raise ValueError(f"{key} has entries that are not finite")
+    module.load_state_dict(state)
+
+
 def pieces(count: int, *tensors: Tensor):
     """Yield (parts, share): the tensors cut into `count` parts, and which share of the samples a part
     has. Never into single samples, which batch norm and the relational losses cannot use."""

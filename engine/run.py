@@ -188,7 +188,8 @@ class Run:
             if not isinstance(self.inside, dict) or set(self.inside) != names:
                 raise ValueError(f"of the epoch at work it needs {', '.join(sorted(names))}")
             self._look_over_meter(**self.inside)
-        numbers = {key: value for key, value in self.saved.items() if key != "rng"}
+        # what lies between the networks may wait for its first batch: see load_state
+        numbers = {key: value for key, value in self.saved.items() if key not in ("rng", "kd")}
         bad = sorted({key for key, x in _tensors(numbers) if not x.isfinite().all()})
         if bad:
             raise ValueError(f"{', '.join(bad)} has entries that are not finite")

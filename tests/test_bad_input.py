@@ -857,9 +857,15 @@ def stopped(tmp_path_factory):
     few = shlex.split(f"{DIGITS} --cuda 0 --epochs 2 --batch_size 300 --save_root {root} --note")
     commands = dict(
         base=(train_base.main, ["--net_name", "resnet8", *few, "base"]),
+        fit=(train_kd.main, shlex.split("--kd_mode fitnet+crd --lambda_kd 1,0 --nce_n 64")),
         kd=(train_kd.main, shlex.split("--kd_mode dml --net1_name resnet14 --s_name resnet8")),
     )
     commands["kd"][1].extend([*few, "kd"])
+    net = network.build("resnet14", 10).state_dict()
+    torch.save(dict(net=net, meta=META | dict(network="resnet14")), root / "t.pth")
+    commands["fit"][1].extend(
+        ["--t_model", str(root / "t.pth"), "--s_name", "resnet8", *few, "fit"]
+    )
     for main, argv in commands.values():
         add, count = utils.Meter.add, []
 
@@ -957,11 +963,16 @@ OF_KD = [
     (at("history.0.phase", "init"), "row 1 of its metrics is none of this run"),
     (at("sources.teacher", "abc"), "is another file than the run was started with"),
 ]
+OF_FIT = [  # one of its parts, of weight 0, has seen no batch yet
+    (at("kd", lambda kd: {k: x * NAN for k, x in kd.items()}), "has entries that are not finite"),
+]
 
 
 @pytest.mark.parametrize(
     "which, change, says",
-    [("base", *case) for case in EDITED + OF_BASE] + [("kd", *case) for case in EDITED + OF_KD],
+    [("base", *case) for case in EDITED + OF_BASE]
+    + [("kd", *case) for case in EDITED + OF_KD]
+    + [("fit", *case) for case in OF_FIT],
     ids=lambda x: ascii(x)[1:40] if isinstance(x, str) else "",
 )
 def test_an_edited_checkpoint_is_refused(which, change, says, stopped, tmp_path, capsys):
@@ -981,7 +992,7 @@ def test_an_edited_checkpoint_is_refused(which, change, says, stopped, tmp_path,
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("which", ["base", "kd"])
+@pytest.mark.parametrize("which", ["base", "kd", "fit"])
 def test_an_untouched_checkpoint_is_accepted(which, stopped, tmp_path):
     """Or the table would prove nothing."""
     root, commands = stopped
