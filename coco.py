@@ -78,6 +78,8 @@ class Coco:
         if masks:
             _pycocotools()
         try:
+            if self.file.exists() and not self.file.is_file():  # one that never ends, perhaps
+                raise UserError(f"{self.file} is no file: {LAYOUT}")
             content, there = json.loads(self.file.read_bytes()), set(os.listdir(self.folder))
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}: {LAYOUT}") from error
@@ -329,6 +331,14 @@ def _draws(images: np.ndarray, seed: int, place: int):
         number, place = number + 1, 0
 
 
+def check_shares(batch_size: int, world: int) -> None:
+    """Raise UserError where `world` processes cannot have equal shares of a batch."""
+    if batch_size < 1 or batch_size % world:
+        raise UserError(
+            f"--batch_size {batch_size}: {world} process(es) need a multiple of {world}"
+        )
+
+
 def train_batches(
     data: Coco,
     batch_size: int,
@@ -349,10 +359,7 @@ def train_batches(
     the last. Raises UserError where the processes cannot have equal shares.
     """
     rank, world = share
-    if batch_size < 1 or batch_size % world:
-        raise UserError(
-            f"--batch_size {batch_size}: {world} process(es) need a multiple of {world}"
-        )
+    check_shares(batch_size, world)
     images = np.arange(len(data)) if empty else data.with_boxes
     draws, each = _draws(images, seed, start * batch_size), batch_size // world
     batches = (

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import UserError, first_line, named
+from utils import UserError, first_line, named, printable, shown
 
 IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
+CLASSES = 2, 1_000_000  # how many there may be
 SIZES = 5, 4096  # of images, in pixels: mirrored padding needs more than the 4 that it adds
 
 RESIDENT = 96  # pixels: images up to here stay on the device, files of larger ones are streamed
@@ -180,12 +181,15 @@ def load(
     """
     read = named(DATASETS, name, "dataset")
     img_size = img_size or IMG_SIZE.get(name)
-    *parts, classes, options, notes = read(Path(root), img_size)
+    try:
+        *parts, classes, options, notes = read(Path(root), img_size)
+    except OSError as error:  # a folder that may not be read, or is gone in the meantime
+        raise UserError(f"{printable(str(error.filename or root))}: {error.strerror}") from error
     sources = options.pop("sources")
     if len(parts[0][1]) < 2:
         raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
     if len(classes) < 2:
-        raise UserError(f"{name}: {classes[0]} is the only class: at least two are needed")
+        raise UserError(f"{name}: {shown(classes[0])} is the only class: at least two are needed")
     if flip is not None:
         options["flip"] = flip
     mean, std = map(tuple, mean_std or ((0.0,) * 3, (1.0,) * 3))
@@ -214,7 +218,7 @@ def load(
         size = SAMPLE_BATCH if is_large(img_size) else 4096
         places, bounds = sample(train, is_large(img_size), size)
         return Data(name, *splits, notes, sources, Path(root)).measured(
-            (shown(train, places[start:stop]) for start, stop in bounds), len(places)
+            (_shown(train, places[start:stop]) for start, stop in bounds), len(places)
         )
     return Data(name, *splits, notes, sources, Path(root))
 
@@ -353,7 +357,7 @@ def test_batches(images: Images, batch_size: int, share: tuple[int, int] = (0, 1
     index, (rank, world) = torch.arange(len(images)), share
     scale_shift = scale_shift_of(images)
     for i in index.to(images.device).split(batch_size)[rank::world]:
-        yield normalise(shown(images, i), *scale_shift), images.labels[i], i
+        yield normalise(_shown(images, i), *scale_shift), images.labels[i], i
 
 
 def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
@@ -373,7 +377,7 @@ def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, paddin
     return pixels
 
 
-def shown(images: Images, index: Tensor) -> Tensor:
+def _shown(images: Images, index: Tensor) -> Tensor:
     """What the test shows of images `index`, uint8 (B, H, W, 3)."""
     pixels = images.pixels[index]
     if images.enlarged:
@@ -440,8 +444,8 @@ def _cifar(kind: str):
         splits = []
         _no_file(root)
         missing = [x for x in (root / reader.filename, root, *root.parents) if not x.exists()]
+        here = (root / reader.base_folder).is_dir()
         try:
-            here = (root / reader.base_folder).is_dir()
             for train in (True, False):
                 split = reader(str(root), train=train, download=not here)
                 splits.append((split.data, split.targets))
@@ -449,6 +453,11 @@ def _cifar(kind: str):
             for path in missing:  # a failed download leaves nothing behind
                 with suppress(OSError):
                     path.rmdir() if path.is_dir() else path.unlink()
+            if here:
+                raise UserError(
+                    f"{root / reader.base_folder} is no whole {kind} ({first_line(error)}): remove "
+                    "this folder, and it is downloaded again"
+                ) from error
             raise UserError(
                 f"{kind} is not to be had in {root} ({first_line(error)}): put the folder "
                 f"{reader.base_folder} there, or a network connection"
@@ -565,9 +574,11 @@ def _is_small(path: bytes) -> bool:
     from PIL import Image
 
     try:
+        if not os.path.isfile(path):  # one that never ends, perhaps
+            return False
         with Image.open(os.fsdecode(path)) as image:
             return image.width == image.height <= RESIDENT
-    except (OSError, ValueError, SyntaxError):  # said when it is read
+    except Exception:  # PIL raises nearly anything on a broken file: said when it is read
         return False
 
 
@@ -581,7 +592,7 @@ def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | N
     files, labels, empty, ignored = [], [], [], Counter()
     for label, name in enumerate(classes):
         found = []
-        for where, inner, names in os.walk(folder / name):
+        for where, inner, names in os.walk(folder / name, onerror=_raise):
             inner[:] = [x for x in inner if x[0] != "."]
             for path in (os.path.join(where, x) for x in names if x[0] != "."):
                 suffix = os.path.splitext(path)[1].lower()
@@ -598,8 +609,13 @@ def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | N
     return classes, files, labels, note if ignored else None
 
 
+def _raise(error: OSError) -> None:
+    raise error  # os.walk leaves out, without a word, what it may not read
+
+
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(shown, names[:5])) + more
 
 
 def open_image(path: str):
@@ -619,8 +635,9 @@ def open_image(path: str):
                 raise ValueError("floating-point pixels, of unknown range")
             return image.convert("RGB")
     except Exception as error:  # PIL raises nearly anything on a broken file
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}): mend or remove it") from error
+        raise UserError(
+            f"{printable(path)}: not a readable image ({first_line(error)}): mend or remove it"
+        ) from error
 
 
 def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray:
@@ -630,7 +647,7 @@ def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray
     pixels, first = None, None
     bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False, disable=None)
     for i, path in enumerate(map(os.fsdecode, bar)):
-        image = open_image(path)
+        image, path = open_image(path), printable(path)
         if img_size:
             image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BILINEAR)
         if max(image.size) > RESIDENT:
@@ -641,7 +658,7 @@ def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray
         first = first or image.size
         if image.size != first or image.width != image.height:
             one, two = (f"{w}x{h}" for w, h in (first, image.size))
-            name = os.path.basename(os.fsdecode(files[0]))
+            name = shown(os.path.basename(os.fsdecode(files[0])))
             raise UserError(f"{path} is {two} pixels ({name}: {one}): give --img_size")
         if pixels is None:
             pixels = np.empty((len(files), image.height, image.width, 3), np.uint8)

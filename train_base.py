@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import dataset
 import network
 import utils
-from engine import cli, distributed, foreign, published, stream
+from engine import cli, console, distributed, foreign, published, stream
 from engine.checkpoint import save_checkpoint
-from engine.find_taps import dry_pass
+from engine.find_taps import check_trainable, dry_pass
 from engine.run import Run
 
 
@@ -75,7 +75,7 @@ def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, pieces
     return torch.cat(outs), torch.stack(losses).sum()
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     utils.seed_everything(recipe.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
+    check_trainable(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **cli.describe_data(recipe, data))
 
     lines = [
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
             run.fits(epochs, len(dataset.batch_bounds(len(data.train), recipe.batch_size)))
             restore(run.saved, net, utils.sgd(net.parameters(), recipe))
     if recipe.dry_run:
-        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
+        return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
     with run.start(machine, meta):
         for line in lines:
             run.log(line)

@@ -24,8 +24,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import coco
 import utils
-from engine import cli, distributed, foreign, published
-from engine.checkpoint import check_weights, find_weights, load_weights, sha256
+from engine import cli, console, distributed, foreign, published
+from engine.checkpoint import check_meta, check_weights, find_weights, load_weights, sha256
 from engine.run import Run
 from kd_losses.dkd import DKD
 from kd_losses.reviewkd import ReviewKD
@@ -44,6 +44,8 @@ TRAINED = ("fasterrcnn_resnet50", "maskrcnn_resnet50", "retinanet_resnet50")
 
 
 FOLDER = "./datasets/coco"
+# least and most of what a View has
+SIDE, ANCHOR, ROIS = (32, 8192), (1, 1024), (2, 10_000)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ class Found:
 
     def __post_init__(self):
         utils.named(DETECTORS, self.name, "detector")
+        check_meta(
+            self.meta,
+            self.path,
+            min_size=lambda x: isinstance(x, (list, tuple)) and len(x) > 0 and _whole(x, SIDE),
+            max_size=lambda x: _whole([x], SIDE),
+            anchor=lambda x: _whole([x], ANCHOR),
+            rois=lambda x: _whole([x], ROIS),
+        )
 
     @property
     def weights(self) -> str:
@@ -162,6 +172,10 @@ class Found:
             load_weights(net, self.state, self.path, self.name)
             check_weights(net, self.path)
         return net
+
+
+def _whole(values, bounds: tuple[int, int]) -> bool:
+    return all(type(x) is int and bounds[0] <= x <= bounds[1] for x in values)
 
 
 def find(name: str | None, path: str | None, side: str, pretrained: str | bool = False) -> Found:
@@ -415,13 +429,11 @@ def parse(argv: list[str]):
         metavar="DIR",
         help="train2017, val2017 and annotations in it",
     )
-    size = cli.number(int, 32, 8192)
-    add(
-        "--min_size", type=cli.comma(size), metavar="N[,N]", help="the shorter side: one is drawn"
-    )
+    size = cli.number(int, *SIDE)
+    add("--min_size", type=cli.comma(size), metavar="N[,N]", help="the shorter side: one is drawn")
     add("--max_size", type=size, metavar="N", help="the longer side at most")
-    add("--anchor", type=cli.number(int, 1, 1024), metavar="N", help="smallest anchor's side")
-    add("--rois", type=cli.number(int, 2, 10_000), metavar="N", help="regions an image (512)")
+    add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help="smallest anchor's side")
+    add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions an image (512)")
     add = parser.add_argument_group("training").add_argument
     count = dict(type=cli.number(int, 1), metavar="N")
     add("--iters", **count, help="steps; all else scales with them (default 180000)")
@@ -487,7 +499,7 @@ def resolve(args, s: Found, t: Found | None):
 # --- the job --------------------------------------------------------------------------------------
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, parts = parse(argv)
@@ -501,6 +513,7 @@ def main(argv: list[str] | None = None) -> dict:
             )
     recipe = resolve(args, found_s, found_t)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
+    coco.check_shares(recipe.batch_size, utils.world())
     names = [found.name for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, *names])
     run = Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
@@ -544,7 +557,7 @@ def main(argv: list[str] | None = None) -> dict:
             run.fits(rows, recipe.eval_every)
             restore(run, job, utils.sgd(job.learners(), recipe))
     if recipe.dry_run:
-        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
+        return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
     job.to(machine.device)
     notes = dict(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import dataset
 import network
 import utils
-from engine import cli, distributed, foreign, published, stream
+from engine import cli, console, distributed, foreign, published, stream
 from engine.adapter import Adapter, align, count_macs
+from engine.find_taps import check_trainable
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.run import Run
 from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
@@ -609,7 +610,7 @@ def kd_weights(job: Distillation, phase: Phase, done: float, recipe) -> list[flo
 # --- the job ---------------------------------------------------------------------------------------
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, rows = parse(argv)
@@ -659,6 +660,9 @@ def main(argv: list[str] | None = None) -> dict:
     # the seed of a second learner is another one, or two equal networks would stay equal for ever
     tnet = found_t.build(num_class, recipe.seed + 1, data.train.size)
     snet = found_s.build(num_class, recipe.seed, data.train.size)
+    for found, net in ((found_s, snet), (found_t, tnet))[: 1 + trained]:
+        check_trainable(net.requires_grad_(True), found.name, num_class, data.train.size)
+        net.requires_grad_(False)
     if trained and _equal(snet, tnet):
         raise UserError(
             "both networks start from the same weights and would stay equal: change one"
@@ -702,7 +706,7 @@ def main(argv: list[str] | None = None) -> dict:
             run.fits(rows, len(dataset.batch_bounds(len(data.train), recipe.batch_size)))
             try_restore(run, job, phases, recipe)
     if recipe.dry_run:
-        return print(*lines, f"nothing trained, nothing written: {run.dir}", sep="\n")
+        return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
     job.to(machine.device)
     if recipe.cuda_graph and not all(x.is_cuda for x in job.kd.state_dict().values()):

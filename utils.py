@@ -3,7 +3,9 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import os
+import reprlib
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -21,12 +23,42 @@ class UserError(ValueError):
     """What is wrong and what to do, in one line for the person at the keyboard."""
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in a line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line that is not too long; its kind where it says nothing."""
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
-def brief(error: Exception) -> str:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is the memory that an exception is about."""
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or getattr(error, "errno", None) == errno.ENOMEM
+    ):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def printable(text: str) -> str:
+    """`text`, escaped where a terminal would do something else than show it: names from files and
+    folders may hold anything."""
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
+
+
+def shown(value, most: int = 60) -> str:
+    """A name or a value that was read from a file or folder, for a line: escaped, and cut to `most`
+    characters."""
+    try:
+        text = value if isinstance(value, str) else reprlib.repr(value)
+    except Exception:  # a number of too many digits, say
+        text = f"a {type(value).__name__}"
+    text = printable(text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def brief(error: BaseException) -> str:
     """The kind of an exception and its first line."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"

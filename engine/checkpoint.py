@@ -5,9 +5,9 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import re
+import shlex
 import warnings
 import zipfile
 from contextlib import suppress
@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset import SIZES
+from dataset import CLASSES, SIZES
+from engine.cli import filled
 from engine.find_taps import ensure_taps
 from engine.foreign import build, constructor
 from network import NETWORKS
-from utils import UserError, first_line, seed_everything
+from utils import UserError, first_line, seed_everything, shown
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -47,8 +48,13 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is a folder: name the checkpoint in it, like model_best.pth.tar")
     if not path.is_file():  # one that never ends, perhaps
         raise UserError(f"{path} is no file that could be read twice: give a copy of it")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _check_unpacked(path)
     try:
         # RepDistiller's *_last.pth keep their flags: a Namespace is a bag of values
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -63,36 +69,67 @@ def read_checkpoint(path: str | Path) -> dict:
         unsafe = r"Unsupported (?:global|class|operand|operator)[^\n]*?([\w.]+\.\w+)"
         code = re.search(unsafe, str(error))
         if code:
+            convert = (
+                f"import torch; c = torch.load({str(path)!r}, map_location='cpu', "
+                "weights_only=False); c = c if isinstance(c, dict) else c.state_dict(); "
+                "torch.save({'net': c.get('model') or c.get('net') or c.get('state_dict') or c}, "
+                f"{path.stem + '.converted.pth'!r})"
+            )
             raise UserError(
-                f"{path} holds more than tensors ({code[1]}), and reading that may run code. If you "
-                'trust it, convert it once: python -c "import torch; c = '
-                f"torch.load('{path}', map_location='cpu', weights_only=False); c = c if "
-                "isinstance(c, dict) else c.state_dict(); torch.save({'net': c.get('model') or "
-                f"c.get('net') or c.get('state_dict') or c}}, '{path.stem}.converted.pth')\""
+                f"{path} holds more than tensors ({shown(code[1])}), and reading that may run code. If "
+                f"you trust it, convert it once: python -c {_quoted(convert)}"
             ) from error
         code = re.search(r"unsupported GLOBAL ([\w.]+) whose module \S+ is blocked", str(error))
         if code:
             raise UserError(
-                f"{path} holds code ({code[1]}) that no checkpoint needs and was not read: do not "
+                f"{path} holds code ({shown(code[1])}) that no checkpoint needs and was not read: do not "
                 "trust it"
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is damaged, cut short, or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint's dict")
-    return checkpoint
+    return plain_dict(checkpoint)
+
+
+def plain_dict(x: dict) -> dict:
+    """The dict alone: one that was unpickled may have attributes over its methods."""
+    return dict(dict.items(x))
+
+
+def _quoted(code: str) -> str:
+    """A word of a command line, in double quotes where that is enough."""
+    return shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
+
+
+UNPACKED = 4  # times its size that a file may unpack to; torch does not compress
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise UserError where the records of a zip archive say that they unpack to far more than the
+    file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+    except Exception:  # no archive, or a broken one: said when it is read
+        return
+    if size > UNPACKED * path.stat().st_size:
+        raise UserError(
+            f"{path} is not read: its {path.stat().st_size:,} bytes unpack to {size:,}, which no "
+            "checkpoint's do"
+        )
 
 
 def _read_safetensors(path: Path) -> dict:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError:
         raise UserError(f"{path} needs safetensors: pip install safetensors") from None
     try:
         with safe_open(path, framework="pt") as file:
             net = {key: file.get_tensor(key) for key in file.keys()}
             meta = json.loads((file.metadata() or {}).get("meta", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # SafetensorError, and what a crafted header leads to
         raise UserError(
             f"{path} is damaged, cut short, or not safetensors ({first_line(error)})"
         ) from error
@@ -113,7 +150,8 @@ def write_file(path: Path, data) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)
         with suppress(OSError):
             aside.unlink()
         raise
@@ -149,10 +187,17 @@ def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Te
         dicts = [value for value in checkpoint.values() if _only_tensors(value)]
         if len(dicts) == 1:
             (checkpoint,) = dicts
+    checkpoint = plain_dict(checkpoint)
     state = {k: v for k, v in checkpoint.items() if isinstance(k, str) and torch.is_tensor(v)}
     if not state:
-        found = [str(key)[:50] for key in checkpoint][:10]
+        found = [shown(key) for key in checkpoint][:10]
         raise UserError(f"{path} holds no weights, only: {', '.join(found) or 'nothing at all'}")
+    state = {key: Tensor.detach(x) for key, x in state.items()}  # without attributes of a file's
+    odd = [key for key, x in state.items() if x.is_nested or not _stored(x)]
+    if odd:
+        raise UserError(
+            f"{path}: {len(odd)} entries are nested, or larger than what is stored ({few(odd)})"
+        )
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -164,8 +209,19 @@ def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Te
     return state
 
 
+def _stored(x: Tensor) -> bool:
+    """Whether a tensor has its values in memory: one number can stand for any number of them."""
+    if x.layout != torch.strided or x.is_meta:
+        return True  # refused when it is loaded
+    size = x.numel() * x.element_size()
+    return size <= 2**24 or size <= x.untyped_storage().nbytes()
+
+
 def _only_tensors(value) -> bool:
-    return isinstance(value, dict) and value != {} and all(map(torch.is_tensor, value.values()))
+    if not isinstance(value, dict):
+        return False
+    value = plain_dict(value)
+    return value != {} and all(map(torch.is_tensor, value.values()))
 
 
 def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -174,6 +230,8 @@ def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
     if not weights:
         return None
     num_class = weights[-1].shape[0]  # the classifier is the last matrix
+    if not CLASSES[0] <= num_class <= CLASSES[1]:
+        return None
     shapes = _shapes(state)
     return next(((n, num_class) for n in NETWORKS if shapes == _shapes_of(n, num_class)), None)
 
@@ -243,7 +301,7 @@ def _like(x: Tensor, own: Tensor) -> bool:
 
 
 def few(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(map(shown, keys[:3])) + (", ..." if len(keys) > 3 else "")
 
 
 @dataclass
@@ -302,25 +360,40 @@ def read_meta(checkpoint: dict, path: str) -> dict:
     meta = checkpoint.get("meta")
     if not isinstance(meta, dict):
         return {}
-    least, most = SIZES
-
-    def three(values) -> bool:
-        fine = isinstance(values, (list, tuple)) and len(values) == 3
-        return fine and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
-
-    tests = dict(
-        network=lambda x: isinstance(x, str),
-        data_name=lambda x: isinstance(x, str),
-        img_root=lambda x: isinstance(x, str),
-        num_class=lambda x: isinstance(x, int) and x > 1,
-        img_size=lambda x: isinstance(x, int) and least <= x <= most,
-        mean=lambda x: three(x) and meta.get("std") is not None,
-        std=lambda x: three(x) and min(x) > 0,
+    meta = plain_dict(meta)
+    low, high = SIZES
+    check_meta(
+        meta,
+        path,
+        network=_is_name,
+        data_name=_is_name,
+        img_root=_is_name,
+        num_class=lambda x: type(x) is int and CLASSES[0] <= x <= CLASSES[1],
+        img_size=lambda x: type(x) is int and low <= x <= high,
+        mean=lambda x: _three(x) and meta.get("std") is not None,
+        std=lambda x: _three(x) and min(x) > 0,
     )
+    return {key: value for key, value in meta.items() if value is not None}
+
+
+def check_meta(meta: dict, path: str, **tests) -> None:
+    """Raises UserError where a value that is there does not pass the test of its name."""
     for key, fits in tests.items():
         if meta.get(key) is not None and not fits(meta[key]):
-            raise UserError(f"{path} is damaged: its {key} cannot be {str(meta[key])[:50]}")
-    return {key: value for key, value in meta.items() if value is not None}
+            raise UserError(f"{path} is damaged: its {key} cannot be {shown(meta[key])}")
+
+
+def _is_name(x) -> bool:
+    try:
+        return isinstance(x, str) and len(x) < 4096 and bool(filled(x))
+    except argparse.ArgumentTypeError:
+        return False
+
+
+def _three(values) -> bool:
+    """Whether these are three numbers on the scale of pixels, 0 to 1."""
+    fine = isinstance(values, (list, tuple)) and len(values) == 3
+    return fine and all(type(x) in (int, float) and 0 <= x <= 1 for x in values)
 
 
 def find_weights(
@@ -352,9 +425,29 @@ def find_weights(
         raise UserError(f"{path} does not say which network it is: give --{flag}")
     if name is None and ".py:" in known:
         # a checkpoint must not choose which code is run
-        raise UserError(f"{path} holds a network of your own: say so with --{flag} {known}")
+        own = shlex.quote(shown(known, 300))
+        raise UserError(f"{path} holds a network of your own: say so with --{flag} {own}")
     if known not in (None, name or known) and ".py:" not in name:
-        raise UserError(f"--{flag} {name} contradicts {path}, which holds a {known}")
+        raise UserError(f"--{flag} {name} contradicts {path}, which holds a {shown(known)}")
+    _check_simkd(name or known, state, path)
     epoch = checkpoint.get("epoch")
-    epoch = epoch if isinstance(epoch, int) else 0
+    epoch = epoch if type(epoch) is int and 0 <= epoch < 2**53 else 0
     return kind(name or known, state, meta, path, taps=taps, epoch=epoch)
+
+
+def _check_simkd(name: str, state: dict[str, Tensor], path: str) -> None:
+    """Raises UserError where the widths in a Reusing's name are not those of its weights: a name must
+    not decide how much memory is taken."""
+    if not name.startswith("simkd:"):
+        return
+    spec = name.rsplit(":", 5)[1:]
+    shapes = [
+        state[key].shape[:2] if key in state else ()
+        for key in ("projector.projector.0.weight", "projector.projector.6.weight")
+    ]
+    wide = [list(shape) for shape in shapes]
+    if all(x.isdecimal() and 0 < len(x) < 6 and int(x) for x in spec):
+        s_dim, t_dim, factor = map(int, spec[:3])
+        if wide == [[t_dim // factor, s_dim], [t_dim, t_dim // factor]]:
+            return
+    raise UserError(f"{path} is not a {shown(name)}: its projector has weights {wide}")

@@ -2,57 +2,16 @@
 
 import argparse
 import difflib
-import functools
 import os
-import re
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 
-from dataset import IMG_SIZE, SIZES
+from dataset import CLASSES, IMG_SIZE, SIZES
 from engine.published import PROTOCOLS, Protocol, scaled
 from engine import stream
-from engine.run import Stopped
 import utils
 from utils import UserError
-
-
-def command(main):
-    """Make `main(argv=None)` a command: a UserError becomes one line and exit code 2."""
-
-    @functools.wraps(main)
-    def run(argv: list[str] | None = None):
-        try:
-            return main(argv)
-        except UserError as error:
-            line, code = f"error: {' '.join(str(error).split())}", 2
-        except RuntimeError as error:
-            line, code = " ".join(str(error).split()).rstrip("."), 2
-            if line.startswith("DataLoader worker"):  # one was killed, wherever we were
-                line = f"error: {line}: give fewer --workers, or --workers 0"
-            elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in line:
-                size = re.search(r"allocate ([\d.]+ \w+)", line)
-                line = (
-                    f"error: out of memory{f' ({size[1]} more are wanted)' if size else ''}: give "
-                )
-                line += "a smaller --batch_size, --img_size or network"
-            else:
-                raise
-        except Stopped as stopped:
-            line, code = str(stopped), 128 + stopped.signal
-        except KeyboardInterrupt:
-            line, code = "interrupted", 130
-        finally:
-            utils.leave_ranks()
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # torchrun ends us where the first process failed too and has said so
-        print(line, file=sys.stderr)
-        raise SystemExit(code) from None
-
-    return run
 
 
 DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
@@ -97,9 +56,8 @@ def number(kind, low=None, high=None, open_low=False):
         except (ValueError, OverflowError):
             fine = False
         if not fine:
-            raise argparse.ArgumentTypeError(
-                f"{what} {' and '.join(bounds)} is wanted, not {text!r}"
-            )
+            wanted = " ".join([what, " and ".join(bounds)]).strip()
+            raise argparse.ArgumentTypeError(f"{wanted} is wanted, not {text!r}")
         return value
 
     return parse
@@ -226,7 +184,7 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
     add("--img_root", type=filled, metavar="DIR", help="where the images are (default ./datasets)")
-    add("--num_class", type=number(int, 2), metavar="N", help="checked against the dataset")
+    add("--num_class", type=number(int, *CLASSES), metavar="N", help="checked against the dataset")
     add(
         "--img_size",
         type=number(int, *SIZES),
@@ -374,6 +332,11 @@ def load_data(recipe: argparse.Namespace, batch_size: int | None = None):
     if batch_size is not None and batch_size > len(data.train):
         raise UserError(
             f"--batch_size {batch_size}: there are {len(data.train)} training images in {data.name}"
+        )
+    if utils.world() > 1 and min(recipe.batch_size, len(data.train)) < 2 * utils.world():
+        raise UserError(
+            f"--batch_size {recipe.batch_size}, {len(data.train)} training images: {utils.world()} "
+            f"processes need two images each, {2 * utils.world()} in all"
         )
     return data
 

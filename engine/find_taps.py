@@ -5,11 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter import shape_of
 from network import as_map, first_tensor, split_tap
-from utils import UserError, brief, named
+from utils import UserError, brief, named, out_of_memory
 
 
 @dataclass(eq=False)
@@ -112,7 +113,9 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
     try:
         with torch.no_grad():
             out = net.eval()(img)
-    except Exception as error:  # whatever somebody's network does
+    except (Exception, SystemExit) as error:  # whatever somebody's network does
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{name} does not take {img_size}-pixel images ({brief(error)}): try --img_size"
         ) from error
@@ -129,6 +132,36 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
         raise UserError(f"{name} gives {what} for two images, not logits of shape (2, {num_class})")
     root.out = out
     return [*ended, root]
+
+
+def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> None:
+    """Let `net` learn from two images, and leave it as it was. Raises UserError where it cannot."""
+    if not any(p.requires_grad for p in net.parameters()):
+        raise UserError(f"{name} has no parameters that learn (requires_grad)")
+    modes = {module: module.training for module in net.modules()}
+    buffers = {key: x.clone() for key, x in net.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            out = net.train()(torch.randn(2, 3, img_size, img_size))
+            if not torch.is_tensor(out) or out.shape != (2, num_class):
+                raise TypeError(f"a {type(out).__name__} that is not logits (2, {num_class})")
+            F.cross_entropy(out.float(), torch.tensor([0, 1])).backward()
+        if all(p.grad is None for p in net.parameters()):
+            raise RuntimeError("no parameter gets a gradient")
+    except (Exception, SystemExit) as error:  # whatever somebody's network does
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{name} cannot be trained ({brief(error)})") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p in net.parameters():
+            p.grad = None
+        with torch.no_grad():
+            for key, x in net.named_buffers():
+                if key in buffers and x.shape == buffers[key].shape:
+                    x.copy_(buffers[key])
 
 
 def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.find_taps import ensure_taps
 from network import NETWORKS, Tapped, classifier_of
-from utils import UserError, brief, first_line, named
+from utils import UserError, brief, first_line, named, printable, shown
 
 
 def build(
@@ -87,8 +87,12 @@ def _of_simkd(name: str):
 
     _, _, rest = name.partition(":")
     inner, *numbers = rest.rsplit(":", 5)
-    if len(numbers) < 5 or not all(x.isdecimal() for x in numbers):
-        raise UserError(f"no network {name!r}: simkd:NETWORK and five numbers are wanted")
+    if len(numbers) < 5 or not all(x.isdecimal() and len(x) < 6 and int(x) for x in numbers):
+        raise UserError(
+            f"no network {shown(name)!r}: simkd:NETWORK and five numbers are wanted, 1 to 99999"
+        )
+    if inner.count("simkd:") > 3:
+        raise UserError(f"no network {shown(name)!r}: one simkd in another in another")
     s_dim, t_dim, factor, *size = map(int, numbers)
     own = constructor(inner)
 
@@ -98,7 +102,7 @@ def _of_simkd(name: str):
         try:
             projector = SimKD(s_dim, t_dim, factor, tuple(size))
         except ValueError as error:
-            raise UserError(f"{name}: {first_line(error)}") from error
+            raise UserError(f"{shown(name)}: {first_line(error)}") from error
         return Reusing(net, projector, nn.Linear(t_dim, num_class))
 
     return make
@@ -186,13 +190,19 @@ def _new_classifier(net: nn.Module, old_class: int, num_class: int) -> None:
 
 def _of_file(path: str, function: str):
     file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file (path/to/file.py:function names a network)")
+    try:
+        there = file.is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(path)}: {first_line(error)}") from error
+    if not there:
+        raise UserError(
+            f"{printable(path)}: no such file (path/to/file.py:function names a network)"
+        )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's file does
+    except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise UserError(f"{path} cannot be imported ({brief(error)})") from error
     functions = {key: f for key, f in vars(module).items() if callable(f) and key[0] != "_"}
     make = named(functions, function, f"function in {path} called")
@@ -204,7 +214,7 @@ def _of_file(path: str, function: str):
             )
         try:
             net = make(num_class)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{path}: {function}({num_class}) failed ({brief(error)})") from error
         if not isinstance(net, nn.Module):
             raise UserError(f"{path}: {function} returns a {type(net).__name__}, not an nn.Module")

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from engine.locks import NO_LOCKS, Held, hold
+from engine.console import Stopped, say
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
 from utils import (
+    printable,
     Machine,
     Meter,
     UserError,
@@ -30,14 +32,6 @@ from utils import (
     rng_state,
     world,
 )
-
-
-class Stopped(Exception):
-    """A run that a signal stopped, its checkpoint written."""
-
-    def __init__(self, number: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(number).name} {where}: --resume goes on")
-        self.signal = number
 
 
 class Run:
@@ -337,7 +331,8 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
         if rank() == 0:
-            os.write(2, b"stopping after this step\n")  # a print may be at work just now
+            with suppress(OSError):
+                os.write(2, b"stopping after this step\n")  # a print may be at work just now
 
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
@@ -354,9 +349,9 @@ class Run:
         """Print a line and keep it in log.txt."""
         if rank() > 0:
             return
-        print(text, flush=True)
+        say(text)
         try:
-            self.log_file.write(text + "\n")
+            self.log_file.write(printable(text) + "\n")
         except OSError as error:
             raise self._full(error) from error
 
@@ -631,7 +626,7 @@ def draw_curves(
     """Two metrics of some runs, row by row, into one figure. False without matplotlib."""
     matplotlib = import_matplotlib()
     if matplotlib is None:
-        print("no curves drawn: pip install matplotlib")
+        say("no curves drawn: pip install matplotlib")
         return False
     from matplotlib.figure import (
         Figure,  # not pyplot: no window system, no global state

@@ -4,6 +4,7 @@ A table of mistakes, then random bytes for the checkpoint reader and random word
 """
 
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -11,9 +12,13 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
+import warnings
 import zipfile
+import zlib
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -72,6 +77,18 @@ def pictures(root, size=6, classes=("cat", "dog"), n=2):
     return root
 
 
+def png(width, height):
+    """The beginning of a PNG of any size."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"")
+
+
 def make_images(root):
     for size in (1, 4, 6, 97):
         pictures(root / f"size{size}", size)
@@ -87,6 +104,12 @@ def make_images(root):
         "wide": lambda x: Image.new("RGB", (7, 6)).save(x / "train/cat/0.png"),
         "pipe": lambda x: os.mkfifo(x / "train/cat/pipe.png"),
         "dangling": lambda x: (x / "train/cat/gone.png").symlink_to("gone"),
+        "bomb": lambda x: (x / "train/cat/0.png").write_bytes(png(60_000, 60_000)),
+        "no_utf8": lambda x: (x / os.fsdecode(b"train/cat/caf\xe9.png")).write_bytes(b"none"),
+        "escapes": lambda x: (x / "train/cat/\x1b[31m\nred.png").write_bytes(b"none"),
+        "odd_classes": lambda x: (x / "train/dog").rename(
+            x / "train" / (os.fsdecode(b"caf\xe9\x1b[31m\n") + "x" * 200)
+        ),
     }.items():
         change(pictures(root / name))
     pictures(root / "one_class", classes=("cat",))
@@ -109,10 +132,23 @@ def make_checkpoints(root):
         "long_bias": torch.zeros(11),
     }
     files = {name: dict(net=net | {"fc.bias": x}, meta=META) for name, x in bias.items()}
-    for key, value in dict(
-        network=5, data_name=5, img_root=7, num_class="10", img_size=-3, mean=[1], std=[0, 0, 0]
-    ).items():
-        files[f"meta_{key}"] = dict(net=net, meta=META | {key: value})
+    for name, (key, value) in CRAFTED.items():
+        files[f"meta_{name}"] = dict(net=net, meta=META | {key: value})
+    odd = OrderedDict(net=net, meta=META)
+    odd.get = 3  # an attribute, which torch.save keeps
+    attributes = torch.nn.Parameter(torch.zeros(10))
+    attributes.isfinite = attributes.is_floating_point = 3
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2)] * 2)
+    files |= dict(
+        nested=dict(net=net | {"fc.bias": nested}),
+        claims=dict(net=net | {"fc.bias": torch.ones(1).expand(10**9, 10**4)}),
+        odd_dict=odd,
+        odd_tensor=dict(net=net | {"fc.bias": attributes}, meta=META),
+        odd_keys=dict(net=net | {"\x1b[31m" + "k" * 5000: torch.ones(1)}, meta=META),
+        only_keys={"\x1b[31m" + "k" * 5000: 3},
+        own_shell=dict(net=net, meta=META | dict(network="x.py:f; touch ran")),
+    )
     files |= dict(
         fine=dict(net=net, meta=META),
         own_code=dict(net=net, meta=META | dict(network="evil.py:build")),
@@ -145,6 +181,9 @@ def make_checkpoints(root):
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 16
     (root / "flipped.pth").write_bytes(flipped)
+    shutil.copy(root / "fine.pth", root / "bomb.pth")
+    with zipfile.ZipFile(root / "bomb.pth", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fine/data/99", bytes(30_000_000))
     (root / "text.pth").write_text("weights\nand biases")
     (root / "zeros.pth").write_bytes(bytes(2000))
     with zipfile.ZipFile(root / "archive.pth", "w") as archive:
@@ -153,10 +192,55 @@ def make_checkpoints(root):
     safe = pytest.importorskip("safetensors.torch")
     safe.save_file(net, root / "fine.safetensors", {"meta": json.dumps(META)})
     safe.save_file(net, root / "meta.safetensors", {"meta": "no json"})
+    for name, text in dict(deep="[" * 50_000, digits="9" * 5000).items():
+        safe.save_file(net, root / f"{name}.safetensors", {"meta": text})
     data = (root / "fine.safetensors").read_bytes()
     for n in (0, 7, 100, len(data) - 1):
         (root / f"cut{n if n < 101 else 'end'}.safetensors").write_bytes(data[:n])
     (root / "huge.safetensors").write_bytes((2**60).to_bytes(8, "little") + data[8:])
+
+
+NETS = """
+import sys
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_class):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, num_class)
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+class Empty(Net):
+    def __init__(self, num_class):
+        nn.Module.__init__(self)
+        self.num_class = num_class
+    def forward(self, x):
+        return x.mean((1, 2, 3))[:, None].expand(-1, self.num_class)
+class Still(Net):
+    def __init__(self, num_class):
+        super().__init__(num_class)
+        self.requires_grad_(False)
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x).detach()
+class Raises(Net):
+    def forward(self, x):
+        return super().forward(x) if not self.training else {}["only in training"]
+class Two(Net):
+    def forward(self, x):
+        return (super().forward(x), x) if self.training else super().forward(x)
+class Exits(Net):
+    def forward(self, x):
+        return sys.exit(0) if self.training else super().forward(x)
+class ExitsEarly(Net):
+    def forward(self, x):
+        sys.exit("at once")
+def leaves(num_class):
+    sys.exit(3)
+def long(num_class):
+    raise ValueError("\\x1b[31m" + "x" * 5000)
+"""
 
 
 def make_runs(root, teacher):
@@ -218,7 +302,38 @@ def places(tmp_path_factory):
     torch.save(dict(net=state, meta=META | dict(network="resnet14")), names["t"])
     make_runs(names["runs"], names["t"])
     names["file"].write_text("mine")
+    names |= dict(nets=root / "nets.py", exits=root / "exits.py")
+    names["nets"].write_text(NETS)
+    names["exits"].write_text("import sys\nsys.exit(0)\n")
     return [names, snapshot(root)]
+
+
+# file: (key, value) of its metadata
+CRAFTED = dict(
+    network=("network", 5),
+    data_name=("data_name", 5),
+    img_root=("img_root", 7),
+    num_class=("num_class", "10"),
+    img_size=("img_size", -3),
+    mean=("mean", [1]),
+    std=("std", [0, 0, 0]),
+    simkd=("network", "simkd:" * 3000 + "resnet8" + ":1" * 15_000),
+    empty=("network", ""),
+    zero=("img_root", "a\0b"),
+    escapes=("network", "\x1b[31m\0" + "x" * 5000),
+    surrogate=("data_name", "\ud800"),
+    classes=("num_class", 2**63),
+    digits=("num_class", 10**400),
+    logical=("num_class", True),
+    tensor=("num_class", torch.tensor(10)),
+    pixels=("img_size", 2.0**70),
+    logical_mean=("mean", [True, True, True]),
+    large_mean=("mean", [10**400] * 3),
+    scale=("mean", [125.0, 123.0, 114.0]),
+    deep=("mean", functools.reduce(lambda x, _: [x, x], range(60), 0)),
+    large_std=("std", [10**400] * 3),
+    tensor_std=("std", torch.ones(3)),
+)
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -266,6 +381,7 @@ BASE = [
     ("--protocol mine", "kdzoo"),
     ("--protocol ''", "kdzoo"),
     ("--num_class 1", "at least 2"),
+    ("--num_class 9223372036854775808", "at most 1000000"),
     ("--num_class 7", "7 classes are wanted (--num_class or the checkpoint), digits has 10"),
     ("--img_size 4", "at least 5"),
     ("--img_size 1000000", "at most 4096"),
@@ -304,6 +420,20 @@ BASE = [
     ("--net_name torchvision/", "no network 'torchvision/'"),
     ("--net_name torchvision/qqq", "no network of torchvision 'qqq': none has a name like it"),
     ("--net_name gone.py:net", "gone.py: no such file"),
+    (f"--net_name {LONG}/a.py:net", "File name too long"),
+    ("--net_name {exits}:net", "exits.py cannot be imported (SystemExit: 0)"),
+    ("--net_name {nets}:leaves", "leaves(10) failed (SystemExit: 3)"),
+    ("--net_name {nets}:long", "long(10) failed (ValueError: \\x1b[31mxxx"),
+    ("--net_name {nets}:ExitsEarly", "does not take 12-pixel images (SystemExit: at once)"),
+    ("--net_name {nets}:Empty", "nets.py:Empty has no parameters that learn"),
+    ("--net_name {nets}:Still", "nets.py:Still has no parameters that learn"),
+    ("--net_name {nets}:Detached", "nets.py:Detached cannot be trained (RuntimeError: element 0"),
+    ("--net_name {nets}:Raises", "cannot be trained (KeyError: 'only in training')"),
+    ("--net_name {nets}:Two", "cannot be trained (TypeError: a tuple that is not logits"),
+    ("--net_name {nets}:Exits", "cannot be trained (SystemExit: 0)"),
+    (f"--net_name {'simkd:' * 3000}resnet8{':1' * 15_000}", "one simkd in another"),
+    (f"--net_name simkd:resnet8:{'9' * 5000}:1:1:1:1", "five numbers are wanted, 1 to 99999"),
+    ("--net_name simkd:resnet8:0:1:1:1:1", "five numbers are wanted, 1 to 99999"),
     ("--net_name {file}.py:", "no such file"),
     ("--data_name digit", "no dataset 'digit': did you mean digits?"),
     ("--data_name ''", "--data_name: a name is wanted"),
@@ -341,16 +471,31 @@ BASE = [
     ("--data_name imagefolder --img_root {img}/half", "0.png: not a readable image"),
     ("--data_name imagefolder --img_root {img}/pipe", "pipe.png: not a readable image"),
     ("--data_name imagefolder --img_root {img}/dangling", "gone.png: not a readable image"),
+    *(
+        (
+            f"--data_name imagefolder --img_root {{img}}/{name}{more}",
+            f"{file}: not a readable image",
+        )
+        for name, file in dict(
+            half="0.png",
+            pipe="pipe.png",
+            bomb="0.png",
+            no_utf8="caf\\udce9.png",
+            escapes="\\x1b[31m\\nred.png",
+        ).items()
+        for more in ("", " --img_size 97 --workers 0")
+    ),
     (
-        "--data_name imagefolder --img_root {img}/half --img_size 97 --workers 0",
-        "not a readable image",
+        "--data_name imagefolder --img_root {img}/odd_classes",
+        "only in train: caf\\udce9\\x1b[31m\\nxxx",
     ),
     (
         "--data_name imagenet --img_root {img}/text --img_size 97 --num_class 5",
         "5 classes are wanted",
     ),
     ("--data_name cifar10 --img_root {img}/gone/deeper", "no route to host): put the folder"),
-    ("--data_name cifar10 --img_root {img}/cut", "CIFAR10 is not to be had in"),
+    ("--data_name cifar10 --img_root {img}/cut", "batches-py is no whole CIFAR10"),
+    ("--data_name cifar10 --img_root {img}/cut", "remove this folder, and it is downloaded"),
     ("--data_name cifar100 --img_root {file}", "is a file, a folder is wanted"),
     # going on with a run
     ("--epochs 1 --batch_size 1297 --resume --note base --lr 0.2", "--lr is 0.2, the run was"),
@@ -544,9 +689,18 @@ KD = [
     ("--t_model {ck}/huge.safetensors", "is damaged"),
     ("--t_model {ck}/meta.safetensors", "is damaged"),
     *(
-        (f"--t_model {{ck}}/meta_{key}.pth", f"is damaged: its {key} cannot be")
-        for key in ("network", "data_name", "img_root", "num_class", "img_size", "mean", "std")
+        (f"--t_model {{ck}}/meta_{name}.pth", f"is damaged: its {key} cannot be")
+        for name, (key, _) in CRAFTED.items()
     ),
+    ("--t_model {ck}/meta_escapes.pth", "its network cannot be \\x1b[31m\\x00xxx"),
+    ("--t_model {ck}/nested.pth", "1 entries are nested, or larger than what is stored (fc.bias)"),
+    ("--t_model {ck}/claims.pth", "1 entries are nested, or larger than what is stored (fc.bias)"),
+    ("--t_model {ck}/odd_keys.pth", "1 unknown (\\x1b[31mkkk"),
+    ("--t_model {ck}/only_keys.pth", "holds no weights, only: \\x1b[31mkkk"),
+    ("--t_model {ck}/own_shell.pth", "say so with --t_name 'x.py:f; touch ran'"),
+    ("--t_model {ck}/bomb.pth", "is not read: its "),
+    ("--t_model {ck}/deep.safetensors", "is damaged, cut short, or not safetensors"),
+    ("--t_model {ck}/digits.safetensors", "is damaged, cut short, or not safetensors"),
     ("--t_model {ck}/no_std.pth", "its mean cannot be"),
 ]
 # and nothing but these
@@ -559,6 +713,11 @@ BARE_KD = [
     ("--kd_mode at --s_init {s} --t_pretrained", "--t_name or --t_model is needed"),
     ("--kd_mode at --s_init {s} --t_pretrained --t_name resnet8", "no weights of its own"),
     ("--kd_mode dml --s_name resnet8", "--data_name is needed"),
+    *(
+        (f"--kd_mode {mode} --s_name {{nets}}:Exits {more} {DIGITS}", "trained (SystemExit: 0)")
+        for mode, more in dict(dml="--t_name resnet8", st="--t_model {t}").items()
+    ),
+    (f"--kd_mode dml --s_name resnet8 --t_name {{nets}}:Raises {DIGITS}", "trained (KeyError"),
     (
         "--kd_mode dml --s_name resnet8 --data_name imagefolder --img_root {img}/empty_class",
         "dog: no images",
@@ -631,8 +790,8 @@ def test_the_good_files_are_good(places, monkeypatch):
     names, before = places
     monkeypatch.chdir(names["root"])
     words = [word.format(**names) for word in shlex.split(ON_FILES)]
-    for more in ([], ["--t_model", f"{names['ck']}/fine.safetensors"]):
-        train_kd.main([*words, *more, "--dry_run"])
+    for file in ("teacher.pth", "fine.safetensors", "odd_dict.pth", "odd_tensor.pth"):
+        train_kd.main([*words, "--t_model", f"{names['ck']}/{file}", "--dry_run"])
     argv = [*ON_DIGITS.format(**names).split(), "--epochs", "1", "--batch_size", "1297"]
     train_base.main([*argv, "--resume", "--note", "base", "--dry_run"])
     assert snapshot(names["root"]) == before

@@ -22,7 +22,7 @@ import dataset
 import train_base
 import train_kd
 import utils
-from engine import augment, cli, published, stream
+from engine import augment, cli, console, published, stream
 from engine.checkpoint import read_checkpoint
 from engine.run import Run
 from utils import UserError
@@ -491,7 +491,7 @@ def test_two_epochs_at_a_time(photos):
 
 
 def test_a_worker_killed_between_epochs_is_one_line(photos, capsys):
-    @cli.command
+    @console.command
     def main(argv=None):
         data = load(photos, workers=2).train
         epoch(data)

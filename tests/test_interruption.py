@@ -19,8 +19,6 @@ from PIL import Image
 
 import coco
 import coco_like
-import dataset
-import toys
 import train_base
 import engine.run as run_module
 import train_kd
@@ -28,7 +26,6 @@ import utils
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint import save_checkpoint
 from engine import cli
-from engine import stream
 from engine import stream
 
 ROOT = Path(__file__).parent.parent

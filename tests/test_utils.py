@@ -14,7 +14,7 @@ from torch import nn
 
 import utils
 from engine import stream
-from engine import cli, published
+from engine import cli, console, published
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu
 from engine.run import Run, check_finite, read_metrics
 from utils import UserError
@@ -85,7 +85,7 @@ def test_wrong_flags(argv, message):
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys):
-    @cli.command
+    @console.command
     def main(argv=None):
         raise UserError("first\nsecond")
 
@@ -96,7 +96,7 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 
 
 def test_other_errors_keep_their_traceback():
-    @cli.command
+    @console.command
     def main(argv=None):
         raise ValueError("a bug")
 

@@ -49,6 +49,7 @@ import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
 from engine import (
+    console,
     cli,  # noqa: E402
     published,  # noqa: E402
     stream,  # noqa: E402
@@ -1247,7 +1248,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)

@@ -26,6 +26,7 @@ import network  # noqa: E402
 import utils  # noqa: E402
 from engine import stream  # noqa: E402
 from engine import (
+    console,
     cli,  # noqa: E402
     published,  # noqa: E402
 )
@@ -196,7 +197,7 @@ def lines(r: dict) -> list[str]:
     return [f"{name:<11} {text}" for name, text in rows.items()]
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():

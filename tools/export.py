@@ -28,8 +28,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import dataset  # noqa: E402
 import network  # noqa: E402
-from engine import cli  # noqa: E402
+from engine import cli, console  # noqa: E402
 from engine.checkpoint import Weights, find_weights  # noqa: E402
 from engine.find_taps import dry_pass  # noqa: E402
 from utils import UserError  # noqa: E402
@@ -55,8 +56,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="its network, where the file does not know it",
     )
-    add("--num_class", type=cli.number(int, 2), metavar="N", help="the same")
-    add("--img_size", type=cli.number(int, 4), metavar="N", help="the same: NxN pixels")
+    add("--num_class", type=cli.number(int, *dataset.CLASSES), metavar="N", help="the same")
+    size = cli.number(int, 4, dataset.SIZES[1])
+    add("--img_size", type=size, metavar="N", help="the same: NxN pixels")
     add(
         "--batch",
         type=cli.number(int, 1),
@@ -214,7 +216,7 @@ def difference(net: nn.Module, other, img: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     kind, out = target(args)

@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
 from engine import (
+    console,
     cli,  # noqa: E402
     foreign,  # noqa: E402
     stream,  # noqa: E402
@@ -414,7 +415,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else list(argv))
     if args.part in ("epoch", "rows") and not args.img_root:

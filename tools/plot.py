@@ -32,6 +32,7 @@ import dataset  # noqa: E402
 import network  # noqa: E402
 import utils  # noqa: E402
 from engine import (
+    console,
     cli,  # noqa: E402
     foreign,  # noqa: E402
     published,  # noqa: E402
@@ -412,7 +413,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None):
     args = parse(sys.argv[1:] if argv is None else list(argv))
     out = Path(args.out)

@@ -38,7 +38,7 @@ import dataset  # noqa: E402
 import train_base  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
-from engine import cli, locks, published  # noqa: E402
+from engine import cli, console, locks, published  # noqa: E402
 from engine.checkpoint import find_weights, sha256, write_file  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
@@ -425,7 +425,7 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int):
     prints into; None where another process has just finished it. Nothing is removed.
 
     The file is locked as long as the training lives, also where this process is killed, so of several
-    `run`s on one table only one works on a training. Raises utils.Held where another does.
+    `run`s on one table only one works on a training. Raises locks.Held where another does.
     """
     try:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -444,7 +444,7 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int):
 
 
 def claim(job: Job):
-    """The file that a training prints into, for this process alone. Raises utils.Held."""
+    """The file that a training prints into, for this process alone. Raises locks.Held."""
     try:
         file = locks.hold(output(job))
     except locks.Held:
@@ -1103,7 +1103,7 @@ def parse(argv: list[str]):
     return parser.parse_args(argv[1:])
 
 
-@cli.command
+@console.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else list(argv))
     COMMANDS[args.command](args)
