@@ -28,7 +28,9 @@ from engine.run import Run
 from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
 from utils import UserError
 
-ADAPTERS = dict(none="", **{x: x for x in ("size", "channels+size", "regressor", "regressor+relu")})
+ADAPTERS = dict(
+    none="", **{x: x for x in ("size", "channels+size", "regressor", "regressor+relu", "connector")}
+)
 
 # --- flags: --kd_mode and --protocol first, then the flags of the method ---------------------------
 
@@ -252,11 +254,12 @@ def train_only(net: nn.Module, parameters: set[nn.Parameter]) -> None:
 
 
 def use_batch_statistics(net: nn.Module) -> None:
-    """Training mode, in which batch norms use the statistics of the batch; the running ones rest."""
+    """Training mode, in which batch norms use the statistics of the batch; the running ones rest, and
+    serve in eval mode as ever."""
     net.train()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
+            module.track_running_stats = False
 
 
 def gathered(x):
@@ -403,7 +406,7 @@ class Distillation:
             if name == "backbone":
                 classifier = snet.get_submodule(snet.taps["feat"].removesuffix(":in"))
                 classifier.eval().requires_grad_(False)
-        if self.teacher_bn == "batch":
+        if self.teacher_bn == "batch" and "teacher" not in phase.learns:
             use_batch_statistics(tnet)
         modules = (snet, tnet, self.kd)
         return [p for module in modules for p in module.parameters() if p.requires_grad]

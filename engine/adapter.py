@@ -38,8 +38,9 @@ class Adapter(nn.Module):
 
     `needs`: '' nothing; 'size': the larger map of a pair is average-pooled to the smaller;
     'channels+size': also a learnable 1x1 convolution without bias + batch norm on the student's map
-    (a linear layer for a vector) where the widths differ; 'regressor': the CRD benchmark's convolution
-    of the student's map (see `Regressor`) where widths or sizes differ; 'regressor+relu': always. `s`, `t`: features of a dry
+    (a linear layer for a vector) where the widths differ; 'regressor', 'regressor+relu': always the
+    CRD benchmark's convolution of the student's map (see `Regressor`); 'connector': the same where
+    widths or sizes differ. `s`, `t`: features of a dry
     pass, for their shapes. `forward(s, t)` returns both, adapted.
     """
 
@@ -51,9 +52,9 @@ class Adapter(nn.Module):
         self.notes = []
         for key, fm_s, fm_t in self._pairs(s, t):
             shapes = f"{shape_of(fm_s)} -> {shape_of(fm_t)}"
-            if needs == "regressor" and fm_s.shape[1:] == fm_t.shape[1:]:
+            if needs == "connector" and fm_s.shape[1:] == fm_t.shape[1:]:
                 continue
-            if needs.startswith("regressor"):
+            if needs.startswith(("regressor", "connector")):
                 self.layers[key] = Regressor(fm_s.shape, fm_t.shape, relu=needs.endswith("relu"))
                 self.notes.append(f"{key} {shapes}: learnable regressor of the student")
                 continue

@@ -633,6 +633,7 @@ DKD_IMAGENET = dict(
 )
 REVIEWKD_IMAGENET = dict(
     lambda_kd=1.0,
+    teacher_bn="running",
     ramp=constant,
     flags=dict(mid_channel=512, s_preact=True),
     pairs={MOBILE: dict(lambda_kd=8.0, flags=dict(mid_channel=256))},
@@ -663,6 +664,7 @@ KNOWLEDGEREVIEW_WEIGHT = {
 }
 KNOWLEDGEREVIEW = dict(
     ramp=constant,
+    teacher_bn="running",
     flags=dict(s_preact=True, pooled=False),
     taps=REVIEWED,
     pairs={
@@ -709,11 +711,10 @@ LSKD_PAIRS = pairs_of(
     v13_v8=dict(flags=dict(T=3.0)),
     r110_r20=dict(lambda_kd=12.0, flags=dict(T=4.0)),
     r50_mv2=dict(lambda_kd=1.0, flags=dict(T=3.0)),
-    v13_mv2=dict(flags=dict(T=3.0)),
-    w402_mv2=dict(flags=dict(T=3.0)),
     r32x4_w162=dict(flags=dict(T=3.0)),
     r32x4_w402=dict(flags=dict(T=3.0)),
 )
+LSKD_PAIRS["MobileNetV2"] = dict(flags=dict(T=3.0))  # of every other teacher
 CATKD_PAIRS = pairs_of(
     r32x4_r8x4=_cat(15.0),
     w402_w162=_cat(12.0),
@@ -788,7 +789,7 @@ METHODS = {
     "fsp":      Method(plain(FSP),         pairs,             1.0, needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(reduce="sum", phases=CRD_INIT))),
     "ft":       Method(build_ft,           factors,         200.0, dict(k=0.5, use_bn=("auto", "yes", "no", "translator"), factor=("channels", "spatial"), init=INIT), needs="size", stages=(-1,), phases=paraphrase_first(0.1), protocols=dict(crd=dict(phases=paraphrase_first(0.2), pairs=FT_PAIRS, needs="", flags=dict(use_bn="translator", factor="spatial", init="torch")))),
     "rkd":      Method(plain(RKD),         feat,              1.0, dict(w_dist=25.0, w_angle=50.0), relates=True),
-    "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="regressor", phases=CRD_INIT))),
+    "ab":       Method(build_ab,           preacts,          10.0, dict(m=2.0), needs=BOTH, phases=ZOO_INIT, protocols=dict(crd=dict(compare=preacts_summed, lambda_kd=0.003, reduce="sum", flags=dict(m=1.0), needs="connector", phases=CRD_INIT))),
     "sp":       Method(plain(SP),          stages,         3000.0, protocols=dict(crd=dict(stages=(-1,))), relates=True),
     "sobolev":  Method(plain(Sobolev),     input_gradient,   20.0, teacher="grad"),
     "bss":      Method(build_bss,          boundary,          2.0, dict(T=3.0, attack_size=32), ramp=late_and_fading, graph=False),
@@ -801,7 +802,7 @@ METHODS = {
     "crd":      Method(build_crd,          contrast,     up_to_ten_classes(0.2, 0.8), CRD_FLAGS, protocols={"crd": dict(lambda_kd=0.8, flags=dict(nce_t=0.07)), "mdistiller-imagenet": dict(batch_size=256)}),
     "dml":      Method(plain(DML),         mutual,            1.0, phases=BOTH_LEARN, teacher="trained"),
     "kdsvd":    Method(plain(KDSVD),       maps,              1.0, dict(k=1, unfold=("channels", "space")), needs="size", graph=False),
-    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS | dict(ramp=warmup(20, first=0)), "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
+    "reviewkd": Method(build_reviewkd,     review,            1.0, dict(mid_channel=512, s_preact=False, pooled=True), ramp=warmup(20), protocols={"crd": REVIEWKD_PAIRS, "reviewkd": REVIEWKD_PAIRS | dict(ramp=warmup(20, first=0), teacher_bn="batch"), "knowledgereview": KNOWLEDGEREVIEW, "mdistiller-imagenet": REVIEWKD_IMAGENET | dict(batch_size=256), "reviewkd-imagenet": REVIEWKD_IMAGENET}),
     "dkd":      Method(plain(DKD),         with_target,       1.0, dict(alpha=1.0, beta=8.0, T=4.0), ramp=warmup(20), protocols={"crd": DKD_PAIRS, "mdistiller-imagenet": DKD_IMAGENET}),
     # since then
     "lskd":     Method(plain(LSKD),        logits,            9.0, dict(T=2.0), lambda_ce=0.1, protocols=dict(crd=dict(pairs=LSKD_PAIRS))),

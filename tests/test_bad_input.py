@@ -4,6 +4,9 @@ A table of mistakes, then random bytes for the checkpoint reader and random word
 """
 
 import argparse
+import contextlib
+import ctypes
+import errno
 import functools
 import json
 import os
@@ -13,12 +16,14 @@ import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +35,7 @@ from PIL import Image
 
 import network
 import train_base
+import train_det
 import train_kd
 import utils
 import engine.run as run_module
@@ -40,7 +46,11 @@ from kd_losses import METHODS
 from tools import eval as evaluation
 from tools import export
 from utils import UserError
+from engine.checkpoint import check_weights
+from engine import foreign
+from engine.run import read_metrics
 
+ROOT = Path(__file__).parent.parent
 META = dict(
     network="resnet8",
     data_name="digits",
@@ -802,18 +812,210 @@ def test_the_good_files_are_good(places, monkeypatch):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 64 bytes."),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
-    ids=["GPU", "CPU"],
+    ids=["GPU", "CPU", "Python", "fork"],
 )
-def test_too_large_for_the_memory(monkeypatch, capsys, error):
+@pytest.mark.parametrize("where", ["data", "network"])
+def test_too_large_for_the_memory(monkeypatch, capsys, error, where):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(cli, "load_data", fail)
+    owner, name = dict(data=(cli, "load_data"), network=(network.BasicBlock, "forward"))[where]
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(SystemExit) as stop:
         train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "smaller --batch_size" in err
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("can't start new thread"), "limits are too low (can't start new thread)"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "limits are too low ("),
+        (OSError(errno.EMFILE, "Too many open files"), "limits are too low ("),
+        (OSError(errno.ENOSPC, "No space left on device", "/x\033[31m"), "/x\\x1b[31m cannot be"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x cannot be used (Permission"),
+    ],
+    ids=["threads", "processes", "files", "space", "permission"],
+)
+def test_what_the_system_refuses(monkeypatch, capsys, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(utils, "load_data", fail)
+    with pytest.raises(SystemExit) as stop:
+        train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    """Or what ends in a line would hide what is wrong with the program."""
+    for error in (ValueError("x"), OSError("x"), RuntimeError("connection closed"), SystemExit(3)):
+
+        def fail(*args):
+            raise error
+
+        monkeypatch.setattr(utils, "load_data", fail)
+        with pytest.raises(type(error)) as stop:
+            train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
+        assert stop.value is error
+
+
+# --- what may not be read --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound():
+    """This thread without root's right to read and write everything; back in the end."""
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, caps = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, caps):
+        pytest.skip("root's rights cannot be given up here")
+    effective = caps[0]
+    caps[0] = effective & ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, caps) == 0
+    yield
+    caps[0] = effective
+    assert libc.capset(header, caps) == 0
+
+
+@pytest.mark.parametrize(
+    "name", [".", "train", "test", "train/cat", "train/cat/deep", "train/cat/0.png"]
+)
+@pytest.mark.parametrize("size", [[], ["--img_size", "97", "--workers", "0"]], ids=["as is", "97"])
+def test_images_that_may_not_be_read(bound, name, size, tmp_path, capsys):
+    root = pictures(tmp_path / "img")
+    (root / "train/cat/deep").mkdir()
+    shutil.copy(root / "train/cat/0.png", root / "train/cat/deep/9.png")
+    (root / name).chmod(0)
+    argv = ["--net_name", "resnet8", "--data_name", "imagefolder", "--img_root", str(root), *size]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train_base.main([*argv, "--cuda", "0", "--save_root", str(tmp_path / "runs")])
+    finally:
+        (root / name).chmod(0o755)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1, err
+    assert "Permission denied" in err and str(root / name) in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "folder/x.pth"])
+def test_checkpoints_that_may_not_be_read(bound, name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    torch.save(dict(net={}), file)
+    closed = file.parent if "/" in name else file
+    closed.chmod(0)
+    try:
+        with pytest.raises(UserError, match="x.(pth|safetensors).*Permission denied") as error:
+            read_checkpoint(file)
+    finally:
+        closed.chmod(0o755)
+    assert "damaged" not in str(error.value)
+
+
+def test_a_network_s_file_that_may_not_be_read(bound, tmp_path):
+    file = tmp_path / "folder" / "net.py"
+    file.parent.mkdir()
+    file.write_text("def build(n): ...")
+    for closed in (file, file.parent):
+        closed.chmod(0)
+        try:
+            with pytest.raises(UserError, match="net.py.*Permission denied"):
+                foreign.constructor(f"{file}:build")
+        finally:
+            closed.chmod(0o755)
+
+
+# --- where it is printed ---------------------------------------------------------------------------
+
+SHORT = [*DIGITS.split(), "--cuda", "0", "--epochs", "2", "--batch_size", "1297"]
+
+
+def trained(folder):
+    """Whether a run went to its end."""
+    return (folder / "result.json").exists() and len(read_metrics(folder)) == 2
+
+
+@pytest.mark.parametrize("where", ["pipe", "both pipes", "full"])
+def test_a_training_whose_lines_nobody_reads(where, tmp_path):
+    argv = ["--net_name", "resnet8", *SHORT, "--save_root", str(tmp_path), "--note", "r"]
+    command = [sys.executable, str(ROOT / "train_base.py"), *argv]
+    if where == "full":
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0 and done.stderr.startswith("warning: nothing more is printed")
+        assert done.stderr.count("\n") == 1
+    else:
+        err = subprocess.STDOUT if where == "both pipes" else subprocess.PIPE
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            said = process.stderr.read() if process.stderr else b""
+            assert process.wait() == 0 and said == b""
+    assert trained(tmp_path / "r")
+    assert "last " in (tmp_path / "r" / "log.txt").read_text()
+
+
+def test_a_result_that_nobody_reads_or_that_cannot_be_written(places):
+    names, _ = places
+    command = [sys.executable, str(ROOT / "tools/eval.py"), str(names["s"]), "--cuda", "0"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "standard output" in done.stderr and "No space left" in done.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_utf8(encoding, tmp_path):
+    """Classes and files of any bytes train, under LC_ALL=C too; what is printed can be shown."""
+    odd = os.fsdecode(b"caf\xe9\x1b[31m\n")
+    root = pictures(tmp_path / "img", size=12, classes=(odd, "dog\u00e9"))
+    for split in ("train", "test"):
+        (root / split / odd / "0.png").rename(root / split / odd / f"{odd}.png")
+        (root / split / odd / f"x.{odd}").write_text("no picture")
+    env = dict(os.environ, LC_ALL="C", MPLBACKEND="nonsense")
+    if encoding == "ascii":
+        env |= dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    argv = ["--net_name", "resnet8", "--data_name", "imagefolder", "--img_root", str(root)]
+    argv += ["--cuda", "0", "--epochs", "2", "--save_root", str(tmp_path), "--note", "r"]
+    command = [sys.executable, str(ROOT / "train_base.py"), *argv]
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert trained(tmp_path / "r") and (tmp_path / "r" / "curves.png").exists()
+    for text in (done.stdout.decode("ascii"), (tmp_path / "r" / "log.txt").read_text("ascii")):
+        assert text.replace("\n", "").isprintable() and ".caf\\udce9\\x1b[31m\\n" in text
+    meta = read_checkpoint(tmp_path / "r" / "model_best.pth.tar")["meta"]
+    assert [*map(os.fsencode, meta["classes"])] == [os.fsencode(odd), os.fsencode("dog\u00e9")]
+
+
+def test_a_limit_on_the_size_of_files(tmp_path, capsys):
+    """`ulimit -f`: the initial weights do not fit, then the checkpoint does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, file in ((50_000, "initial_r8.pth.tar"), (400_000, "")):
+        folder = tmp_path / str(size)
+        argv = ["--net_name", "resnet8", *SHORT, "--save_root", str(tmp_path), "--note", str(size)]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(SystemExit) as stop:
+                train_base.main(argv)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1, err
+        assert str(folder / file) in err and "cannot be" in err and "File too large" in err
+        assert not [*folder.glob("*.tmp")]
 
 
 # --- at random: checkpoints ------------------------------------------------------------------------
@@ -839,19 +1041,23 @@ def fuzz(request):
 @pytest.fixture
 def consume(tmp_path):
     """Read bytes as a checkpoint, as far as a network: a value or a UserError, soon, in little room."""
-    recipe = train_base.parse(["--net_name", "resnet8"])
+    args = train_base.parse(["--net_name", "resnet8"])
+    detection, _ = train_det.parse(["--kd_mode", "none"])
 
     def read(data: bytes, name: str):
         path = tmp_path / name
         path.write_bytes(data)
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         for known in (None, "resnet8"):
-            try:
+            with contextlib.suppress(UserError):
                 found = find_weights(known, str(path), "t_name", "t_model")
-                cli.resolve(recipe, found.name, found.meta)
-                found.load(10, 12)
-            except UserError as error:
-                assert str(error)
+                recipe = cli.resolve(args, found.name, found.meta)
+                if recipe.data_name in ("imagefolder", "imagenet"):
+                    cli.load_data(recipe)
+                check_weights(found.load(10, 12), found.path)
+        with contextlib.suppress(UserError):
+            found = train_det.find(None, str(path), "s")
+            train_det.resolve(detection, found, None)
         assert time.process_time() - began < 5
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
         assert sorted(tmp_path.iterdir()) == [path]
@@ -922,6 +1128,7 @@ LEAVES = (
     | st.sampled_from(["resnet8", "digits", "torchvision/resnet18", "x.py:f", *META.values()])
     | TENSORS
 )
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 KEYS = st.sampled_from(NAMES) | st.text(max_size=4) | st.integers(-3, 3) | st.none()
 
 
@@ -950,6 +1157,160 @@ def test_random_objects(fuzz, consume, tmp_path_factory):
         consume(path.read_bytes(), "x.pth")
 
     check()
+
+
+DETECTOR = dict(network="fasterrcnn_resnet18", min_size=[64], max_size=96, anchor=8, rois=16)
+NASTY = st.sampled_from(
+    [
+        *(True, -1, 0, 1, 10, 2**31, 2**63, 2**64, 10**400, 0.0, 1e308, float("nan"), float("inf")),
+        *(
+            "",
+            "\0",
+            "\n",
+            "\x1b[31m",
+            "\ud800",
+            "\udce9",
+            "x" * 5000,
+            "..",
+            "/",
+            "/dev/null",
+            "a/b.py:f",
+        ),
+        *("simkd:" * 3000 + "resnet8" + ":1" * 15_000, "simkd:" * 60 + "resnet8" + ":1" * 300),
+        *(
+            "simkd:resnet8:64:99999:1:1:1",
+            f"simkd:resnet8:{'9' * 5000}:1:1:1:1",
+            "simkd::1:1:1:1:1",
+        ),
+        *(
+            "timm/resnet18",
+            "torchvision/",
+            "imagefolder",
+            "imagenet",
+            "digits",
+            "retinanet_resnet50",
+        ),
+        *([], [[]], {}, [0] * 3, [True] * 3, [10**400] * 3, [0.5, 0.5, "x"], [0.5, 0.5, None]),
+        functools.reduce(lambda x, _: [x, x], range(12), 0),
+        functools.reduce(lambda x, _: [x], range(900), 0),
+        functools.reduce(lambda x, _: {"a": x}, range(900), 0),
+    ]
+)
+DIMS = st.sampled_from([0, 1, 2, 3, 10, 16, 64, 2**20, 2**31, 2**62, 2**63, -1])
+
+
+def shadowed(x: dict, name: str) -> dict:
+    """The same, pickled with an attribute over one of its methods."""
+    x = OrderedDict(x)
+    setattr(x, name, 3)
+    return x
+
+
+def ripped(x, name: str):
+    x = torch.nn.Parameter(x.detach().float(), requires_grad=False)
+    setattr(x, name, 3)
+    return x
+
+
+def test_crafted_checkpoints(fuzz, consume, tmp_path_factory):
+    """A whole file, of which this or that is something else."""
+    path = tmp_path_factory.mktemp("crafted") / "x.pth"
+    net = dict(network.build("resnet8", 10).state_dict())
+    plain = ("get", "copy", "pop", "update")
+    methods = ("detach", "isfinite", "numel", "is_floating_point", "untyped_storage", "copy_")
+    small = st.lists(st.sampled_from([0, 1, 2, 10, 64]), max_size=3).map(torch.zeros)
+    with warnings.catch_warnings(action="ignore"):
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        quantized = torch.quantize_per_tensor(torch.ones(10), 0.1, 0, torch.qint8)
+    tensor = st.one_of(
+        small,
+        st.builds(lambda n, x: torch.ones(1).expand(n, *x), st.just(10**9), st.just([10**4])),
+        st.builds(lambda x, kind: x.to(kind), small, st.sampled_from(KINDS_OF_NUMBERS)),
+        st.builds(ripped, small, st.sampled_from(methods)),
+        st.just(nested),
+        st.sampled_from([torch.ones(10).to_sparse(), torch.zeros(10, device="meta")]),
+        st.just(quantized),
+        st.just(torch.full((10,), float("nan"))),
+    )
+    keys = st.sampled_from(["fc.bias", "fc.weight", "conv1.weight", "projector.projector.0.weight"])
+    state = st.dictionaries(keys | KEYS, tensor | NASTY, max_size=2).map(lambda x: net | x)
+    value = NASTY | LEAVES
+    meta = st.dictionaries(st.sampled_from([*META, *DETECTOR]), value, max_size=2)
+    known = st.sampled_from([META, META | DETECTOR])
+    content = st.builds(
+        lambda state, known, meta, more, name: {
+            name: state,
+            "meta": known | meta,
+            **{key: x for key, x in more.items() if key not in ("net", "meta")},
+        },
+        state | st.builds(shadowed, state, st.sampled_from(plain)),
+        known,
+        meta,
+        st.dictionaries(st.sampled_from(["epoch", "net1", "snet", "x"]), value, max_size=2),
+        st.sampled_from(["net", "model", "anything"]),
+    )
+    content |= st.builds(shadowed, content, st.sampled_from(plain))
+
+    @fuzz(200)
+    @given(content)
+    def check(content):
+        torch.save(content, path)
+        consume(path.read_bytes(), "x.pth")
+
+    check()
+
+
+KINDS_OF_NUMBERS = [
+    *(torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.uint16),
+    *(torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
+]
+
+
+def test_crafted_safetensors(fuzz, consume):
+    """A header of any entries over the bytes of a small file."""
+    dtypes = "F32 F64 F16 BF16 I64 I32 U8 U16 U64 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F4 C64 X".split()
+    names = st.sampled_from(
+        ["fc.weight", "fc.bias", "conv1.weight", "a", "", "\x1b[31m", "x" * 999]
+    )
+    place = st.integers(0, 64) | DIMS
+    entry = st.fixed_dictionaries(
+        dict(
+            dtype=st.sampled_from(dtypes),
+            shape=st.lists(DIMS, max_size=4),
+            data_offsets=st.tuples(place, place),
+        )
+    )
+    # one that is whole, so that some come through
+    whole = st.sampled_from(dtypes).map(
+        lambda kind: dict(dtype=kind, shape=[64 // size_of(kind)], data_offsets=(0, 64))
+    )
+    values = st.dictionaries(st.sampled_from([*META, *DETECTOR]), NASTY | PLAIN, max_size=3)
+    text = st.builds(lambda known, x: json.dumps(known | x), st.sampled_from([{}, META]), values)
+    text |= st.sampled_from(
+        ["[" * 50_000, '{"a":' * 50_000, "9" * 5000, "NaN", "null", "\0", "[1]"]
+    )
+    meta = st.dictionaries(st.sampled_from(["meta", "format"]), text | NASTY, max_size=2)
+    meta |= st.builds(lambda x: dict(meta=x), text)
+
+    @fuzz(200)
+    @given(
+        st.dictionaries(names, entry, max_size=3) | st.builds(lambda n, x: {n: x}, names, whole),
+        meta | NASTY,
+        st.integers(-3, 3),
+    )
+    def check(entries, meta, off):
+        try:
+            header = json.dumps(dict(entries, __metadata__=meta)).encode()
+        except ValueError:  # too many digits for Python
+            header = b"{"
+        consume((len(header) + off).to_bytes(8, "little") + header + bytes(64), "x.safetensors")
+
+    check()
+
+
+def size_of(kind: str) -> int:
+    """Bytes of a number of safetensors' `kind`."""
+    return int("".join(x for x in kind.split("_")[0] if x.isdigit()) or 8) // 8 or 1
 
 
 # --- at random: flags ------------------------------------------------------------------------------

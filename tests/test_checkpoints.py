@@ -1,8 +1,13 @@
 """Weights from anywhere: whoever wrote the file, it is read safely and strictly, or refused in one line."""
 
 import argparse
+import copy
+import io
 import json
+import subprocess
 import sys
+import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ import network
 from engine import foreign
 from engine.checkpoint import find_weights, load_weights, read_checkpoint, read_weights
 from utils import UserError
+from engine import console
 
 DATA = Path(__file__).parent / "data"
 KDZOO = DATA / "kdzoo_resnet20.pth.tar"
@@ -157,22 +163,57 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_conversion_that_is_proposed_works(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["old", "it's  two", '"; touch ran; "', "$(touch ran)`touch ran`", "a\n!!\033[31m\udce9"],
+)
+def test_the_conversion_that_is_proposed_works(whole, name, tmp_path, monkeypatch):
+    """Whatever the file is called, a shell gives Python what it is to run, and runs nothing else."""
     monkeypatch.chdir(tmp_path)
     net = network.build("resnet8", 10)
     state = net.state_dict()
     if whole:
         net = nn.Sequential(net)  # a class that the converting process can import
-        torch.save(net, "old.pth")
+        torch.save(net, f"{name}.pth")
         state = net.state_dict()
     else:
-        torch.save({"model": state, "accuracy": np.float64(3.0)}, "old.pth")
-    with pytest.raises(UserError) as error:
-        read_checkpoint("old.pth")
-    code = str(error.value).split('python -c "')[1].rstrip('"')
+        torch.save({"model": state, "accuracy": np.float64(3.0)}, f"{name}.pth")
+    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as printed:
+        console.command(lambda argv: read_checkpoint(f"{name}.pth"))([])
+    line = printed.getvalue()
+    assert line.count("\n") == 1 and line[:-1].isprintable()
+    command = "printf %s " + line.partition("python -c ")[2]
+    code = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
     exec(code, {})
-    converted = read_weights(read_checkpoint("old.converted.pth"))
+    converted = read_weights(read_checkpoint(f"{name}.converted.pth"))
     torch.testing.assert_close(converted, dict(state), rtol=0, atol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f"{name}.pth", f"{name}.converted.pth"]
+    )
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    """Compressed records, and many that lie over each other; a file that is compressed is read."""
+    net = network.build("resnet8", 10)
+    path, packed = tmp_path / "x.pth", tmp_path / "packed.pth"
+    torch.save({"net": net.state_dict()}, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    _same_weights(packed, "resnet8", 10, net.state_dict())
+
+    large, overlaid = tmp_path / "large.pth", tmp_path / "overlaid.pth"
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**7))
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(overlaid, "w") as archive:
+        archive.writestr("x/data.pkl", old.read("x/data.pkl") + bytes(10**5))
+        for i in range(50):  # the central directory alone says so
+            archive.filelist.append(copy.copy(archive.filelist[0]))
+            archive.filelist[-1].filename = f"x/data/{i}"
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was unpacked"))
+    for file in (large, overlaid):
+        with pytest.raises(UserError, match=f"{file.name} is not read: its .* bytes unpack to"):
+            read_checkpoint(file)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])

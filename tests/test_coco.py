@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import os
 import math
 import pickle
 import sys
@@ -217,6 +218,11 @@ def half(path):
             "annotations/instances_val2017.json",
             lambda x: x.unlink(),
             "instances_val2017.json: No such",
+        ),
+        (
+            "annotations/instances_val2017.json",
+            lambda x: (x.unlink(), os.mkfifo(x)),
+            "instances_val2017.json is no file",
         ),
         ("annotations/instances_val2017.json", half, r"val2017.json: no valid JSON \(.*line 1"),
         (

@@ -409,6 +409,30 @@ def test_bad_input_is_one_line(flags, line, teacher, folder, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("min_size", x) for x in (3, [], [1], [10**400], [True], ["64"], [64, 2**63], {64: 1})),
+        *(("max_size", x) for x in (31, 64.0, 10**400, True, [96])),
+        *(("anchor", x) for x in (0, "8", 2**63, True)),
+        *(("rois", x) for x in (1, 1e9, torch.tensor(16), dict(a=1))),
+        *(("num_class", x) for x in (1, True, 2**63, 10**400)),
+        *(("network", x) for x in ("simkd:" * 3000, "\0", 5)),
+        ("img_root", "a\0b"),
+    ],
+)
+def test_crafted_metadata(key, value, teacher, tmp_path, capsys):
+    best = read_checkpoint(f"{teacher}/model_best.pth.tar")
+    torch.save(dict(best, meta=best["meta"] | {key: value}), tmp_path / "x.pth")
+    argv = ["--kd_mode", "none", "--s_init", str(tmp_path / "x.pth"), "--cuda", "0"]
+    with pytest.raises(SystemExit) as stop:
+        train_det.main([*argv, "--save_root", str(tmp_path / "runs")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and len(err) < 400, err
+    assert f"x.pth is damaged: its {key} cannot be" in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     argv = ["--kd_mode", "none", "--s_name", "fasterrcnn_resnet18", "--img_root", str(folder)]

@@ -121,7 +121,7 @@ def test_the_teacher_of_ofd(protocol, batch_statistics):
     nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
     job = toys.job("ofd", *nets, toys.images(size=16), argv=["--protocol", protocol])
     batch, phase = toys.batch(dtype=torch.float32, size=16), job.phases[0]
-    before = {k: v.clone() for k, v in nets[1].state_dict().items() if "running" in k}
+    before = {k: v.clone() for k, v in nets[1].state_dict().items()}
     value = step(job, phase, batch)["kd"]
     assert all(m.training == bool(batch_statistics) for m in nets[1].modules())
     after = nets[1].state_dict()
@@ -246,8 +246,18 @@ def test_the_transport_of_wkd_l_fades(protocol, start, total):
         torch.testing.assert_close(value(epoch), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_lskd_by_the_pair():
-    assert rows_of("lskd", CRD, ("wrn_40_2", "MobileNetV2"))["lskd"].flags["T"] == 3.0
+@pytest.mark.parametrize("teacher, weight", [("wrn_40_2", 9.0), ("vgg13", 9.0), ("ResNet50", 1.0)])
+def test_lskd_by_the_pair(teacher, weight):
+    row = rows_of("lskd", CRD, (teacher, "MobileNetV2"))["lskd"]
+    assert (row.flags["T"], row.lambda_kd) == (3.0, weight)
+
+
+@pytest.mark.parametrize(
+    "protocol, teacher_bn",
+    [("reviewkd", "batch"), ("reviewkd-imagenet", "running"), ("knowledgereview", "running")],
+)
+def test_the_teacher_of_reviewkd(protocol, teacher_bn):
+    assert rows_of("reviewkd", protocol)["reviewkd"].teacher_bn == teacher_bn
 
 
 @pytest.mark.parametrize("mode", ["vid", "ft"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import utils
 from engine import distributed
 from engine.checkpoint import save_checkpoint
 from engine.run import Run, read_metrics
+from engine import stream
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
@@ -209,8 +211,97 @@ def test_goes_on_with_another_number_of_processes(found, tmp_path):
     assert again.returncode and again.stderr.count("holds another run") == 1
 
 
+def alone(how: str, root: str) -> None:
+    """A training in whose fourth step the second process has a mistake, a defect, or is killed."""
+    import train_base
+    import utils
+
+    batches = stream.train_batches
+
+    def interrupted(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == 3 and utils.rank() == 1:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise (utils.UserError if how == "mistake" else TypeError)("a.png is none")
+            yield batch
+
+    stream.train_batches = interrupted
+    argv = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+    train_base.main([*argv, "--epochs", "2", "--save_root", root, "--note", "r"])
+
+
+@pytest.mark.parametrize(
+    "how, line",
+    [
+        ("mistake", "error: a.png is none"),
+        ("killed", "error: another process has ended ("),
+        ("defect", "TypeError: a.png is none"),
+    ],
+)
+def test_one_process_fails_and_one_speaks(how, line, tmp_path):
+    done = torchrun(str(Path(__file__)), how, str(tmp_path), timeout=120)
+    own = done.stderr.split("torch.distributed.elastic.multiprocessing.errors")[0]
+    lines = [x.removeprefix("[rank1]: ") for x in own.splitlines()]
+    said = [x for x in lines if x.startswith(("error: ", "RuntimeError", "TypeError"))]
+    assert done.returncode and len(said) == 1 and said[0].startswith(line), done.stderr
+    assert (tmp_path / "r" / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ("--epochs x", "error: argument --epochs: a whole number"),
+        ("--batch_size 2", "error: --batch_size 2, 1297 training images: 2 processes need two"),
+    ],
+)
+def test_all_make_the_same_mistake_and_one_says_it(argv, line, tmp_path):
+    small = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
+    argv = [*small, *argv.split(), "--save_root", str(tmp_path / "runs")]
+    done = torchrun("train_base.py", *argv, timeout=120)
+    said = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert done.returncode and len(said) == 1 and said[0].startswith(line), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shares_that_cannot_be_equal_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    """Of detectors, and where there are too few images for all; as if there were two processes."""
+    import coco_like
+    import train_base
+    import train_det
+    import utils
+    from PIL import Image
+
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils, "rank", lambda: 0)
+    monkeypatch.setattr(utils, "everyone", lambda value: [value])
+    monkeypatch.setattr(utils, "leave_ranks", lambda: None)
+    coco_like.draw(tmp_path / "coco", train=8, val=4, size=64, seed=1)
+    for split, name in ((x, y) for x in ("train", "test") for y in ("cat", "dog")):
+        (tmp_path / "img" / split / name).mkdir(parents=True)
+        Image.new("RGB", (12, 12)).save(tmp_path / "img" / split / name / "0.png")
+    detect = (
+        f"--kd_mode none --s_name fasterrcnn_resnet18 --img_root {tmp_path}/coco --batch_size 3"
+    )
+    classify = f"--net_name resnet8 --data_name imagefolder --img_root {tmp_path}/img"
+    for main, argv, line in (
+        (train_det.main, detect, "--batch_size 3: 2 process(es) need a multiple of 2"),
+        (train_base.main, classify, "2 training images: 2 processes need two images each"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv.split(), "--cuda", "0", "--save_root", str(tmp_path / "runs")])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and line in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if len(sys.argv) > 2:
+        alone(*sys.argv[1:])
+        sys.exit()
     out = worker(Path(sys.argv[1]))
     if os.environ["RANK"] == "0":
         (Path(sys.argv[1]) / "found.json").write_text(json.dumps(out))
