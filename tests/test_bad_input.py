@@ -845,7 +845,7 @@ def test_what_the_system_refuses(monkeypatch, capsys, error, message):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(utils, "load_data", fail)
+    monkeypatch.setattr(cli, "load_data", fail)
     with pytest.raises(SystemExit) as stop:
         train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
     err = capsys.readouterr().err
@@ -859,7 +859,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         def fail(*args):
             raise error
 
-        monkeypatch.setattr(utils, "load_data", fail)
+        monkeypatch.setattr(cli, "load_data", fail)
         with pytest.raises(type(error)) as stop:
             train_base.main(["--net_name", "resnet8", "--data_name", "digits"])
         assert stop.value is error

@@ -276,7 +276,7 @@ def test_shares_that_cannot_be_equal_are_refused_before_anything_is_written(
 
     monkeypatch.setattr(utils, "world", lambda: 2)
     monkeypatch.setattr(utils, "rank", lambda: 0)
-    monkeypatch.setattr(utils, "everyone", lambda value: [value])
+    monkeypatch.setattr(utils, "all_gather", lambda value: [value])
     monkeypatch.setattr(utils, "leave_ranks", lambda: None)
     coco_like.draw(tmp_path / "coco", train=8, val=4, size=64, seed=1)
     for split, name in ((x, y) for x in ("train", "test") for y in ("cat", "dog")):

@@ -15,7 +15,12 @@ gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 out=${OUT:-results/gpu/$(echo "${gpu:-cpu}" | tr ' /' '__')}
 parts=${PARTS:-tests steps runs epoch rows}
 mkdir -p "$out"
-check() { "$python" tools/gpu_check.py "$@" --out "$out" $tiny; }
+# every part is ended, whatever it does, some time after it should have ended by itself
+check() {
+    local limit=$1
+    shift
+    timeout --kill-after 10 $((limit + 20)) "$python" tools/gpu_check.py "$@" --out "$out" $tiny
+}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 
 { nvidia-smi; "$python" -V; "$python" -m pip list 2>/dev/null | grep -i -E '^(torch|torchvision|numpy|timm|pytest) '; } \
@@ -26,19 +31,19 @@ if wants tests; then
 fi
 if wants steps; then
     limit=${SECONDS_STEPS:-130}
-    check steps --seconds "$limit" ${MODES:+--modes "$MODES"} ${STEPS:+--steps "$STEPS"} ${PAIRS:+--pairs "$PAIRS"} >"$out/steps.log" 2>&1
+    check "$limit" steps --seconds "$limit" ${MODES:+--modes "$MODES"} ${STEPS:+--steps "$STEPS"} ${PAIRS:+--pairs "$PAIRS"} >"$out/steps.log" 2>&1
     tail -n 3 "$out/steps.log"
 fi
 if wants runs; then
-    check runs --seconds "${SECONDS_RUNS:-60}" --jobs "${JOBS:-12}" ${MODES:+--modes "$MODES"} >"$out/runs.log" 2>&1
+    check "${SECONDS_RUNS:-60}" runs --seconds "${SECONDS_RUNS:-60}" --jobs "${JOBS:-12}" ${MODES:+--modes "$MODES"} >"$out/runs.log" 2>&1
     tail -n 30 "$out/runs.log"
 fi
 if wants epoch && [ -n "${IMAGES:-}" ]; then
-    timeout "${SECONDS_EPOCH:-90}" "$python" tools/gpu_check.py epoch --out "$out" --img_root "$IMAGES" $tiny >"$out/epoch.log" 2>&1
+    check "${SECONDS_EPOCH:-70}" epoch --img_root "$IMAGES" >"$out/epoch.log" 2>&1
     tail -n 12 "$out/epoch.log"
 fi
 if wants rows && [ -n "${IMAGES:-}" ]; then
-    check rows --seconds "${SECONDS_ROWS:-60}" --img_root "$IMAGES" ${MODES:+--modes "$MODES"} >"$out/rows.log" 2>&1
+    check "${SECONDS_ROWS:-60}" rows --seconds "${SECONDS_ROWS:-60}" --img_root "$IMAGES" ${MODES:+--modes "$MODES"} >"$out/rows.log" 2>&1
     tail -n 3 "$out/rows.log"
 fi
-check summary
+check 60 summary
