@@ -167,7 +167,7 @@ def boundary(kd, s, t, batch):
     index, attack_class, valid = select(s.out, t.out, batch.target, kd.attack_size)
     index, attack_class = index[valid], attack_class[valid]
     if len(index) == 0:
-        return s.out.new_zeros((), dtype=torch.float32)
+        return s.out.new_zeros((), dtype=torch.promote_types(s.out.dtype, torch.float32))
     if len(index) == 1:  # batch norm on a map of one pixel needs two
         index, attack_class = index.repeat(2), attack_class.repeat(2)
     img = kd.attacker.attack(t.net, batch.img[index].detach(), batch.target[index], attack_class)

@@ -66,7 +66,7 @@ def candidates(picture, pad, padding, flip):
 def test_augmentation_is_crop_and_mirror(padding, flip):
     data = replace(images(n=24, size=5), flip=flip)
     seen = set()
-    for img, _, index in stream.train_batches(data, 8, 0, 1, pad=2, padding=padding):
+    for img, _, index in dataset.train_batches(data, 8, 0, 1, pad=2, padding=padding):
         assert img.is_contiguous(memory_format=torch.channels_last) and img.dtype == torch.float32
         for picture, i in zip(raw(data, img), index):
             options = list(candidates(data.pixels[i], 2, padding, flip))

@@ -311,13 +311,11 @@ def test_exactly_what_learns_is_in_training_mode(mode):
 # --- 5: no host synchronisation ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bss"])  # picks its images
 def test_no_value_is_read_back(mode):
     """Fake tensors have no values: an .item(), a mask or a branch on data raises."""
     job = toys.job(mode)
     part = job.kd[0]
-    if mode == "bss":  # its attack alone may look: it ends when no image moves any more
-        part.loss.attacker.attack = lambda model, img, *rest: img
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in (job.student.net, job.teacher.net, part):
             for name, x in [*module.named_parameters(), *module.named_buffers()]:
@@ -344,7 +342,7 @@ CRD_TABLE = (
         "fitnet": (100, (2,), "mean"),
         "nst": (50, None, "sum"),
         "pkt": (30000, None, "mean"),
-        "fsp": (50, None, "sum"),
+        "fsp": (1, None, "sum"),
         "ft": (200, (-1,), "mean"),
         "rkd": (1, None, "mean"),
         "ab": (0.003, None, "sum"),

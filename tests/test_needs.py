@@ -18,7 +18,7 @@ import utils
 from engine import foreign, stream
 from engine.checkpoint import Weights, find_weights
 from engine.run import Run
-from kd_losses import METHODS, fading
+from kd_losses import FADES, METHODS, fading_from
 from kd_losses.lskd import standardise
 from kd_losses.wkd_l import cka_cost
 from tools import eval as eval_tool
@@ -140,7 +140,7 @@ def test_only_the_transport_fades():
     target = values[240]
     assert values[1] == values[150] > target
     assert values[195] - target == pytest.approx((values[1] - target) / 2, rel=1e-3)
-    assert [fading(x, 240) for x in (1, 150, 195, 240)] == pytest.approx([1, 1, 0.5, 0])
+    assert [fading_from(FADES)(x, 240) for x in (1, 150, 195, 240)] == pytest.approx([1, 1, 0.5, 0])
 
 
 # --- a look at all training images -----------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_the_deployed_student(distil, tmp_path, capsys):
         ("simkd:resnet8:64", "five numbers"),
         ("simkd:resnet8:64:64:2:a:8", "five numbers"),
         ("simkd:resnet9:64:64:2:8:8", "did you mean resnet8"),
-        ("simkd:resnet8:64:64:0:8:8", "factor"),
+        ("simkd:resnet8:64:64:0:8:8", "1 to 99999"),
     ],
 )
 def test_a_wrong_name_of_one(name, line):

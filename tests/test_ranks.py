@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
-from engine import distributed
-from engine.checkpoint import save_checkpoint
-from engine.run import Run, read_metrics
-from engine import stream
-
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # torchrun starts this file
+
+import utils  # noqa: E402
+from engine import distributed, stream  # noqa: E402
+from engine.checkpoint import save_checkpoint  # noqa: E402
+from engine.run import Run, read_metrics  # noqa: E402
+
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
 SAME = [
     "st",

@@ -381,7 +381,7 @@ def test_a_dry_run_says_the_recipe_and_writes_nothing(distil, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert distil("fsp", "--dry_run", "--protocol", "crd") is None
     out = capsys.readouterr().out
-    assert "lambda_kd 50" in out and "phases: init 30 epoch(s), train 240 epoch(s)" in out
+    assert "lambda_kd 1.0" in out and "phases: init 30 epoch(s), train 240 epoch(s)" in out
     assert "nothing trained, nothing written" in out and sorted(tmp_path.rglob("*")) == before
 
 

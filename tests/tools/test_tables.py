@@ -1056,7 +1056,7 @@ def test_a_full_disk_keeps_the_records(finished, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["nonsense", "module://nonsense", "TkAgg", ""])
 def test_a_window_system_that_is_not_there(backend, tmp_path):
-    code = "import sys, utils; sys.exit(not utils.import_matplotlib())"
+    code = "import sys, engine.run as run; sys.exit(not run.import_matplotlib())"
     env = dict(os.environ, MPLBACKEND=backend)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env).returncode == 0
 
