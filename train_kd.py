@@ -22,8 +22,8 @@ import network
 import utils
 from engine import cli, console, distributed, foreign, published, stream
 from engine.adapter import Adapter, align, count_macs
-from engine.find_taps import check_trainable
 from engine.checkpoint import Weights, find_weights, sha256
+from engine.find_taps import check_trainable
 from engine.run import Run
 from kd_losses import FLAG_HELP, LOGITS, METHODS, Method, Phase, standardise
 from utils import UserError
@@ -487,12 +487,6 @@ def train_step(
     return total
 
 
-def total(job: Distillation, phase: Phase, weights, terms: dict) -> Tensor:
-    """The loss that a step minimises, of its terms; the cross-entropy is the student's alone."""
-    ce = job.lambda_ce * terms["ce"] if phase.ce else 0.0
-    return ce + sum(w * terms[name] for name, w in zip(job.names, weights) if name in terms)
-
-
 def losses(job: Distillation, phase: Phase, batch: Batch, weights, machine):
     """(loss, {name: term}) of a batch."""
     s_learns = phase.ce or phase.student_learns
@@ -598,10 +592,9 @@ def learning_rate(phase: Phase, epoch: int, epochs: int, recipe) -> float:
 
 
 def kd_weights(job: Distillation, phase: Phase, done: float, recipe) -> list[float]:
-    """The weight of every part when the share `done` of the phase lies behind: the phase's, or the
-    method's; the protocol's, epoch
-    by epoch, its time scaled to the phase's. A warm-up of ten epochs in a hundred stays a tenth. The
-    losses that want to know the epoch are told it."""
+    """The weight of every part when the share `done` of the phase lies behind: the phase's own, or that
+    of the method's row, epoch by epoch, its time scaled to the phase's. A warm-up of ten epochs in a
+    hundred stays a tenth. The losses that want to know the epoch are told it."""
     total = published.PROTOCOLS[recipe.protocol].epochs
     place = int(done * total + 1e-6) + 1
     job.tell(place, total)
@@ -772,9 +765,8 @@ def train_epoch(run, machine, job, data, recipe, phase, epoch, epochs, optimizer
     meter, done = run.begin()
     steps = len(dataset.batch_bounds(len(data.train), recipe.batch_size, utils.world()))
     number = len(run.history) + 1
-    weights = kd_weights(
-        job, phase, (epoch - 1) / epochs, recipe
-    )  # of an epoch whose steps are all done
+    # of an epoch whose steps are all done
+    weights = kd_weights(job, phase, (epoch - 1) / epochs, recipe)
     batches = stream.train_batches(
         data.train,
         recipe.batch_size,
