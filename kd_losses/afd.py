@@ -67,18 +67,10 @@ class AFD(nn.Module):
             )
         if self.size is not None and fm_t.shape[2:] != self.size:
             raise ValueError(f"AFD was built for maps of {self.size}, not {(*fm_t.shape[2:],)}")
-        fm_s, fm_t = (
-            x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t.detach())
-        )
+        fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
         rho = self.rho(fm_t)
         with torch.autocast(fm_s.device.type, enabled=False):
-            # the square expanded: only norms and inner products, no normalised map, is kept
-            ss, tt, st = (
-                (a * b).sum((2, 3)) for a, b in ((fm_s, fm_s), (fm_t, fm_t), (fm_s, fm_t))
-            )
-            n_s, n_t = self._norm(ss), self._norm(tt)
-            distance = ss / (n_s * n_s) + tt / (n_t * n_t) - 2 * st / (n_s * n_t)
-            return (rho * distance).sum(1).mean() / fm_t.shape[2:].numel()
+            return (rho * self._fast_distance(fm_s, fm_t)).sum(1).mean()
 
     def rho(self, fm_t: Tensor) -> Tensor:
         """The attention (B, C) that a teacher's map draws; it sums to 1 over the channels."""
@@ -88,10 +80,23 @@ class AFD(nn.Module):
             z = self.attention(fm_t.flatten(2)).flatten(1) + self.bias
         with torch.autocast(z.device.type, enabled=False):
             # in logarithms the sum is not 0 even where all the sigmoids are
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            z = _float32(z)
             return F.logsigmoid(z).softmax(1)
 
-    def _norm(self, square: Tensor) -> Tensor:
-        # the gradient of a square root at 0 is infinite and 1 / eps is large: divide by 1 there
-        norm = torch.where(square > 0, square, 1).sqrt()
-        return torch.where(square > 0, norm + self.eps, 1)
+    def distance(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """The mean (B, C) over H, W of (n(fm_s) - n(fm_t))^2."""
+        n_s, n_t = (x / (x.norm(dim=(2, 3), keepdim=True) + self.eps) for x in (fm_s, fm_t))
+        return (n_s - n_t).square().mean((2, 3))
+
+    def _fast_distance(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+        """`distance` with the square expanded: no normalised map is made or kept. A channel of
+        zeros has a gradient of order 1, where that of `distance` is of order 1 / eps."""
+        # resnet20 -> resnet20, batch 128, one CPU thread: with `distance` a step takes 12 % longer
+        ss, tt, st = ((a * b).sum((2, 3)) for a, b in ((fm_s, fm_s), (fm_t, fm_t), (fm_s, fm_t)))
+        n_s, n_t = (torch.where(x > 0, x, 1).sqrt() + self.eps for x in (ss, tt))
+        return (ss / n_s**2 + tt / n_t**2 - 2 * st / (n_s * n_t)) / fm_t.shape[2:].numel()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,5 +1,5 @@
-"""AT: Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks
-via Attention Transfer (Zagoruyko, Komodakis, ICLR 2017, section 3.1, equation 2),
+"""AT: Paying More Attention to Attention: Improving the Performance of Convolutional Neural
+Networks via Attention Transfer (Zagoruyko, Komodakis, ICLR 2017, section 3.1, equation 2),
 https://arxiv.org/abs/1612.03928
 """
 
@@ -16,8 +16,8 @@ class AT(nn.Module):
 
     p: exponent, at least 1 (paper and KD-Zoo use 2); absolute: False for fm_c^p, as in the CRD
     benchmark, which for an odd p on signed maps is something else; p is then a whole number.
-    Differs from the paper: squared distance and a mean over positions, as in KD-Zoo; the paper takes
-    the norm of the difference, not squared.
+    Differs from the paper: squared distance and a mean over positions, as in KD-Zoo; the paper
+    takes the norm of the difference, not squared.
     """
 
     def __init__(self, p: float = 2.0, absolute: bool = True):
@@ -40,11 +40,13 @@ class AT(nn.Module):
 
     def attention(self, fm: Tensor) -> Tensor:
         """The normalised attention map (B, H * W) of a feature map."""
-        fm = fm.to(torch.promote_types(fm.dtype, torch.float32))
-        power = fm if self.p % 2 == 0 or not self.absolute else fm.abs()
-        power = power.pow(self.p)
-        attention = power.sum(1).flatten(1)
-        # the gradient of a square root at 0 is infinite; an all-zero map has none
-        square = attention.square().sum(1, keepdim=True)
-        norm = torch.where(square > 0, square, 1).sqrt() * (square > 0)
+        fm = _float32(fm)
+        fm = fm.abs() if self.absolute and self.p % 2 else fm  # an even power has no sign
+        attention = fm.pow(self.p).sum(1).flatten(1)
+        norm = attention.norm(dim=1, keepdim=True)  # whose gradient at 0 torch takes as 0
         return attention / (norm + 1e-6)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -43,7 +43,7 @@ class BSS(nn.Module):
             raise ValueError(f"BSS wants one weight a sample, not {(*weight.shape,)}")
         with torch.autocast(attacked_out_s.device.type, enabled=False):
             log_p_s, log_p_t = (
-                F.log_softmax(_promote(x) / self.T, dim=1)
+                F.log_softmax(_float32(x) / self.T, dim=1)
                 for x in (attacked_out_s, attacked_out_t.detach())
             )
             loss = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)
@@ -93,7 +93,7 @@ class BSSAttacker:
         """
         if not len(img) == len(target) == len(attack_class):
             raise ValueError("the attack wants one target and one attack class an image")
-        x = _promote(img.detach())
+        x = _float32(img.detach())
         moving = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             for _ in range(self.num_steps):
@@ -139,7 +139,7 @@ def select(
     if out_t.shape[1] < 2 or attack_size < 1:
         raise ValueError("select wants at least two classes and an attack_size of at least 1")
     with torch.autocast(out_t.device.type, enabled=False):
-        out_s, out_t = _promote(out_s), _promote(out_t)
+        out_s, out_t = _float32(out_s), _float32(out_t)
         top = out_t.argmax(1)
         right = (top == target) & (out_s.argmax(1) == target)
         gap = (out_t.softmax(1) - out_s.softmax(1)).square()
@@ -158,9 +158,15 @@ def _direction(grad: Tensor) -> Tensor:
     # the square of a confident network's gradient underflows
     peak = grad.abs().amax(1, keepdim=True)
     grad = grad / torch.where(peak > 0, peak, 1)
-    norm = grad.square().sum(1, keepdim=True).sqrt()
-    return grad / torch.where(norm > 0, norm, 1)
+    return _unit(grad)
 
 
-def _promote(x: Tensor) -> Tensor:
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -58,8 +58,8 @@ class CATKD(nn.Module):
         if self.top is not None and self.top > len(weight_t):
             raise ValueError(f"top must not exceed the {len(weight_t)} classes, it is {self.top}")
         with torch.autocast(fm_s.device.type, enabled=False):
-            fm_s, weight_s = _promoted(fm_s, weight_s)
-            fm_t, weight_t = _promoted(fm_t.detach(), weight_t.detach())
+            fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
+            weight_s, weight_t = weight_s.to(fm_s.dtype), weight_t.detach().to(fm_t.dtype)
             # the classifier and the pooling are linear and commute: pool the fewer numbers
             a_s = _cam(self._pool(fm_s), weight_s)
             if self.binarize:
@@ -74,22 +74,18 @@ class CATKD(nn.Module):
                 index = index.expand(-1, -1, *a_t.shape[2:])
                 a_s, a_t = a_s.gather(1, index), a_t.gather(1, index)
             if self.normalize:
-                a_s, a_t = _unit(a_s), _unit(a_t)
+                # of eps at least, so that zeros stay and the gradient in tiny CAMs is in range
+                a_s, a_t = (F.normalize(a.flatten(2), dim=2, eps=1e-4) for a in (a_s, a_t))
             return (a_s - a_t).square().mean()
 
     def _pool(self, fm: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(fm, self.resolution)
 
 
-def _promoted(fm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(fm.dtype, weight.dtype), torch.float32)
-    return fm.to(dtype), weight.to(dtype)
-
-
 def _cam(fm: Tensor, weight: Tensor) -> Tensor:
     return (weight @ fm.flatten(2)).unflatten(2, fm.shape[2:])
 
 
-def _unit(a: Tensor) -> Tensor:
-    # the floor goes below the root, whose gradient at 0 is infinite
-    return a / a.square().sum((2, 3), keepdim=True).clamp_min(1e-8).sqrt()
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

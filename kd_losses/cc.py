@@ -43,11 +43,7 @@ class CC(nn.Module):
 
     def correlation(self, feat: Tensor) -> Tensor:
         """The (B, B) matrix K."""
-        x = feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is,
-        # and the clamp keeps that of a tiny one in range
-        square = x.square().sum(1, keepdim=True)
-        x = x / torch.where(square > 0, square, 1).clamp(min=1e-24).sqrt()
+        x = _unit(_float32(feat).flatten(1))
         c, k = x @ x.T, 0
         for p in range(self.P_order, -1, -1):
             k = k * c + math.exp(-2 * self.gamma) * (2 * self.gamma) ** p / math.factorial(p)
@@ -78,15 +74,15 @@ class NeighbourCC(nn.Module):
         self.embed_t = nn.Linear(in_dim_t, feat_dim)
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
-        """feat_s (B, in_dim_s), feat_t (B, in_dim_t), or maps of as many entries a sample. Returns a
-        scalar.
+        """feat_s (B, in_dim_s), feat_t (B, in_dim_t), or maps of as many entries a sample. Returns
+        a scalar.
 
         Raises ValueError where the batches differ.
         """
         with torch.autocast(feat_s.device.type, enabled=False):
             return self.neighbours(
                 *(
-                    embed(feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1))
+                    embed(_float32(feat).flatten(1))
                     for embed, feat in ((self.embed_s, feat_s), (self.embed_t, feat_t.detach()))
                 )
             )
@@ -102,7 +98,18 @@ class NeighbourCC(nn.Module):
                 f"NeighbourCC wants one batch, not {(*e_s.shape,)} and {(*e_t.shape,)}"
             )
         with torch.autocast(e_s.device.type, enabled=False):
-            e_s, e_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (e_s, e_t))
+            e_s, e_t = _float32(e_s), _float32(e_t)
             delta = (e_s - e_t).abs()
             # a sum, since the mean of no pair is nan
             return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

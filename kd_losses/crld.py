@@ -47,7 +47,7 @@ class CRLD(nn.Module):
                 f"CRLD wants four logits of one shape, not {[(*x.shape,) for x in outs]}"
             )
         with torch.autocast(out_s_w.device.type, enabled=False):
-            outs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in outs]
+            outs = [_float32(x) for x in outs]
             sure_w, sure_s = (
                 z.softmax(1).amax(1) >= tau for z, tau in zip(outs[2:], (self.tau_w, self.tau_s))
             )
@@ -60,3 +60,8 @@ class CRLD(nn.Module):
 def _kl(log_s: Tensor, log_t: Tensor) -> Tensor:
     """KL(t || s) of each sample (B,), from log-probabilities."""
     return (log_t.exp() * (log_t - log_s)).sum(1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

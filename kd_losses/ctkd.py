@@ -68,12 +68,15 @@ class CTKD(nn.Module):
                 f"CTKD wants logits of one shape, not {(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             # the value of theta, lambda times its gradient
             fixed = self.theta.detach()
             theta = fixed + self.decay(epoch) * (self.theta - fixed)
             T = self.temperature(theta.to(out_s.dtype))
             log_s, log_t = (out_s / T).log_softmax(1), (out_t / T).log_softmax(1)
             return T**2 * (log_t.exp() * (log_t - log_s)).sum(1).mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -46,10 +46,7 @@ class DIST(nn.Module):
         if out_s.shape[0] < 2 and self.gamma:
             raise ValueError("DIST needs at least two samples, between which a class correlates")
         with torch.autocast(out_s.device.type, enabled=False):
-            p_s, p_t = (
-                (x.to(torch.promote_types(x.dtype, torch.float32)) / self.T).softmax(1)
-                for x in (out_s, out_t.detach())
-            )
+            p_s, p_t = ((_float32(x) / self.T).softmax(1) for x in (out_s, out_t.detach()))
             inter, intra = (1 - _pearson(p_s, p_t, dim).mean() for dim in (1, 0))
             return self.T**2 * (self.beta * inter + self.gamma * intra)
 
@@ -60,3 +57,8 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
     norm = torch.maximum(a.norm(dim=dim), least) * b.norm(dim=dim)
     return (a * b).sum(dim) / (norm + 1e-8)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

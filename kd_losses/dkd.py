@@ -54,8 +54,13 @@ class DKD(nn.Module):
     def groups(self, out: Tensor, target: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How far the target's logit is above the log-sum-exp of the others (B,), and log q and q
         (B, K); at the target's place log q means nothing and q is 0."""
-        z = out.to(torch.promote_types(out.dtype, torch.float32)) / self.T
+        z = _float32(out) / self.T
         others = z.masked_fill(own, -torch.inf)
         total = others.logsumexp(1, keepdim=True)
         log_q = z - total
         return log_q.gather(1, target[:, None])[:, 0], log_q, others.softmax(1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

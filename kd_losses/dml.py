@@ -14,15 +14,18 @@ class DML(nn.Module):
 
     Both networks learn: the other one's loss is the same call with the arguments exchanged, the
     argument in second place being a constant each time.
-    Differs from the paper: as in KD-Zoo both losses come from one forward of each network, where the
-    paper updates them in turn with refreshed predictions; two networks only.
+    Differs from the paper: as in KD-Zoo both losses come from one forward of each network, where
+    the paper updates them in turn with refreshed predictions; two networks only.
     """
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K) of the learner and of its peer. Returns a scalar."""
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             log_p_s, log_p_t = F.log_softmax(out_s, dim=1), F.log_softmax(out_t, dim=1)
             return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,8 +25,11 @@ class Hint(nn.Module):
         if fm_s.shape != fm_t.shape:
             raise ValueError(f"Hint wants equal shapes, not {(*fm_s.shape,)} and {(*fm_t.shape,)}")
         with torch.autocast(fm_s.device.type, enabled=False):
-            fm_s, fm_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t.detach())
-            )
+            fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
             # keeps the inputs alone, not their difference; torch's own mean would keep the squares
             return F.mse_loss(fm_s, fm_t, reduction="none").mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

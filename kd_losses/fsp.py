@@ -20,8 +20,8 @@ class FSP(nn.Module):
     """
 
     def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
-        """fm_s1, fm_t1 (B, C_1, *, *) and fm_s2, fm_t2 (B, C_2, *, *): maps of an earlier and a later
-        layer; sizes may differ, channels not. Returns a scalar.
+        """fm_s1, fm_t1 (B, C_1, *, *) and fm_s2, fm_t2 (B, C_2, *, *): maps of an earlier and a
+        later layer; sizes may differ, channels not. Returns a scalar.
 
         Raises ValueError where batch or channels of the networks differ.
         """
@@ -34,25 +34,14 @@ class FSP(nn.Module):
 
     def flow(self, fm1: Tensor, fm2: Tensor) -> Tensor:
         """The flow matrix (B, C_1, C_2) between two maps of a network."""
-        fm1, fm2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm1, fm2))
+        fm1, fm2 = _float32(fm1), _float32(fm2)
         if fm1.shape[2:] != fm2.shape[2:]:
             size = tuple(min(a, b) for a, b in zip(fm1.shape[2:], fm2.shape[2:]))
             fm1, fm2 = (F.adaptive_avg_pool2d(x, size) for x in (fm1, fm2))
-        # positions before channels: of a channels_last map that is a view
-        x1, x2 = (x.flatten(2).transpose(1, 2) for x in (fm1, fm2))
-        return _Product.apply(x1, x2) / x1.shape[1]
+        x1, x2 = fm1.flatten(2), fm2.flatten(2)
+        return x1 @ x2.mT / x1.shape[2]
 
 
-class _Product(torch.autograd.Function):
-    """x1^T x2 of (B, N, C_1) and (B, N, C_2), whose gradients keep that order: autograd's own for x1
-    is (B, C_1, N), which the layers below would have to copy."""
-
-    @staticmethod
-    def forward(ctx, x1: Tensor, x2: Tensor) -> Tensor:
-        ctx.save_for_backward(x1, x2)
-        return x1.transpose(1, 2) @ x2
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = ctx.saved_tensors
-        return x2 @ grad.transpose(1, 2), x1 @ grad
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

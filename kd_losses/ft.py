@@ -50,10 +50,7 @@ class FT(nn.Module):
                 f"{(*factor_s.shape,)} and {(*factor_t.shape,)}"
             )
         with torch.autocast(factor_s.device.type, enabled=False):
-            factor_s, factor_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32))
-                for x in (factor_s, factor_t.detach())
-            )
+            factor_s, factor_t = _float32(factor_s), _float32(factor_t.detach())
             if factor_s.shape[2:] != factor_t.shape[2:]:
                 size = tuple(min(a, b) for a, b in zip(factor_s.shape[2:], factor_t.shape[2:]))
                 factor_s, factor_t = (F.adaptive_avg_pool2d(x, size) for x in (factor_s, factor_t))
@@ -62,14 +59,8 @@ class FT(nn.Module):
 
     def normalise(self, factor: Tensor) -> Tensor:
         """The unit row u of each sample, (B, C * H * W) or (B, H * W)."""
-        x = factor.to(torch.promote_types(factor.dtype, torch.float32))
-        if self.factor == "spatial":
-            x = x.pow(self.p1).mean(1)
-        x = x.flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is,
-        # and the clamp keeps that of a tiny one in range
-        square = x.square().sum(1, keepdim=True)
-        return x / torch.where(square > 0, square, 1).clamp(min=1e-24).sqrt()
+        x = factor.pow(self.p1).mean(1) if self.factor == "spatial" else factor
+        return _unit(x.flatten(1))
 
 
 class Paraphraser(nn.Module):
@@ -101,16 +92,13 @@ class Paraphraser(nn.Module):
 
     def factor(self, fm_t: Tensor) -> Tensor:
         """The factor alone: what the transfer needs."""
-        return self.encoder(fm_t.detach().to(torch.promote_types(fm_t.dtype, torch.float32)))
+        return self.encoder(_float32(fm_t.detach()))
 
     def reconstruction_loss(self, fm_t: Tensor) -> Tensor:
         """What the paraphraser learns by: the mean squared error of its reconstruction."""
         _, reconstruction = self(fm_t)
         with torch.autocast(fm_t.device.type, enabled=False):
-            reconstruction, fm_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32))
-                for x in (reconstruction, fm_t.detach())
-            )
+            reconstruction, fm_t = _float32(reconstruction), _float32(fm_t.detach())
             return (reconstruction - fm_t).square().mean()
 
 
@@ -129,7 +117,7 @@ class Translator(nn.Module):
 
     def forward(self, fm_s: Tensor) -> Tensor:
         """fm_s (B, in_channels_s, H, W). Returns the factor (B, int(C_t * k), H, W)."""
-        return self.encoder(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        return self.encoder(_float32(fm_s))
 
 
 def _factor_channels(in_channels: int, k: float) -> int:
@@ -153,3 +141,14 @@ def _layers(kind: type[nn.Module], widths: tuple[int, ...], use_bn: bool) -> nn.
         norm = nn.BatchNorm2d(width_out) if use_bn else nn.Identity()
         layers += [conv, norm, nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -39,16 +39,23 @@ class ICKD(nn.Module):
             )
         if self.training and fm_s.numel() == s_dim:
             raise ValueError("ICKD needs at least two samples or pixels for its batch norm")
-        fm_s = self.embed(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        fm_s = self.embed(_float32(fm_s))
         with torch.autocast(fm_s.device.type, enabled=False):
             diff = self.correlation(fm_s) - self.correlation(fm_t.detach())
             return diff.square().sum(2).mean()
 
     def correlation(self, fm: Tensor) -> Tensor:
         """The (B, C, C) matrices of correlations between channels, their rows of norm 1."""
-        f = fm.to(torch.promote_types(fm.dtype, torch.float32)).flatten(2)
-        g = f @ f.mT
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is,
-        # and the clamp keeps that of a tiny one in range
-        square = g.square().sum(2, keepdim=True)
-        return g / torch.where(square > 0, square, 1).clamp(min=1e-12).sqrt()
+        f = _float32(fm).flatten(2)
+        return _unit(f @ f.mT)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

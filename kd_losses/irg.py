@@ -37,49 +37,49 @@ class IRG(nn.Module):
 
         Raises ValueError at a batch of one, and where batch or number of logits differ.
         """
-        fm2_s, fm3_s, feat_s, out_s = layers_s
-        fm2_t, fm3_t, feat_t, out_t = (x.detach() for x in layers_t)
+        fm2_s, fm3_s, feat_s, out_s = (_float32(x) for x in layers_s)
+        fm2_t, fm3_t, feat_t, out_t = (_float32(x.detach()) for x in layers_t)
         if out_s.shape != out_t.shape:
             raise ValueError(f"IRG wants equal logits, not {(*out_s.shape,)}, {(*out_t.shape,)}")
         batches = {len(x) for x in (*layers_s, *layers_t)}
         if len(batches) > 1 or batches == {1}:
             raise ValueError(f"IRG wants one batch of at least two samples, not {batches}")
         with torch.autocast(out_s.device.type, enabled=False):
-            vert = (_promote(out_s) - _promote(out_t)).square().mean()
-            edge = sum(
-                (self.edges(x_s) - self.edges(x_t)).square().mean()
-                for x_s, x_t in ((fm2_s, fm2_t), (fm3_s, fm3_t), (feat_s, feat_t))
-            )
+            vert = (out_s - out_t).square().mean()
+            edge = self.edges(fm2_s, fm3_s, feat_s) - self.edges(fm2_t, fm3_t, feat_t)
             tran = self.transformation(fm2_s, fm3_s) - self.transformation(fm2_t, fm3_t)
             return (
                 self.w_irg_vert * vert
-                + self.w_irg_edge * edge / 3
+                + self.w_irg_edge * edge.square().mean()
                 + self.w_irg_tran * tran.square().mean()
             )
 
-    def edges(self, x: Tensor) -> Tensor:
-        """The matrix (B, B) of squared distances between the samples, the largest being 1."""
-        x = _promote(x)
-        # in the order of memory, which distances do not see: no copy
-        x = (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
-        # distances do not change, and lose fewer digits, without what the samples have in common
-        x = x - x.detach().mean(0)
-        square = x.square().sum(1)
-        # x @ x.T, which is symmetric, with one product backward instead of two
-        half = x @ x.detach().T
-        product = half + half.T - half.detach()
-        distance = (square[:, None] + square - 2 * product).clamp_min(1e-12)
-        distance = distance.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
-        return distance / distance.amax()  # amax: tied entries share the gradient
+    def edges(self, *layers: Tensor) -> Tensor:
+        """For each of n layers the matrix (n, B, B) of squared distances between the samples, the
+        largest being 1."""
+        gram = torch.stack([_gram(x) for x in layers])
+        square = gram.diagonal(dim1=1, dim2=2)
+        distance = (square[:, :, None] + square[:, None] - 2 * gram).clamp_min(1e-12)
+        own = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
+        distance = distance.masked_fill(own, 0)
+        # amax: tied entries share the gradient
+        return distance / distance.amax((1, 2), keepdim=True)
 
     def transformation(self, fm1: Tensor, fm2: Tensor) -> Tensor:
         """The squared distance (B,) between a sample's two maps, the largest being 1."""
-        fm1, fm2 = _promote(fm1), _promote(fm2)
         size = tuple(min(a, b) for a, b in zip(fm1.shape[2:], fm2.shape[2:]))
         channels = min(fm1.shape[1], fm2.shape[1])
         fm1, fm2 = (_pool(x, channels, size) for x in (fm1, fm2))
         distance = (fm1 - fm2).square().flatten(1).sum(1).clamp_min(1e-12)
         return distance / distance.amax()
+
+
+def _gram(x: Tensor) -> Tensor:
+    # in the order of memory, which a product over all entries does not see: no copy
+    x = (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
+    # distances do not change, and lose fewer digits, without what the samples have in common
+    x = x - x.detach().mean(0)
+    return x @ x.T
 
 
 def _pool(fm: Tensor, channels: int, size: tuple[int, ...]) -> Tensor:
@@ -90,5 +90,6 @@ def _pool(fm: Tensor, channels: int, size: tuple[int, ...]) -> Tensor:
     return fm if fm.shape[1] == channels else F.adaptive_avg_pool2d(fm, (channels, fm.shape[2]))
 
 
-def _promote(x: Tensor) -> Tensor:
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,6 +5,7 @@ BMVC 2022, section 3), https://arxiv.org/abs/2112.00459
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -54,12 +55,10 @@ class ITRD(nn.Module):
             )
         if len(feat_s) < 2:
             raise ValueError("ITRD needs at least two samples: it correlates them")
-        feat_s = feat_s.to(torch.promote_types(feat_s.dtype, torch.float32))
+        feat_s = _float32(feat_s)
         e = self.embed(feat_s)
         with torch.autocast(feat_s.device.type, enabled=False):
-            e, feat_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (e, feat_t.detach())
-            )
+            e, feat_t = _float32(e), _float32(feat_t.detach())
             return self.lambda_corr * self.corr(e, feat_t) + self.lambda_mutual * self.mutual(
                 feat_s if s_dim == t_dim else e, feat_t
             )
@@ -80,8 +79,8 @@ def _standardised(x: Tensor) -> Tensor:
 
 
 def _cosines(x: Tensor) -> Tensor:
-    # a least norm of 1e-6: zero rows stay, and the gradient in tiny ones keeps in range
-    x = x / x.square().sum(1, keepdim=True).clamp(min=1e-12).sqrt()
+    # of eps at least, so that zeros stay and the gradient in tiny vectors is in range
+    x = F.normalize(x, dim=1, eps=1e-6)
     return x @ x.T
 
 
@@ -89,3 +88,8 @@ def _square(g: Tensor) -> Tensor:
     # the trace counts the rows that are not zero: only where all are is it below 1
     # (diagonal().sum(): the backward of trace() waits for the device)
     return g.square().sum() / g.diagonal().sum().clamp(min=1).square()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -56,7 +56,7 @@ class KDSVD(nn.Module):
         with torch.autocast(fms_s[0].device.type, enabled=False):
             pairs = [(self._unfold(s), self._unfold(t.detach())) for s, t in zip(fms_s, fms_t)]
             k = min(self.k, *(size for _, x_t in pairs for size in x_t.shape[1:]))
-            stages = [self._aligned(x_s, x_t, k) for x_s, x_t in pairs]
+            stages = [self._vectors(x_s, x_t, k) for x_s, x_t in pairs]
             loss = sum(
                 (_relation(s, before_s) - _relation(t, before_t)).square().sum()
                 for (before_s, before_t), (s, t) in zip(stages, stages[1:])
@@ -64,20 +64,24 @@ class KDSVD(nn.Module):
             return loss / len(fms_s[0])
 
     def _unfold(self, fm: Tensor) -> Tensor:
-        fm = fm.to(torch.promote_types(fm.dtype, torch.float32))
+        fm = _float32(fm)
         return fm.flatten(1, 2) if self.unfold == "channels" else fm.flatten(2).mT
 
-    def _aligned(self, x_s: Tensor, x_t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The weighted vectors (B, N, k) of the student and of the teacher."""
-        _, v_s = _right_vectors(x_s, self.k + 3)
+    def _vectors(self, x_s: Tensor, x_t: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The weighted vectors v (B, N, k) of the student and of the teacher."""
         sigma, v_t = _right_vectors(x_t, k)
         v_t = _fix_sign(v_t)
-        sigma = sigma / torch.where(sigma[:, :1] > 0, sigma.norm(dim=1, keepdim=True), 1)
-        cosine = v_t.mT @ v_s.detach()
-        best = cosine.abs().argmax(2, keepdim=True)
-        sign = torch.where(cosine.gather(2, best) < 0, -sigma[:, :, None], sigma[:, :, None]).mT
-        v_s = v_s.gather(2, best.mT.expand(-1, v_s.shape[1], -1))
-        return v_s * sign, v_t * sigma[:, None]
+        _, candidates = _right_vectors(x_s, self.k + 3)
+        weight = _unit(sigma)[:, None]
+        return _aligned(candidates, v_t) * weight, v_t * weight
+
+
+def _aligned(candidates: Tensor, v_t: Tensor) -> Tensor:
+    """For each column of v_t that of the candidates, or its opposite, of the largest cosine."""
+    cosine = v_t.mT @ candidates.detach()
+    best = cosine.abs().argmax(2, keepdim=True)
+    v_s = candidates.gather(2, best.mT.expand(-1, v_t.shape[1], -1))
+    return v_s * cosine.gather(2, best).mT.sign()
 
 
 def _relation(v: Tensor, before: Tensor) -> Tensor:
@@ -93,6 +97,8 @@ def _fix_sign(v: Tensor) -> Tensor:
 def _right_vectors(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The first n singular values, all up to one factor a sample, and right singular vectors,
     (B, n) and (B, N, n), of x (B, M, N); n is at most min(M, N)."""
+    # from the smaller Gram matrix: its eigenvectors' gradient can leave ties out, which is NaN by
+    # torch.linalg.svd, and on CUDA one call decomposes a whole batch
     peak = x.detach().abs().amax((1, 2), keepdim=True)
     x = x / torch.where(peak > 0, peak, 1)  # the square of a small entry underflows
     n = min(n, *x.shape[1:])
@@ -101,9 +107,7 @@ def _right_vectors(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     seen = value[:, :n] > _tolerance(value)
     v = v[:, :, :n]
     if not tall:  # v are left vectors still
-        v = x.mT @ v
-        square = v.square().sum(1, keepdim=True)
-        v = v / torch.where(square > 0, square, 1).sqrt()
+        v = _unit(v.mT @ x).mT
     return torch.where(seen, value[:, :n], 0).sqrt(), torch.where(seen[:, None], v, 0)
 
 
@@ -134,3 +138,14 @@ class _Eigh(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             inner = apart * (vector.mT @ grad) / torch.where(apart, gap, 1)
             return vector @ inner @ vector.mT
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -23,7 +23,7 @@ def standardise(out: Tensor) -> Tensor:
             f"standardise wants logits (B, K) of at least two classes, not {(*out.shape,)}"
         )
     with torch.autocast(out.device.type, enabled=False):
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = _float32(out)
         # constant rows become exactly 0 before the mean can round
         out = out - out.detach().amax(1, keepdim=True)
         # 1e-7: the authors'; the floor bounds the gradient where a row is all but constant
@@ -69,3 +69,8 @@ class LSKD(nn.Module):
             log_p_s, log_p_t = (F.log_softmax(z / self.T, dim=1) for z in (z_s, z_t))
             loss = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
             return loss * self.T**2
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

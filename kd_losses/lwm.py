@@ -58,9 +58,7 @@ class LwM(nn.Module):
         # retain_graph: another loss may differentiate the same forward
         (grad,) = torch.autograd.grad(logit, fm, create_graph=create_graph, retain_graph=True)
         height_width = fm.shape[2:]
-        grad, fm = (
-            x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2) for x in (grad, fm)
-        )
+        grad, fm = _float32(grad).flatten(2), _float32(fm).flatten(2)
         # the normalised map does not depend on the gradient's scale; its square could underflow
         peak = grad.detach().abs().amax((1, 2), keepdim=True)
         grad = grad / torch.where(peak > 0, peak, 1)
@@ -68,6 +66,15 @@ class LwM(nn.Module):
         cam = (weight * (grad if self.cam == "gradient" else fm)).sum(1).relu()
         if height_width != size:
             cam = F.adaptive_avg_pool2d(cam.unflatten(1, height_width), size).flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is
-        square = cam.square().sum(1, keepdim=True)
-        return cam / torch.where(square > 0, square, 1).sqrt()
+        return _unit(cam)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

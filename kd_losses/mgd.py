@@ -50,10 +50,13 @@ class MGD(nn.Module):
             rand = torch.rand(b, self.t_dim, 1, 1, device=fm_s.device, dtype=torch.float32)
         elif rand.shape != (b, self.t_dim, 1, 1):
             raise ValueError(f"MGD wants rand {(b, self.t_dim, 1, 1)}, not {(*rand.shape,)}")
-        x = self.align(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        x = self.align(_float32(fm_s))
         x = self.generation(x * (rand >= self.lam))
         with torch.autocast(x.device.type, enabled=False):
-            x, fm_t = (
-                y.to(torch.promote_types(y.dtype, torch.float32)) for y in (x, fm_t.detach())
-            )
+            x, fm_t = _float32(x), _float32(fm_t.detach())
             return (x - fm_t).square().sum() / b
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

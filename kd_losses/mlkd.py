@@ -56,32 +56,41 @@ class MLKD(nn.Module):
                 f"MLKD wants four logits of one shape, not {[(*x.shape,) for x in outs]}"
             )
         with torch.autocast(out_s_w.device.type, enabled=False):
-            outs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in outs]
+            outs = [_float32(x) for x in outs]
             p = outs[2].softmax(1)
             # between two middle values torch takes the lower: as many are at most that one
             m, c = ((x <= x.median()).to(p.dtype) for x in (p.amax(1), p.sum(0)))
-            losses = []
-            for T in self.T:
-                s_w, s_s, t_w, t_s = ((z / T).log_softmax(1) for z in outs)
-                kd_w, kd_s = T**2 * _kl(s_w, t_w), T**2 * _kl(s_s, t_s)
-                cc_w, bc_w = _relations(s_w, t_w)
-                if self.form == "released":
-                    losses.append(m.mean() * (kd_w.mean() + bc_w.sum()) + c.mean() * cc_w.sum())
-                    losses.append((kd_w if T in self.ends else kd_s).mean())
-                else:
-                    losses.append((m * kd_w).mean() + (c * cc_w).sum() + (m * bc_w).sum())
-                    cc_s, bc_s = _relations(s_s, t_s)
-                    losses.append(kd_s.mean() + cc_s.sum() + bc_s.sum())
-            return torch.stack(losses).sum()
+            # log P at all n temperatures, (n, B, K) each
+            logs = torch.stack([torch.stack(outs) / T for T in self.T], dim=1).log_softmax(3)
+            s_w, s_s, t_w, t_s = logs
+            kd_w, kd_s = _kl(s_w, t_w), _kl(s_s, t_s)
+            cc_w, bc_w = _relations(s_w, t_w)
+            if self.form == "released":
+                kd_w, kd_s = kd_w.mean(1), kd_s.mean(1)
+                second = [w if T in self.ends else s for T, w, s in zip(self.T, kd_w, kd_s)]
+                kd = m.mean() * kd_w + torch.stack(second)
+                relations = m.mean() * bc_w.sum() + c.mean() * cc_w.sum()
+            else:
+                kd = (m * kd_w + kd_s).mean(1)
+                cc_s, bc_s = _relations(s_s, t_s)
+                relations = (m * bc_w + bc_s).sum() + (c * cc_w + cc_s).sum()
+            return sum(T**2 * kd_T for T, kd_T in zip(self.T, kd)) + relations
 
 
 def _kl(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """KL(t || s) of each sample (B,), from log-probabilities."""
-    return (log_t.exp() * (log_t - log_s)).sum(1)
+    """KL(t || s) of each sample (n, B), from log-probabilities (n, B, K)."""
+    return (log_t.exp() * (log_t - log_s)).sum(2)
 
 
 def _relations(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """cc of each class (K,) and bc of each sample (B,), from log-probabilities (B, K)."""
+    """cc of each class (n, K) and bc of each sample (n, B), from log-probabilities (n, B, K)."""
     p_s, p_t = log_s.exp(), log_t.exp()
-    cc, bc = p_t.T @ p_t - p_s.T @ p_s, p_t @ p_t.T - p_s @ p_s.T
-    return cc.square().mean(0), bc.square().mean(0)
+    bc = p_t @ p_t.mT - p_s @ p_s.mT
+    # one temperature at a time: with many classes (K, K) is large
+    cc = [(t.T @ t - s.T @ s).square().mean(0) for s, t in zip(p_s, p_t)]
+    return torch.stack(cc), bc.square().mean(1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

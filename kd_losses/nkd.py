@@ -41,9 +41,7 @@ class NKD(nn.Module):
         if out_s.shape[1] < 2:
             raise ValueError("NKD wants at least two classes")
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             y = target[:, None]
             own = torch.zeros_like(out_s, dtype=torch.bool).scatter(1, y, True)
             trust = out_t.softmax(1).gather(1, y)[:, 0]
@@ -52,3 +50,8 @@ class NKD(nn.Module):
             log_q_s = F.log_softmax(z_s, dim=1).masked_fill(own, 0)  # q_t is 0 there
             q_t = z_t.softmax(1)
             return (loss - self.gamma * self.T**2 * (q_t * log_q_s).sum(1)).mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,8 +5,6 @@
 import torch
 from torch import Tensor, nn
 
-PARTS = 8  # of a batch
-
 
 class NST(nn.Module):
     """Squared maximum mean discrepancy between the channels of two feature maps.
@@ -38,9 +36,9 @@ class NST(nn.Module):
                 f"NST wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         with torch.autocast(fm_s.device.type, enabled=False):
-            # a part of the batch at a time: forward and backward make several maps out of one
-            parts = zip(fm_s.chunk(PARTS), fm_t.detach().chunk(PARTS))
-            return torch.cat([self.discrepancy(*part) for part in parts]).mean()
+            # by halves of the batch: forward and backward make several maps out of one
+            halves = zip(fm_s.chunk(2), fm_t.detach().chunk(2))
+            return torch.cat([self.discrepancy(*half) for half in halves]).mean()
 
     def discrepancy(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """The loss of each sample: (B,)."""
@@ -65,14 +63,21 @@ class NST(nn.Module):
 
     def channels(self, fm: Tensor) -> Tensor:
         """The normalised channels (B, C, H * W) of a feature map."""
-        fm = fm.to(torch.promote_types(fm.dtype, torch.float32)).flatten(2)
-        # the gradient of a square root at 0 is infinite; a dead channel stays as it is,
-        # and the clamp keeps that of a tiny one in range
-        square = fm.square().sum(2, keepdim=True)
-        return fm / torch.where(square > 0, square, 1).clamp(min=1e-24).sqrt()
+        return _unit(_float32(fm).flatten(2))
 
 
 def _square_distances(a: Tensor, b: Tensor) -> Tensor:
     """||a_i - b_j||^2 of the rows of a (B, M, D) and b (B, N, D): (B, M, N)."""
     square_a, square_b = (x.square().sum(2) for x in (a, b))
     return square_a[:, :, None] + square_b[:, None, :] - 2 * a @ b.transpose(1, 2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -79,10 +79,7 @@ class OFA(nn.Module):
             )
         # bfloat16 makes the backward of a strided depthwise convolution 15 times slower on CPUs
         with torch.autocast("cpu", enabled=False):
-            outs = [
-                head(fm.to(torch.promote_types(fm.dtype, torch.float32)))
-                for head, fm in zip(self.heads, stages_s)
-            ]
+            outs = [head(_float32(fm)) for head, fm in zip(self.heads, stages_s)]
         terms = zip([*outs, out_s], self.eps)
         return torch.stack([ofa_loss(z, out_t, target, eps, self.T) for z, eps in terms]).sum()
 
@@ -105,9 +102,7 @@ def ofa_loss(
             f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
         )
     with torch.autocast(out_s.device.type, enabled=False):
-        z_s, z_t = (
-            x.to(torch.promote_types(x.dtype, torch.float32)) / T for x in (out_s, out_t.detach())
-        )
+        z_s, z_t = _float32(out_s) / T, _float32(out_t.detach()) / T
         y = torch.zeros_like(z_t).scatter(1, target[:, None], 1.0)
         weight = (z_t.softmax(1) + y) ** eps - y
         return -(weight * z_s.log_softmax(1)).sum(1).mean()
@@ -134,3 +129,8 @@ def _sep_conv(c_in: int, c_out: int) -> nn.Sequential:
         nn.BatchNorm2d(c_out),
         nn.ReLU(),
     )
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -42,11 +42,9 @@ class OFD(nn.Module):
         expected = (fm_s.shape[0], self.connector[1].num_features, *fm_s.shape[2:])
         if fm_t.shape != expected:
             raise ValueError(f"OFD wants a teacher's map of shape {expected}, not {(*fm_t.shape,)}")
-        s = self.connector(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        s = self.connector(_float32(fm_s))
         with torch.autocast(s.device.type, enabled=False):
-            s, fm_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, fm_t.detach())
-            )
+            s, fm_t = _float32(s), _float32(fm_t.detach())
             margin = _batch_margin(fm_t) if self.margin is None else self.margin.to(fm_t.dtype)
             t = torch.maximum(fm_t, margin[:, None, None])
             diff = s - t
@@ -78,3 +76,8 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
     density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
     margin = torch.where(share > 1e-3, mean - std * density / share, -3 * std)
     return margin.to(bn.weight.dtype)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,6 +3,7 @@ NeurIPS 2022, section 3), https://arxiv.org/abs/2210.15274
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -36,15 +37,15 @@ class PEFD(nn.Module):
                 f"PEFD wants vectors (B, {s_dim}) and (B, {self.t_dim}), not "
                 f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
             )
-        f = self.projectors(feat_s.to(torch.promote_types(feat_s.dtype, torch.float32)))
+        f = self.projectors(_float32(feat_s))
         with torch.autocast(feat_s.device.type, enabled=False):
-            f, feat_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (f, feat_t.detach())
-            )
+            f, feat_t = _float32(f), _float32(feat_t.detach())
             f = f.relu().unflatten(1, (self.n, self.t_dim)).mean(1)
-            return 1 - (_unit(f) * _unit(feat_t)).sum(1).mean()
+            # of eps at least, so that zeros stay and the gradient in tiny vectors is in range
+            f, feat_t = F.normalize(f, dim=1, eps=1e-6), F.normalize(feat_t, dim=1, eps=1e-6)
+            return 1 - (f * feat_t).sum(1).mean()
 
 
-def _unit(x: Tensor) -> Tensor:
-    # a least norm of 1e-6: zero rows stay, and the gradient in tiny ones keeps in range
-    return x / x.square().sum(1, keepdim=True).clamp(min=1e-12).sqrt()
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

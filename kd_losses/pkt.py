@@ -13,8 +13,8 @@ class PKTCosSim(nn.Module):
         loss = mean over the B^2 pairs of P_t * log((P_t + eps) / (P_s + eps))
 
     eps: 1e-6 as in KD-Zoo (the CRD benchmark uses 1e-7).
-    Differs from the paper: a sample's similarity with itself is kept, and a mean over pairs stands for
-    the sum, as in KD-Zoo.
+    Differs from the paper: a sample's similarity with itself is kept, and a mean over pairs stands
+    for the sum, as in KD-Zoo.
     """
 
     def __init__(self, eps: float = 1e-6):
@@ -34,10 +34,13 @@ class PKTCosSim(nn.Module):
 
     def similarity(self, feat: Tensor) -> Tensor:
         """The (B, B) matrix of conditional probabilities; its rows sum to 1."""
-        feat = feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row has none
-        square = feat.square().sum(1, keepdim=True)
-        norm = torch.where(square > 0, square, 1).sqrt() * (square > 0)
+        feat = _float32(feat).flatten(1)
+        norm = feat.norm(dim=1, keepdim=True)  # whose gradient at 0 torch takes as 0
         feat = feat / (norm + self.eps)
         p = (feat @ feat.T + 1) / 2
         return p / p.sum(1, keepdim=True)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

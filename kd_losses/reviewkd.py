@@ -54,7 +54,7 @@ class ReviewKD(nn.Module):
         for abf, fm_s, fm_t in zip(self.abfs, fms_s[::-1], fms_t[::-1]):
             # autocast takes maps as they are
             if not torch.is_autocast_enabled(fm_s.device.type):
-                fm_s = fm_s.to(torch.promote_types(fm_s.dtype, torch.float32))
+                fm_s = _float32(fm_s)
             out, fused = abf(fm_s, fused, fm_t.shape[2:])
             outs.append(out)
         return hcl(outs[::-1], fms_t)
@@ -140,7 +140,7 @@ def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
     with torch.autocast(fms_s[0].device.type, enabled=False):
         losses = []
         for fm_s, fm_t in zip(fms_s, fms_t):
-            fm_s, fm_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (fm_s, fm_t))
+            fm_s, fm_t = _float32(fm_s), _float32(fm_t)
             # pooling is linear: one difference serves all sizes, and where the windows are equal
             # each size the next
             diff, equal = fm_s - fm_t, fm_s.shape[2] % 4 == fm_s.shape[3] % 4 == 0
@@ -162,3 +162,8 @@ def _as_map(x: Tensor) -> Tensor:
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="nearest")
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -42,9 +42,7 @@ class RLD(nn.Module):
         if out_s.shape[1] < 2:
             raise ValueError("RLD wants at least two classes")
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             y = target[:, None]
             # log p = logsigmoid(margin), log(1 - p) = logsigmoid(-margin): neither underflows
             margin_s = _margin(out_s / self.alpha_T, y)
@@ -70,3 +68,8 @@ def _margin(z: Tensor, index: Tensor) -> Tensor:
     z = z - z.detach().amax(1, keepdim=True)
     others = z.scatter(1, index, -torch.inf).logsumexp(1)
     return z.gather(1, index)[:, 0] - others
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

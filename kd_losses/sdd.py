@@ -81,11 +81,11 @@ class SDD(nn.Module):
                 "SDD wants a map (B, C, H, W) and a linear classifier (K, C) on its channels, not "
                 f"{(*fm.shape,)} and {(*weight.shape,)}"
             )
-        dtype = torch.promote_types(torch.promote_types(fm.dtype, weight.dtype), torch.float32)
-        fm, weight = fm.to(dtype), weight.to(dtype)
+        fm = _float32(fm)
+        weight, bias = weight.to(fm.dtype), None if bias is None else bias.to(fm.dtype)
         v = torch.cat([F.adaptive_avg_pool2d(fm, n).flatten(2) for n in self.scales], dim=2)
         # not the module's own forward, whose hooks would take this for the network's logits
-        return F.linear(v.transpose(1, 2), weight, None if bias is None else bias.to(dtype))
+        return F.linear(v.transpose(1, 2), weight, bias)
 
 
 def kl(out_s: Tensor, out_t: Tensor, target: Tensor | None = None, T: float = 4.0) -> Tensor:
@@ -119,3 +119,8 @@ def dkd(
     )
     nckd = (rest_t.softmax(1) * (z_t - total_t - z_s + total_s)).sum(1)
     return T**2 * (alpha * tckd + beta * nckd)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

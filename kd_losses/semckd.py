@@ -56,28 +56,30 @@ class SemCKD(nn.Module):
                     f"SemCKD was built for batches of exactly {self.batch} samples, the width of "
                     f"its linear layers, not {[len(fm) for fm in fms]}"
                 )
-        fms_s = [fm.to(torch.promote_types(fm.dtype, torch.float32)) for fm in fms_s]
-        fms_t = [fm.detach().to(torch.promote_types(fm.dtype, torch.float32)) for fm in fms_t]
+        fms_s = [_float32(fm) for fm in fms_s]
+        fms_t = [_float32(fm.detach()) for fm in fms_t]
         attention = self.attention(fms_s, fms_t)
-        loss = 0.0
-        for i, fm_s in enumerate(fms_s):
-            for j, fm_t in enumerate(fms_t):
+        distances = []
+        for fm_s, projections in zip(fms_s, self.projections):
+            for fm_t, project in zip(fms_t, projections):
                 size = [min(n) for n in zip(fm_s.shape[2:], fm_t.shape[2:])]
-                x = self.projections[i][j](_pooled(fm_s, size))
+                x = project(_pooled(fm_s, size))
                 with torch.autocast(x.device.type, enabled=False):
-                    x = x.to(torch.promote_types(x.dtype, torch.float32))
-                    distance = (x - _pooled(fm_t, size)).square().mean((1, 2, 3))
-                    loss = loss + (attention[:, i, j] * distance).sum()
-        return loss / (self.batch * len(fms_s))
+                    diff = _float32(x) - _pooled(fm_t, size)
+                    distances.append(diff.square().mean((1, 2, 3)))
+        distance = torch.stack(distances, dim=1)
+        return (attention.flatten(1) * distance).sum() / (self.batch * len(fms_s))
 
     def attention(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
         """a (B, n_s, n_t), which sums to 1 over the teacher's maps."""
         with torch.autocast(fms_s[0].device.type, enabled=False):  # small, and softmax sharpens it
             query, key = (
-                torch.stack([_unit(embed(_gram(fm))) for embed, fm in zip(embeds, fms)], dim=1)
+                torch.stack([embed(_gram(fm)) for embed, fm in zip(embeds, fms)], dim=1)
                 for embeds, fms in ((self.queries, fms_s), (self.keys, fms_t))
             )
-            return (query @ key.transpose(1, 2) / self.soft).softmax(2)
+            # of eps at least, so that zeros stay and the gradient in tiny vectors is in range
+            query, key = F.normalize(query, dim=2, eps=1e-6), F.normalize(key, dim=2, eps=1e-6)
+            return (query @ key.mT / self.soft).softmax(2)
 
 
 def _embed(batch: int) -> nn.Sequential:
@@ -101,15 +103,13 @@ def _project(c_s: int, c_t: int) -> nn.Sequential:
 def _gram(fm: Tensor) -> Tensor:
     # in the order of memory, which a product over all entries does not see: no copy
     x = (fm if fm.is_contiguous() else fm.movedim(1, -1)).flatten(1)
-    # the product is symmetric: (dG + dG^T) X is one product backward, where X X^T takes two
-    half = x @ x.detach().T
-    return half + half.T - half.detach()
+    return x @ x.T
 
 
 def _pooled(fm: Tensor, size: list[int]) -> Tensor:
     return fm if list(fm.shape[2:]) == size else F.adaptive_avg_pool2d(fm, size)
 
 
-def _unit(x: Tensor) -> Tensor:
-    # the floor goes below the root, whose gradient at 0 is infinite
-    return x / x.square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

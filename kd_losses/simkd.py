@@ -55,17 +55,14 @@ class SimKD(nn.Module):
             raise ValueError(f"SimKD wants a teacher's map of {self.t_size}, not {(*size_t,)}")
         projected = self.project(fm_s, size_t)
         with torch.autocast(fm_s.device.type, enabled=False):
-            projected, fm_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32))
-                for x in (projected, fm_t.detach())
-            )
+            projected, fm_t = _float32(projected), _float32(fm_t.detach())
             return F.mse_loss(projected, _shrink(fm_t, projected.shape[2:]))
 
     def predict(self, fm_s: Tensor, classifier: nn.Module) -> Tensor:
         """fm_s (B, s_dim, H, W); classifier: the teacher's last layer. Returns logits (B, K)."""
         projected = self.project(fm_s, self.t_size or fm_s.shape[2:])
         with torch.autocast(fm_s.device.type, enabled=False):
-            x = projected.to(torch.promote_types(projected.dtype, torch.float32))
+            x = _float32(projected)
             return classifier(x.mean((2, 3)))
 
     def project(self, fm_s: Tensor, size: tuple[int, int]) -> Tensor:
@@ -75,7 +72,7 @@ class SimKD(nn.Module):
             raise ValueError(
                 f"SimKD wants a student's map (B, {s_dim}, H, W), not {(*fm_s.shape,)}"
             )
-        fm_s = _shrink(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)), size)
+        fm_s = _shrink(_float32(fm_s), size)
         if self.training and fm_s.numel() == s_dim:
             raise ValueError("SimKD needs at least two samples or pixels for its batch norms")
         return self.projector(fm_s)
@@ -85,3 +82,8 @@ def _shrink(fm: Tensor, size: tuple[int, int]) -> Tensor:
     """`fm` averaged down to `size` on each side on which it is larger."""
     size = tuple(min(pair) for pair in zip(fm.shape[2:], size))
     return fm if fm.shape[2:] == size else F.adaptive_avg_pool2d(fm, size)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

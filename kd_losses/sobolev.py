@@ -13,21 +13,21 @@ class Sobolev(nn.Module):
         loss = mean over B, C, H, W of (n_s - n_t)^2
 
     Differentiating the loss needs second derivatives of the student, none of the teacher.
-    Differs from the paper: only the target's logit, no random projections, gradients normalised, as in
-    KD-Zoo, whose author calls this loss alone unstable. With batch norm in training mode a sample's
-    gradient holds the other samples' share too.
+    Differs from the paper: only the target's logit, no random projections, gradients normalised, as
+    in KD-Zoo, whose author calls this loss alone unstable. With batch norm in training mode a
+    sample's gradient holds the other samples' share too.
     """
 
     def forward(self, out_s: Tensor, out_t: Tensor, img: Tensor, target: Tensor) -> Tensor:
-        """out_s, out_t: logits (B, K), both computed from img (B, C, H, W), a leaf that requires grad;
-        target: int64 (B,). Returns a scalar.
+        """out_s, out_t: logits (B, K), both computed from img (B, C, H, W), a leaf that requires
+        grad; target: int64 (B,). Returns a scalar.
 
         Raises ValueError where img does not require grad or the teacher's graph is missing.
         """
         if not (img.requires_grad and out_s.requires_grad and out_t.requires_grad):
             raise ValueError(
-                "Sobolev differentiates in img: let it require grad before both forwards, and do not "
-                "run the teacher under no_grad"
+                "Sobolev differentiates in img: let it require grad before both forwards, and do "
+                "not run the teacher under no_grad"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             grad_s = self.gradient(out_s, img, target, create_graph=True)
@@ -40,7 +40,15 @@ class Sobolev(nn.Module):
         logit = out.gather(1, target[:, None]).sum()
         # retain_graph: another loss may differentiate the same forward
         (grad,) = torch.autograd.grad(logit, img, create_graph=create_graph, retain_graph=True)
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(1)
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is
-        square = grad.square().sum(1, keepdim=True)
-        return grad / torch.where(square > 0, square, 1).sqrt()
+        return _unit(_float32(grad).flatten(1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -28,13 +28,18 @@ class SP(nn.Module):
 
     def similarity(self, fm: Tensor) -> Tensor:
         """The (B, B) matrix of similarities, its rows of norm 1."""
-        x = fm.to(torch.promote_types(fm.dtype, torch.float32))
+        x = _float32(fm)
         # in the order of memory, which a product over all entries does not see: no copy
         x = (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
-        # the product is symmetric: (dG + dG^T) X is one product backward, where X X^T takes two
-        half = x @ x.detach().T
-        similarity = half + half.T - half.detach()
-        # the gradient of a square root at 0 is infinite; a zero row stays as it is,
-        # and the clamp keeps that of a tiny one in range
-        square = similarity.square().sum(1, keepdim=True)
-        return similarity / torch.where(square > 0, square, 1).clamp(min=1e-24).sqrt()
+        return _unit(x @ x.T)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with rows, along the last dimension, of L2 norm 1; one of norm up to 1e-12 stays."""
+    norm = x.norm(dim=-1, keepdim=True)  # whose gradient at 0 torch takes as 0
+    return x / torch.where(norm > 1e-12, norm, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -53,12 +53,11 @@ class SRRL(nn.Module):
             )
         if self.training and x_s.numel() == s_dim:
             raise ValueError("SRRL needs at least two samples or pixels for its batch norm")
-        x_s = x_s.to(torch.promote_types(x_s.dtype, torch.float32))
+        x_s = _float32(x_s)
         projected = self.projector(x_s if dims == 4 else x_s[:, :, None, None])
         with torch.autocast(x_s.device.type, enabled=False):
             projected, feat_t, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32))
-                for x in (projected, feat_t.detach(), out_t.detach())
+                _float32(x) for x in (projected, feat_t.detach(), out_t.detach())
             )
             v = projected.mean((2, 3))
             # its weights as constants of this precision, whoever's and whatever they are
@@ -69,3 +68,8 @@ class SRRL(nn.Module):
                     f"SRRL wants logits {(*out.shape,)} of the classifier, not {(*out_t.shape,)}"
                 )
             return F.mse_loss(v, feat_t) + self.weight * F.mse_loss(out, out_t)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

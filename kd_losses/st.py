@@ -13,8 +13,8 @@ class SoftTarget(nn.Module):
         loss = T^2 / B * sum_b KL(softmax(out_t / T) || softmax(out_s / T))
 
     T: temperature, above 0 (KD-Zoo and the CRD benchmark use 4); T^2 keeps the gradient's scale.
-    Differs from the paper: with KD-Zoo the cross-entropy keeps weight 1 beside it; the CRD benchmark
-    weighs 0.1 * cross-entropy + 0.9 * this.
+    Differs from the paper: with KD-Zoo the cross-entropy keeps weight 1 beside it; the CRD
+    benchmark weighs 0.1 * cross-entropy + 0.9 * this.
     """
 
     def __init__(self, T: float = 4.0):
@@ -26,10 +26,13 @@ class SoftTarget(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K). Returns a scalar."""
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             log_p_s = F.log_softmax(out_s / self.T, dim=1)
             log_p_t = F.log_softmax(out_t / self.T, dim=1)
             loss = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
             return loss * self.T**2
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

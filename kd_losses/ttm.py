@@ -35,10 +35,13 @@ class TTM(nn.Module):
                 f"TTM wants logits of one shape (B, K), not {(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             # not a power of the softmax, which underflows
             log_q = F.log_softmax(self.gamma * out_t, dim=1)
             log_p_s = F.log_softmax(out_s, dim=1)
             return F.kl_div(log_p_s, log_q, reduction="batchmean", log_target=True)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

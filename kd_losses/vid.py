@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class VID(nn.Module):
-    """Negative log-likelihood of the teacher's map under a Gaussian that the student's map predicts.
+    """Negative log-likelihood of the teacher's map under a Gaussian that the student's predicts.
 
         mu = W_3 relu(W_2 relu(W_1 fm_s))                   1x1 convolutions without bias
         var_c = softplus(alpha_c) + eps                     one per teacher channel, learned
@@ -19,9 +19,10 @@ class VID(nn.Module):
 
     in_channels, out_channels: of the student's and the teacher's map; mid_channels: between the
     convolutions (KD-Zoo and the CRD benchmark: those of the teacher); init_var: the variance at the
-    start, above eps (5.0); eps: the least variance (1e-6). It learns with the student, and can be negative.
-    Differs from the paper: no batch norm in the regressor, a mean stands for the sum, and the constant
-    log(2 pi) / 2 is left out.
+    start, above eps (5.0); eps: the least variance (1e-6). It learns with the student, and can be
+    negative.
+    Differs from the paper: no batch norm in the regressor, a mean stands for the sum, and the
+    constant log(2 pi) / 2 is left out.
     """
 
     def __init__(
@@ -61,12 +62,15 @@ class VID(nn.Module):
             raise ValueError(
                 f"VID wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
-        mu = self.regressor(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))
+        mu = self.regressor(_float32(fm_s))
         with torch.autocast(fm_s.device.type, enabled=False):
-            mu, fm_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mu, fm_t.detach())
-            )
+            mu, fm_t = _float32(mu), _float32(fm_t.detach())
             var = F.softplus(self.alpha) + self.eps
             # the mean square of each channel first: the variance then costs one number a channel
             square = (mu - fm_t).square().mean((0, 2, 3))
             return 0.5 * (var.log() + square / var).mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

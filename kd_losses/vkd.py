@@ -49,9 +49,7 @@ class VKD(nn.Module):
             )
         # the projection too: in half precision its columns would not be orthonormal
         with torch.autocast(feat_s.device.type, enabled=False):
-            feat_s, feat_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (feat_s, feat_t.detach())
-            )
+            feat_s, feat_t = _float32(feat_s), _float32(feat_t.detach())
             return F.smooth_l1_loss(self.project(feat_s), F.layer_norm(feat_t, [self.t_dim]))
 
     def project(self, feat_s: Tensor) -> Tensor:
@@ -101,3 +99,8 @@ def _householder(x: Tensor) -> Tensor:
 
 
 MAPS = dict(cayley=_cayley, matrix_exp=_matrix_exp, householder=_householder)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

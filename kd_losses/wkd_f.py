@@ -53,9 +53,7 @@ class WKDF(nn.Module):
             raise ValueError("WKDF needs at least two samples in training mode for a map of 1x1")
         x = self.project(fm_s)
         with torch.autocast(x.device.type, enabled=False):
-            x, fm_t = (
-                y.to(torch.promote_types(y.dtype, torch.float32)) for y in (x, fm_t.detach())
-            )
+            x, fm_t = _float32(x), _float32(fm_t.detach())
             loss = 0.0
             for cell in self._cells(*fm_t.shape[2:]):
                 (mu_s, sigma_s), (mu_t, sigma_t) = (_gaussian(y[cell]) for y in (x, fm_t))
@@ -65,7 +63,7 @@ class WKDF(nn.Module):
 
     def project(self, fm_s: Tensor) -> Tensor:
         """The student's map as it is compared (B, *t_shape)."""
-        return self.bn(self.conv(fm_s.to(torch.promote_types(fm_s.dtype, torch.float32)))).relu()
+        return self.bn(self.conv(_float32(fm_s))).relu()
 
     def _cells(self, h: int, w: int) -> list[tuple]:
         # as adaptive pooling cuts: neighbours share a row where grid does not divide the height
@@ -100,3 +98,8 @@ def _gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (B, C) of each channel; one entry alone has variance 0."""
     var, mean = torch.var_mean(x, (2, 3), correction=min(1, x.shape[2:].numel() - 1))
     return mean, (var + 1e-5).sqrt()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -60,9 +60,7 @@ class WKDL(nn.Module):
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             y = target[:, None]
             own = torch.zeros_like(out_s, dtype=torch.bool).scatter(1, y, True)
             log_p, p = out_s.log_softmax(1).gather(1, y), out_t.softmax(1).gather(1, y)
@@ -106,7 +104,7 @@ def cka_cost(class_features: Tensor, sharpen: float = 1.0) -> Tensor:
     if sharpen < 0:
         raise ValueError(f"sharpen must not be negative, it is {sharpen}")
     with torch.autocast(class_features.device.type, enabled=False):
-        x = class_features.to(torch.promote_types(class_features.dtype, torch.float32))
+        x = _float32(class_features)
         x = x - x.mean(1, keepdim=True)
         x /= _or_one(x.abs().amax((1, 2), keepdim=True))  # fourth powers are taken below
         distance = x.new_zeros(len(x), len(x))
@@ -120,3 +118,8 @@ def cka_cost(class_features: Tensor, sharpen: float = 1.0) -> Tensor:
 
 def _or_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

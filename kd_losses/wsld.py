@@ -37,9 +37,7 @@ class WSLD(nn.Module):
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             e_s, e_t = (
                 F.cross_entropy(x, target, reduction="none") for x in (out_s.detach(), out_t)
             )
@@ -47,3 +45,8 @@ class WSLD(nn.Module):
             log_p_s = F.log_softmax(out_s / self.T, dim=1)
             soft = -((out_t / self.T).softmax(1) * log_p_s).sum(1)
             return self.alpha * self.T**2 * (weight * soft).mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -36,12 +36,15 @@ class WTTM(nn.Module):
                 f"{(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
-            out_s, out_t = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out_s, out_t.detach())
-            )
+            out_s, out_t = _float32(out_s), _float32(out_t.detach())
             log_p_s = F.log_softmax(out_s, dim=1)
             # not a power of the softmax, which underflows
             power = self.gamma * F.log_softmax(out_t, dim=1)
             log_u = power.logsumexp(1, keepdim=True)
             # u * q is exp(power)
             return (power.exp() * (power - log_u - log_p_s)).sum(1).mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

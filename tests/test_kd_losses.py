@@ -407,6 +407,21 @@ def test_loss_files_import_torch_alone():
                 assert node.level == 0 and node.module.split(".")[0] in allowed, path
 
 
+@pytest.mark.parametrize("name", ["_float32", "_unit"])
+def test_a_helper_that_every_loss_file_has_for_itself_reads_the_same(name):
+    """Comments included; and nothing is promoted beside it."""
+    found = {}
+    for path in (ROOT / "kd_losses").glob("[!_]*.py"):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                found.setdefault(ast.get_source_segment(text, node), []).append(path.name)
+        assert text.count("torch.promote_types(") == ("def _float32(" in text), path
+    assert len(found) == 1, found
+    (files,) = found.values()
+    assert len(files) >= dict(_float32=47, _unit=8)[name]
+
+
 ALONE = {  # how a reader would call the class of a copied file
     "logits": "Logits()(out(), out())",
     "st": "SoftTarget(T=4)(out(), out())",

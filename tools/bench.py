@@ -538,7 +538,8 @@ class Loss:
         """What the memory is allowed to be, in words and in bytes."""
         if isinstance(self.part.loss, crd.CRD):
             bank = sum(x.nbytes for x in self.part.loss.buffers())
-            return f"banks + ({batch_size}, {self.n_data})", bank + 4 * batch_size * self.n_data
+            board = 4 * batch_size * self.n_data
+            return f"2 x banks + 5 x ({batch_size}, {self.n_data})", 2 * bank + 5 * board
         if not MAPS & {kind for reads in self.reads for kind in reads}:
             return f"{VECTORS / MB:.0f} MB", VECTORS
         learns = next(self.part.parameters(), None) is not None
@@ -1131,7 +1132,7 @@ NOTES = dict(
         "memory: peak of torch's allocator above the inputs, gradients of inputs and parameters "
         "included, and what the method holds all the time (state: parameters, banks)",
         "budget: an adapter's layers count as a network of the method's own; crd: its banks and "
-        "labels and one float32 matrix (batch, samples)",
+        "labels twice and five float32 matrices (batch, samples)",
     ),
     data=(
         "plain: torchvision's own dataset and transforms, of PIL's images one by one, normalised by "

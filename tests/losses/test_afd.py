@@ -19,6 +19,20 @@ def test_reference(case):
     agree_grads(loss, leaves, {"fm_s": case["grad/fm_s"], **case.group("grad_param/")})
 
 
+def test_the_fast_distance_is_the_plain_one():
+    """In value and gradient; a channel of zeros in the teacher's map too."""
+    afd = AFD(3).double()
+    fm_s, fm_t = (torch.randn(2, 3, 4, 5).double() for _ in "st")
+    fm_t[0, 1] = 0
+    fm_s.requires_grad_()
+    plain, fast = afd.distance(fm_s, fm_t), afd._fast_distance(fm_s, fm_t)
+    assert plain.shape == (2, 3)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+    weight = torch.randn(2, 3).double()
+    grads = [torch.autograd.grad((weight * x).sum(), fm_s)[0] for x in (plain, fast)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
 def naive_rho(afd, sample):
     """The attention of one sample, neuron by neuron; a sample is a list of flat channels."""
     first, _, second = afd.attention

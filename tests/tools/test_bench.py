@@ -101,13 +101,13 @@ def test_loss(capsys):
 def test_crd_s_two_paths(monkeypatch, capsys):
     """Both run, whatever the sizes say, in turns; afterwards the sizes choose again."""
     before, seen = crd.GATHER, []
-    nce = crd.CRD._nce
+    side = crd.CRD._side
 
     def look(*args):
         seen.append(crd.GATHER)
-        return nce(*args)
+        return side(*args)
 
-    monkeypatch.setattr(crd.CRD, "_nce", look)
+    monkeypatch.setattr(crd.CRD, "_side", look)
     result = bench.main([*LOSS, "--modes", "crd", "--crd_paths"])
     same(capsys.readouterr().out, result, bench.LOSS)
     assert crd.GATHER == before and seen[::2] == seen[1::2], "two sides a call"
@@ -116,7 +116,7 @@ def test_crd_s_two_paths(monkeypatch, capsys):
     rows, whole = result["rows"]
     assert (rows["mode"], whole["mode"]) == ("crd, rows gathered", "crd, whole bank")
     assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in (rows, whole))
-    assert rows["state_mb"] == whole["state_mb"] and rows["budget"] == "banks + (4, 40)"
+    assert rows["state_mb"] == whole["state_mb"] and rows["budget"] == "2 x banks + 5 x (4, 40)"
 
 
 def test_data(capsys):
@@ -319,7 +319,7 @@ def nets():
         ("sp", "2 x inputs", lambda inputs, bank: 2 * inputs),
         ("vid", "6 x inputs", lambda inputs, bank: 6 * inputs),
         ("fitnet", "6 x inputs", lambda inputs, bank: 6 * inputs),  # by its adapter
-        ("crd", "banks + (6, 40)", lambda inputs, bank: bank + 4 * 6 * 40),
+        ("crd", "2 x banks + 5 x (6, 40)", lambda inputs, bank: 2 * bank + 5 * 4 * 6 * 40),
     ],
 )
 def test_budgets_of_memory(mode, words, limit):
