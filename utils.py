@@ -250,6 +250,12 @@ def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(state)
 
 
+def equal_states(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks have the same parameters and buffers."""
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def pieces(count: int, *tensors: Tensor):
     """Yield (parts, share): the tensors cut into `count` parts, and which share of the samples a part
     has. Never into single samples, which batch norm and the relational losses cannot use."""

@@ -121,45 +121,93 @@ def comma(kind):
     return parse
 
 
-def add_common_flags(parser: Parser) -> None:
-    """The flags of both scripts: KD-Zoo's names and meaning, and ours. A default of None stands for
-    what the protocol, the dataset or the machine says."""
+def add_common_flags(parser: Parser, defaults: dict) -> None:
+    """The flags of both scripts: KD-Zoo's names and meaning, and ours. defaults: of the training
+    recipe (`recipe_defaults`), for the help. A value of None stands for what the protocol, the dataset
+    or the hardware says."""
     add_data_flags(parser, training=True)
     add = parser.add_argument_group("training").add_argument
-    add("--protocol", choices=PROTOCOLS, default="kdzoo", help="training recipe (default kdzoo)")
-    add("--epochs", type=number(int, 1), metavar="N", help="all else scales with it")
-    add_optimizer_flags(add)
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="kdzoo",
+        help="training recipe of a published table (default kdzoo)",
+    )
+    add(
+        "--epochs",
+        type=number(int, 1),
+        metavar="N",
+        help="number of epochs; milestones, phases and warm-ups scale with it "
+        f"(default {defaults['epochs']})",
+    )
+    add_optimizer_flags(add, defaults)
     add(
         "--accumulate",
         type=number(int, 1),
         default=1,
         metavar="N",
-        help="pieces in which a batch goes through, where it does not fit (default 1)",
+        help="gradient accumulation steps: a batch is split into N micro-batches (default 1)",
     )
-    add("--nesterov", type=number(int, 0, 1), metavar="0|1")
-    add("--milestones", type=comma(number(int, 1)), metavar="E,E", help="lr falls after these")
+    add(
+        "--nesterov",
+        type=number(int, 0, 1),
+        metavar="0|1",
+        help=f"Nesterov momentum (default {defaults['nesterov']})",
+    )
+    add(
+        "--milestones",
+        type=comma(number(int, 1)),
+        metavar="E,E",
+        help="learning rate is multiplied by 0.1 after these epochs (default "
+        f"{','.join(map(str, defaults['milestones']))}, scaled with --epochs)",
+    )
     add(
         "--compile",
         action="store_true",
-        help="torch.compile: minutes at first, then faster on GPUs",
+        help="torch.compile both networks: slow to start, then faster on GPUs",
     )
     add_machine_flags(parser)
     add_run_flags(parser)
 
 
-def add_optimizer_flags(add) -> None:
-    """The flags of the optimizer and of chance, by a group's `add_argument`."""
-    add("--batch_size", type=number(int, 2), metavar="N")
-    add("--lr", type=number(float, 0, open_low=True), metavar="X")
-    add("--momentum", type=number(float, 0, 1), metavar="X")
-    add("--weight_decay", type=number(float, 0), metavar="X")
+def add_optimizer_flags(add, defaults: dict) -> None:
+    """The flags of the optimizer and the seed, by a group's `add_argument`; defaults: for the help."""
+
+    def default(name: str) -> str:
+        return f" (default {defaults[name]:g})" if name in defaults else ""
+
+    add(
+        "--batch_size",
+        type=number(int, 2),
+        metavar="N",
+        help="images per optimizer step, of all processes together" + default("batch_size"),
+    )
+    add(
+        "--lr",
+        type=number(float, 0, open_low=True),
+        metavar="X",
+        help="initial learning rate" + default("lr"),
+    )
+    add("--momentum", type=number(float, 0, 1), metavar="X", help="of SGD" + default("momentum"))
+    add(
+        "--weight_decay",
+        type=number(float, 0),
+        metavar="X",
+        help="of SGD" + default("weight_decay"),
+    )
     add(
         "--on_nan",
         choices=("stop", "skip"),
         default="stop",
-        help="a loss that is no number stops the run (default), or its steps are left out",
+        help="at a NaN or infinite loss: stop the run, or skip the step (default stop)",
     )
-    add("--seed", type=number(int, 0, 2**32 - 1), default=2, metavar="N", help="(default 2)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=2,
+        metavar="N",
+        help="random seed (default 2)",
+    )
 
 
 def add_run_flags(parser: Parser) -> None:
@@ -236,117 +284,125 @@ def mean_std(text: str):
     return values[:3], values[3:]
 
 
+def recipe_defaults(protocol: str, net_name: str, batch_size: int | None = None) -> dict:
+    """The training recipe of a protocol for a network: epochs, batch_size, lr, ... batch_size: a
+    method's own under this protocol."""
+    recipe = PROTOCOLS[protocol]
+    recipe = replace(recipe, **recipe.networks.get(net_name, {}))
+    batch_size = batch_size or recipe.batch_size
+    return dict(
+        epochs=recipe.epochs,
+        batch_size=batch_size,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=int(recipe.nesterov),
+        lr=recipe.lr * (batch_size / recipe.batch_size if recipe.scales else 1),
+        milestones=recipe.milestones,
+    )
+
+
 def resolve(
     args: argparse.Namespace, net_name: str, knows: dict, batch_size: int | None = None
 ) -> argparse.Namespace:
     """The flags with everything filled in: from `knows` (the metadata of a checkpoint), then from
-    `batch_size` (a method's own under the protocol), then from the protocol. The flags themselves
-    stay as they were given."""
-    recipe = argparse.Namespace(**vars(args))
+    `batch_size` (a method's own under the protocol), then from the protocol. `args` itself is not
+    changed."""
+    cfg = argparse.Namespace(**vars(args))
     protocol = PROTOCOLS[args.protocol]
-    protocol = replace(protocol, **protocol.networks.get(net_name, {}))
-    resolve_data(recipe, knows, protocol)
-    fill = dict(
-        epochs=protocol.epochs,
-        batch_size=batch_size or protocol.batch_size,
-        momentum=protocol.momentum,
-        weight_decay=protocol.weight_decay,
-        nesterov=int(protocol.nesterov),
-    )
-    for flag, value in fill.items():
-        if getattr(recipe, flag) is None:
-            setattr(recipe, flag, value)
-    if recipe.lr is None:
-        factor = recipe.batch_size / protocol.batch_size if protocol.scales else 1
-        recipe.lr = protocol.lr * factor
-    recipe.warmup = scaled(protocol.warmup, recipe.epochs, protocol) if protocol.warmup else 0
-    if recipe.nesterov and recipe.momentum == 0:
-        raise UserError("--momentum 0 excludes Nesterov's: give --nesterov 0")
+    resolve_data(cfg, knows, protocol)
+    defaults = recipe_defaults(args.protocol, net_name, args.batch_size or batch_size)
+    milestones = defaults.pop("milestones")
+    for flag, value in defaults.items():
+        if getattr(cfg, flag) is None:
+            setattr(cfg, flag, value)
+    cfg.warmup = scaled(protocol.warmup, cfg.epochs, protocol) if protocol.warmup else 0
+    if cfg.nesterov and cfg.momentum == 0:
+        raise UserError("--momentum 0 does not work with Nesterov momentum: give --nesterov 0")
     if args.milestones is not None:
-        pairs = zip((0, *args.milestones), (*args.milestones, recipe.epochs + 1))
+        pairs = zip((0, *args.milestones), (*args.milestones, cfg.epochs + 1))
         if any(one >= two for one, two in pairs):
             raise UserError(
-                f"--milestones {','.join(map(str, args.milestones))}: each after the one before it, "
-                f"and none after the last epoch, {recipe.epochs}"
+                f"--milestones {','.join(map(str, args.milestones))}: expected increasing epochs, "
+                f"none after the last epoch, {cfg.epochs}"
             )
-    if args.milestones is None:
-        recipe.milestones = tuple(scaled(e, recipe.epochs, protocol) for e in protocol.milestones)
-    recipe.padding = protocol.padding
-    return recipe
+    else:
+        cfg.milestones = tuple(scaled(e, cfg.epochs, protocol) for e in milestones)
+    cfg.padding = protocol.padding
+    return cfg
 
 
-def describe_recipe(recipe: argparse.Namespace, augmented: bool) -> str:
+def describe_recipe(cfg: argparse.Namespace, augmented: bool) -> str:
     """The optimiser of a resolved recipe, in a line. `augmented`: with the protocol's padding."""
-    smoothing = getattr(recipe, "label_smoothing", None)
+    smoothing = getattr(cfg, "label_smoothing", None)
     return (
-        f"protocol {recipe.protocol}: lr {recipe.lr:g}, falls after {recipe.milestones}, momentum "
-        f"{recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, weight decay "
-        f"{recipe.weight_decay:g}, batch {recipe.batch_size}"
-        + (f", warm-up {recipe.warmup}" if recipe.warmup else "")
-        + (f", {recipe.accumulate} pieces a batch" if recipe.accumulate > 1 else "")
+        f"protocol {cfg.protocol}: lr {cfg.lr:g}, falls after {cfg.milestones}, momentum "
+        f"{cfg.momentum:g}{' (Nesterov)' if cfg.nesterov else ''}, weight decay "
+        f"{cfg.weight_decay:g}, batch {cfg.batch_size}"
+        + (f", warm-up {cfg.warmup}" if cfg.warmup else "")
+        + (f", {cfg.accumulate} pieces a batch" if cfg.accumulate > 1 else "")
         + (f", label smoothing {smoothing:g}" if smoothing else "")
-        + (f", {recipe.padding} padding" if augmented else "")
+        + (f", {cfg.padding} padding" if augmented else "")
     )
 
 
-def resolve_data(recipe: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
+def resolve_data(cfg: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
     """Fill in, in place, what `add_data_flags` and --workers left open: from `knows`, then from
     `protocol`."""
     for flag in ("data_name", "num_class", "img_size"):
-        given, known = getattr(recipe, flag), knows.get(flag)
+        given, known = getattr(cfg, flag), knows.get(flag)
         if given is not None and known is not None and given != known:
             raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
-        setattr(recipe, flag, known if given is None else given)
-    if recipe.data_name is None:
+        setattr(cfg, flag, known if given is None else given)
+    if cfg.data_name is None:
         raise UserError(f"--data_name is needed: {DATA_NAMES}")
-    if recipe.img_size is None:
-        recipe.img_size = IMG_SIZE.get(recipe.data_name, protocol.img_size)
-    if recipe.workers is None:
-        recipe.workers = min(8, utils.cpus())
-    recipe.img_root = recipe.img_root or knows.get("img_root") or "./datasets"
-    constants = recipe.mean_std
+    if cfg.img_size is None:
+        cfg.img_size = IMG_SIZE.get(cfg.data_name, protocol.img_size)
+    if cfg.workers is None:
+        cfg.workers = min(8, utils.cpus())
+    cfg.img_root = cfg.img_root or knows.get("img_root") or "./datasets"
+    constants = cfg.mean_std
     if constants is None and "mean" in knows:
         constants = tuple(knows["mean"]), tuple(knows["std"])
     elif constants != "measured" and not isinstance(constants, tuple):
-        constants = protocol.constants.get(constants or recipe.data_name)
-    recipe.mean_std = None if constants == "measured" else constants
+        constants = protocol.constants.get(constants or cfg.data_name)
+    cfg.mean_std = None if constants == "measured" else constants
 
 
-def load_data(recipe: argparse.Namespace, batch_size: int | None = None):
-    """The dataset of a resolved recipe. Raises UserError where --num_class contradicts it, or it is
+def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
+    """The dataset of a resolved cfg. Raises UserError where --num_class contradicts it, or it is
     smaller than the `batch_size` that was given."""
 
     data = stream.load(
-        recipe.data_name,
-        recipe.img_root,
-        recipe.mean_std,
-        recipe.img_size,
-        None if recipe.flip is None else bool(recipe.flip),
-        recipe.workers,
+        cfg.data_name,
+        cfg.img_root,
+        cfg.mean_std,
+        cfg.img_size,
+        None if cfg.flip is None else bool(cfg.flip),
+        cfg.workers,
     )
-    if recipe.num_class not in (None, data.train.num_class):
+    if cfg.num_class not in (None, data.train.num_class):
         raise UserError(
-            f"{recipe.num_class} classes are wanted (--num_class or the checkpoint), "
-            f"{recipe.data_name} has {data.train.num_class}"
+            f"{cfg.num_class} classes are wanted (--num_class or the checkpoint), "
+            f"{cfg.data_name} has {data.train.num_class}"
         )
     if batch_size is not None and batch_size > len(data.train):
         raise UserError(
             f"--batch_size {batch_size}: there are {len(data.train)} training images in {data.name}"
         )
-    if utils.world() > 1 and min(recipe.batch_size, len(data.train)) < 2 * utils.world():
+    if utils.world() > 1 and min(cfg.batch_size, len(data.train)) < 2 * utils.world():
         raise UserError(
-            f"--batch_size {recipe.batch_size}, {len(data.train)} training images: {utils.world()} "
+            f"--batch_size {cfg.batch_size}, {len(data.train)} training images: {utils.world()} "
             f"processes need two images each, {2 * utils.world()} in all"
         )
     return data
 
 
-def describe_data(recipe: argparse.Namespace, data) -> dict:
+def describe_data(cfg: argparse.Namespace, data) -> dict:
     """What a checkpoint remembers of the data."""
     return dict(
         data_name=data.name,
-        img_root=recipe.img_root,
-        img_size=recipe.img_size,
+        img_root=cfg.img_root,
+        img_size=cfg.img_size,
         num_class=data.train.num_class,
         classes=list(data.train.classes),
         mean=list(data.train.mean),

@@ -45,8 +45,8 @@ def _average(tensors: list[Tensor]) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """The batches of all ranks, one after the other. A gradient reaches one's own part; that of the
-    whole loss is the sum over the ranks."""
+    """The batches of all ranks, one after the other. A gradient reaches the rank's own part, times the
+    number of ranks: `average_gradients` takes a mean, and the whole loss has the sum."""
 
     @staticmethod
     def forward(ctx, x):
@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[rank() * ctx.n : (rank() + 1) * ctx.n]
+        return world() * grad[rank() * ctx.n : (rank() + 1) * ctx.n]
 
 
 def gather(x):

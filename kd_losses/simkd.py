@@ -18,7 +18,7 @@ class SimKD(nn.Module):
     s_dim, t_dim: channels of the student's and the teacher's last map; factor: how much narrower P
     is inside (2; the authors show 4 and 8 too); t_size: side of the teacher's map, or (H, W), to
     which `predict` pools a larger one of the student; None where the student's is not larger. P
-    learns with the student. The trained network is the student without its classifier, P, and the
+    learns with the student. `spec` is these numbers, from which the module can be built again. The trained network is the student without its classifier, P, and the
     teacher's classifier: its accuracy is `predict`'s. No cross-entropy: labels are not needed.
     Differs from the paper: nothing is known; maps need not be square.
     """
@@ -34,6 +34,7 @@ class SimKD(nn.Module):
         if not 1 <= factor <= t_dim:
             raise ValueError(f"the factor must be from 1 to t_dim {t_dim}, not {factor}")
         self.t_size = (t_size, t_size) if isinstance(t_size, int) else t_size
+        self.spec = (s_dim, t_dim, factor, *(self.t_size or ()))
         layers, mid = [], t_dim // factor
         for c_in, c_out, kernel in ((s_dim, mid, 1), (mid, mid, 3), (mid, t_dim, 1)):
             conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)

@@ -1,0 +1,340 @@
+"""The two networks, hooked for what the methods compare, and the criteria between them."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import network
+import utils
+from engine import distributed, foreign, stream
+from engine.adapter import Adapter, align, count_macs
+from engine.settings import Settings
+from kd_losses import Inputs, Phase
+from kd_losses.lskd import standardise
+from utils import UserError
+
+
+@dataclass
+class Batch:
+    """img (B, 3, H, W), target (B,), index (B,): the samples' places in the training set; strong: a
+    second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the device,
+    the epoch from 1 and the number of epochs, both in the protocol's number."""
+
+    img: Tensor
+    target: Tensor
+    index: Tensor
+    strong: Tensor | None = None
+    epoch: Tensor | None = None
+    epochs: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has an entry for each sample."""
+        names = ("img", "target", "index", "strong")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def micro_batches(self, count: int) -> Iterator[tuple["Batch", float]]:
+        """Yield the batch in `count` parts, each with its share of the samples. A part has at least two
+        samples: batch norm and relational losses cannot use one."""
+        n, tensors = len(self.img), self.tensors()
+        count = max(1, min(count, n // 2))
+        for part in zip(*(x.tensor_split(count) for x in tensors.values())):
+            yield replace(self, **dict(zip(tensors, part))), len(part[0]) / n
+
+    def features(self, tapped: network.Tapped) -> network.Features:
+        """The features of a network, with those of the second view."""
+        x = tapped(self.img)
+        return x if self.strong is None else replace(x, strong=tapped(self.strong))
+
+
+class Criterion(nn.Module):
+    """One method: its adapter, its loss and the stages that it compares.
+
+    Called with the features of both networks and a batch, it returns the unweighted loss, a scalar.
+    gather: compare the images of all processes. standardise: standardise the logits first.
+    """
+
+    def __init__(self, settings: Settings, stage_ids: list[int], s, t, train):
+        super().__init__()
+        self.settings, self.mode, self.stage_ids = settings, settings.mode, stage_ids
+        self.gather = self.standardise = False
+        s, t = self._select(s), self._select(t)
+        self.adapter = Adapter(settings.adapter, settings.inputs.reads, s, t)
+        s, t = self.adapter.eval()(s, t)
+        try:
+            self.loss = settings.method.build(s, t, train, dict(settings.flags))
+        except (ValueError, RuntimeError, MemoryError) as error:  # too large for the memory
+            raise UserError(f"--kd_mode {self.mode}: {utils.first_line(error)}") from error
+
+    def _select(self, x: network.Features) -> network.Features:
+        """The features with the compared stages alone."""
+        lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
+        return replace(x, **{k: [v[i] for i in self.stage_ids] for k, v in lists.items() if v})
+
+    def forward(self, s, t, batch: Batch, inputs: Inputs | None = None) -> Tensor:
+        """inputs: what the loss is fed, None for the method's own."""
+        inputs = inputs or self.settings.inputs
+        t = self._select(t)
+        if s is not None:
+            s, t = self.adapter(self._select(s), t)
+        if self.gather:
+            s, t = _gathered(s), _gathered(t)
+        if self.standardise:
+            s, t = _standardised(s), _standardised(t)
+        flags = {name: self.settings.flags[name] for name in inputs.flags}
+        value = inputs.feed(self.loss, s, t, batch, **flags)
+        if inputs.per_stage:
+            value = sum(value) / (len(value) if self.settings.reduce == "mean" else 1)
+        return value
+
+
+def _gathered(x: network.Features) -> network.Features:
+    """Features of the images of all processes, for losses that compare images with each other."""
+    kinds = ("out", "stem", "stages", "preacts", "last", "feat")
+    strong = x.strong and _gathered(x.strong)
+    return replace(
+        x, strong=strong, **{kind: distributed.gather(getattr(x, kind)) for kind in kinds}
+    )
+
+
+def _standardised(x: network.Features) -> network.Features:
+    return replace(x, out=standardise(x.out), strong=x.strong and _standardised(x.strong))
+
+
+class Distiller:
+    """Student and teacher, and a criterion for each method.
+
+    student, teacher: network.Tapped. criteria: {name of the loss in metrics.csv: Criterion}: 'kd', or
+    of several methods 'kd_MODE'. added: the criteria as one module, what the methods add. deployed: the
+    network that is evaluated and saved, the student unless a method deploys its projector with it.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, settings: list[Settings], train):
+        """settings: of each method; train: the training set."""
+        methods = [x.method for x in settings]
+        self.teacher_role = next(
+            role for role in ("trained", "grad", "frozen") if role in {m.teacher for m in methods}
+        )
+        self.image_grad = any(m.teacher == "grad" for m in methods)
+        self.lambda_ce = settings[0].lambda_ce
+        self.phases = next(x.phases for x in settings if x.method.teacher == self.teacher_role)
+        self.two_views = any(m.two_views for m in methods)
+        self.batch_teacher_bn = any(x.teacher_bn == "batch" for x in settings)
+        trainable = {name for x in settings for phase in x.phases for name in phase.trainable}
+        if "backbone" in trainable and "feat" not in student.taps:
+            raise UserError(
+                f"the student has no classifier to set apart: {student.taps['lacks']['feat']}"
+            )
+        reads = {kind for x in settings for inputs in _all_inputs(x) for kind in inputs.reads}
+        if any(m.deploys_projector for m in methods):
+            reads.add("feat")
+            if "feat" in student.taps:
+                foreign.behead(student)
+        stages = [align(student, teacher, x.stages) for x in settings]
+        union = sorted({i for ids in stages for i in ids})
+        self.student = network.Tapped(student, sorted(reads), union)
+        self.teacher = network.Tapped(teacher, sorted(reads), union)
+        trial = torch.zeros(2, 3, train.size, train.size)
+        with torch.no_grad():
+            student.eval(), teacher.eval()
+            s, t = self.student(trial), self.teacher(trial)
+            names = ["kd"] if len(settings) == 1 else [f"kd_{x.mode}" for x in settings]
+            self.criteria = {
+                name: Criterion(x, [union.index(i) for i in ids], s, t, train)
+                for name, x, ids in zip(names, settings, stages)
+            }
+        self.added = nn.ModuleList(self.criteria.values())
+        self.deployed, self.projector_spec = student, None
+        for criterion in self.added:
+            if criterion.settings.method.deploys_projector:
+                self.projector_spec = criterion.loss.spec
+                self.deployed = foreign.Reusing(
+                    student, criterion.loss, copy.deepcopy(t.classifier)
+                )
+        self.precomputing = [  # with hooks of their own, before any compilation
+            (criterion, network.Tapped(teacher, criterion.settings.method.precompute.reads))
+            for criterion in self.added
+            if criterion.settings.method.precompute
+        ]
+        self.feature_path = _feature_path(student, trial) if "features" in trainable else None
+        self.epoch, self.epochs = torch.tensor(1.0), torch.tensor(240.0)
+        self._clock = None
+
+    # --- what runs in a step ---
+
+    def teacher_runs(self, phase: Phase, weights: dict[str, float]) -> bool:
+        return phase.teacher_learns or any(weights.values())
+
+    def teacher_has_grad(self, phase: Phase) -> bool:
+        return phase.teacher_learns or self.teacher_role == "grad"
+
+    def student_runs(self, phase: Phase) -> bool:
+        """Whether a step needs the student: an adapter may fit the teacher's maps to its."""
+        adapts = any(criterion.adapter.notes for criterion in self.added)
+        return phase.ce or phase.student_learns or adapts
+
+    def logits_to_label(self, phase: Phase, s, t) -> list[Tensor]:
+        """The logits that the cross-entropy of a phase compares with the labels, the student's first.
+        None of a student that has the teacher's classifier instead of its own."""
+        own = (phase.ce or phase.student_learns) and self.deployed is self.student.net
+        learning = [s] * own + [t] * phase.teacher_learns
+        return [x.out for x in learning] + [x.strong.out for x in learning if x.strong]
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell the losses the epoch, in the protocol's number."""
+        if (epoch, epochs) != self._clock:
+            self._clock = epoch, epochs
+            self.epoch.fill_(epoch), self.epochs.fill_(epochs)
+
+    def batch(self, img: Tensor, target: Tensor, index: Tensor, strong=None) -> Batch:
+        return Batch(img, target, index, strong, self.epoch, self.epochs)
+
+    # --- what trains in a phase ---
+
+    def set_trainable(self, phase: Phase) -> list[nn.Parameter]:
+        """Put exactly what `phase` trains in training mode, with gradients. Returns its parameters."""
+        student, teacher = self.student.net, self.teacher.net
+        for module in (student, teacher, self.added):
+            module.eval().requires_grad_(False)
+        for name in phase.trainable:
+            head, _, inner = name.partition(".")
+            if name == "features":
+                _train_only(student, self.feature_path)
+                continue
+            module = dict(student=student, backbone=student, teacher=teacher, kd=self.added)[head]
+            if inner:
+                module = self.added[0].loss.get_submodule(inner)
+            module.train().requires_grad_(True)
+            if name == "backbone":
+                classifier = student.get_submodule(student.taps["feat"].removesuffix(":in"))
+                classifier.eval().requires_grad_(False)
+        if self.batch_teacher_bn and not phase.teacher_learns:
+            _use_batch_statistics(teacher)
+        modules = (student, teacher, self.added)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def param_groups(self, phase: Phase) -> list[dict]:
+        """What the optimizer of a phase takes: parameters with and without weight decay."""
+        params = self.set_trainable(phase)
+        no_decay = {
+            id(p)
+            for criterion in self.added
+            if criterion.settings.method.no_decay
+            for p in criterion.parameters()
+        }
+        groups = [
+            dict(params=[p for p in params if id(p) not in no_decay]),
+            dict(params=[p for p in params if id(p) in no_decay], weight_decay=0.0),
+        ]
+        return [group for group in groups if group["params"]]
+
+    # --- before the training ---
+
+    def check_losses(self, train) -> int:
+        """Call every criterion on two training images, so that what does not fit is said before
+        anything is written. Returns the multiply-adds per image of the layers that the methods add."""
+        img, target, index = next(stream.test_batches(train, 2, workers=0))
+        batch = self.batch(
+            img.requires_grad_(self.image_grad), target, index, img if self.two_views else None
+        )
+        macs = 0
+        for phase in self.phases:
+            with torch.set_grad_enabled(self.image_grad):
+                s, t = batch.features(self.student), batch.features(self.teacher)
+                for criterion in self.added.eval() if phase.kd else []:
+                    added = self._check(criterion, phase, s, t, batch)
+                    macs += added // 2 if phase.inputs is None else 0
+        return macs
+
+    def _check(self, criterion: Criterion, phase: Phase, s, t, batch: Batch) -> int:
+        weight = criterion.settings.lambda_kd
+
+        def call():
+            loss = criterion(s, t, batch, phase.inputs)
+            if not (weight * loss).isfinite().all():
+                raise ValueError(
+                    f"its loss for two training images is {loss.item():g}, its weight {weight:g}: "
+                    "change the method's flags"
+                )
+            if self.image_grad:  # the criteria share the networks' graphs
+                loss.backward(retain_graph=True)
+
+        try:
+            return count_macs(criterion, call)
+        except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            reason = utils.first_line(error)
+            if "not have been used in the graph" in reason:
+                reason = (
+                    "it differentiates in a map, and one of the networks gives tokens or channels "
+                    "last, from which the map is only derived"
+                )
+            raise UserError(f"--kd_mode {criterion.mode}: {reason}") from error
+
+    def precompute(self, images, log: Callable[[str], None]) -> None:
+        """Let the methods that need it see all the training images once; `log` what they return."""
+        for criterion, teacher in self.precomputing:
+            inputs, settings = criterion.settings.method.precompute, criterion.settings
+            flags = {name: settings.flags[name] for name in inputs.flags}
+            batches = stream.test_batches(images, 100)
+            try:
+                found = inputs.feed(criterion.loss, teacher, batches, images.labels, **flags)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                raise UserError(f"--kd_mode {settings.mode}: {utils.first_line(error)}") from error
+            log(f"{settings.mode}: {found}")
+
+    def compile(self) -> str:
+        """torch.compile both networks, where the methods allow it. Returns what to log."""
+        if self.image_grad:
+            return "not compiled: the method needs second derivatives, which compiled code lacks"
+        for net in (self.student.net, self.teacher.net):
+            net.compile()  # in place: hooks and the state dict's keys stay
+        return "both networks are compiled at their first step"
+
+    def to(self, device: torch.device) -> None:
+        for module in (self.student.net, self.teacher.net, self.deployed, self.added):
+            module.to(device, memory_format=torch.channels_last)
+        self.epoch, self.epochs = self.epoch.to(device), self.epochs.to(device)
+
+    def deployed_name(self, student_name: str) -> str:
+        """What `foreign.build` calls the network that is saved."""
+        if self.projector_spec is None:
+            return student_name
+        return foreign.reusing_name(student_name, self.projector_spec)
+
+
+def _all_inputs(settings: Settings) -> list[Inputs]:
+    return [settings.inputs, *(phase.inputs for phase in settings.phases if phase.inputs)]
+
+
+def _feature_path(net: nn.Module, img: Tensor) -> set[nn.Parameter]:
+    """The parameters on which the network's deepest stage depends. What comes after it, such as the
+    classifier, is not among them."""
+    tapped, state = network.Tapped(net.eval(), ("stages",)), net.training
+    requires_grad = [p.requires_grad for p in net.parameters()]
+    net.requires_grad_(True)
+    with torch.enable_grad():
+        deepest = tapped(img.to(next(net.parameters()))).stages[-1].sum()
+        grads = torch.autograd.grad(deepest, list(net.parameters()), allow_unused=True)
+    for p, before in zip(net.parameters(), requires_grad):
+        p.requires_grad_(before)
+    net.train(state)
+    return {p for p, grad in zip(net.parameters(), grads) if grad is not None}
+
+
+def _train_only(net: nn.Module, parameters: set[nn.Parameter]) -> None:
+    """Training mode and gradients for the modules that own these parameters, and for no others."""
+    for module in net.modules():
+        module.training = any(p in parameters for p in module.parameters(recurse=False))
+    for p in net.parameters():
+        p.requires_grad_(p in parameters)
+
+
+def _use_batch_statistics(net: nn.Module) -> None:
+    """Training mode, in which batch norms use the statistics of the batch. The running statistics do
+    not change, and are used in eval mode as before."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False

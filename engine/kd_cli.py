@@ -1,0 +1,219 @@
+"""The flags of train_kd.py: strict, and --help shows the defaults that would run."""
+
+from argparse import Namespace
+
+from engine import cli
+from engine.checkpoint import find_weights
+from engine.settings import ADAPTERS, Settings, batch_size, settings, uses
+from kd_losses import METHODS, Flag
+from utils import UserError, named
+
+SHARED = ("stages", "reduce", "adapter")  # flags of every method that can use them
+
+
+def parse(argv: list[str], description: str) -> Namespace:
+    """The flags. First --kd_mode, --protocol and the networks, then all flags, the methods' own too.
+
+    Raises UserError for a flag that is unknown, of another method, or of two methods at once.
+    """
+    early = _first_pass(argv)
+    modes = modes_of(early.kd_mode)
+    defaults = _defaults(early, modes) if {"-h", "--help"} & set(argv) else {}
+    parser = cli.Parser(prog="train_kd.py", description=description)
+    _add_distillation_flags(parser, modes, defaults)
+    for mode in modes:
+        group = parser.add_argument_group(f"--kd_mode {mode}")
+        for name, flag in METHODS[mode].flags.items():
+            text = flag.help + _default_text(defaults, mode, name)
+            _add_flag(group, modes, mode, name, help=text, **_kind_of(flag))
+    recipe = cli.recipe_defaults(
+        early.protocol, early.s_name or "", batch_size(modes, early.protocol)
+    )
+    cli.add_common_flags(parser, recipe)
+    args = parser.parse_args(argv, owner=lambda flag: _owner(flag, modes))
+    if args.lambda_kd and len(args.lambda_kd) != len(modes):
+        raise UserError(
+            f"--lambda_kd: expected one weight per method of --kd_mode ({len(modes)}), got "
+            f"{len(args.lambda_kd)}"
+        )
+    return args
+
+
+def modes_of(kd_mode: str | None) -> list[str]:
+    """The methods of --kd_mode. Raises UserError for an unknown one, or those that cannot be combined."""
+    modes = kd_mode.split("+") if kd_mode else []
+    for mode in modes:
+        method = named(METHODS, mode, "--kd_mode")
+        if len(modes) > 1 and (len(method.phases) > 1 or method.deploys_projector):
+            own = "deploys its own network" if method.deploys_projector else "has its own phases"
+            raise UserError(f"--kd_mode {kd_mode}: {mode} {own} and cannot be combined")
+    if len(set(modes)) < len(modes):
+        raise UserError(f"--kd_mode {kd_mode}: a method is given twice")
+    return modes
+
+
+def given_flags(args: Namespace, modes: list[str]) -> dict[str, dict]:
+    """{mode: {flag: value}}: what was given on the command line for each method."""
+    given = {}
+    for i, mode in enumerate(modes):
+        flags = {}
+        for name in (*METHODS[mode].flags, *SHARED):
+            owners = _owners(name, modes)
+            if mode in owners or (not owners and i == 0):  # which says that it has no effect
+                flags[name] = vars(args)[_dest(name, mode, modes)]
+        if flags.get("adapter") is not None:
+            flags["adapter"] = ADAPTERS[flags["adapter"]]
+        flags["lambda_ce"] = args.lambda_ce
+        flags["lambda_kd"] = args.lambda_kd[i] if args.lambda_kd else None
+        given[mode] = {name: value for name, value in flags.items() if value is not None}
+    return given
+
+
+def _first_pass(argv: list[str]) -> Namespace:
+    parser = cli.Parser(add_help=False)
+    for name in ("kd_mode", "t_name", "s_name", "t_model", "s_init"):
+        alias = {"t_": "--net1_", "s_": "--net2_"}.get(name[:2])
+        aliases = [alias + ("name" if name.endswith("name") else "init")] if alias else []
+        parser.add_argument(f"--{name}", *aliases, type=cli.filled)
+    parser.add_argument("--protocol", choices=cli.PROTOCOLS, default="kdzoo")
+    return parser.parse_known_args(argv)[0]
+
+
+def _defaults(early: Namespace, modes: list[str]) -> dict[str, Settings]:
+    """The settings that would run, for --help: of these networks, where they are known."""
+    names, num_class = {}, 100
+    for side, file in (("t", "t_model"), ("s", "s_init")):
+        names[side], path = getattr(early, f"{side}_name") or "", getattr(early, file)
+        if path:
+            try:
+                found = find_weights(names[side] or None, path, f"{side}_name", file)
+            except UserError:  # --help does not need the file
+                continue
+            names[side], num_class = found.name, found.meta.get("num_class", num_class)
+    composed = len(modes) > 1
+    return {m: settings(m, early.protocol, *names.values(), num_class, {}, composed) for m in modes}
+
+
+def _default_text(defaults: dict[str, Settings], mode: str, name: str) -> str:
+    if mode not in defaults:
+        return ""
+    found = defaults[mode]
+    value = found.flags[name] if name in found.flags else getattr(found, name)
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, bool):
+        value = int(value)
+    origin = found.origin[name]
+    value = {"": "none", None: "all"}.get(value, value)
+    return f" (default {value}{'' if origin == 'default' else f': {origin}'})"
+
+
+def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict) -> None:
+    add = parser.add_argument_group("distillation").add_argument
+    add(
+        "--kd_mode",
+        required=True,
+        metavar="MODE",
+        help="one method, or several joined by +: " + ", ".join(METHODS),
+    )
+    name = dict(type=cli.filled, metavar="NAME")
+    file = dict(type=cli.filled, metavar="FILE")
+    add("--t_model", "--net1_init", **file, help="checkpoint of the teacher")
+    add(
+        "--s_init",
+        "--net2_init",
+        **file,
+        help="initial weights of the student (default: random)",
+    )
+    add("--t_name", "--net1_name", **name, help="teacher network (default: as the checkpoint says)")
+    add("--s_name", "--net2_name", **name, help="student network (default: as the checkpoint says)")
+    for side, who in (("t", "teacher"), ("s", "student")):
+        add(
+            f"--{side}_pretrained",
+            action="store_true",
+            help=f"{who} with the weights of its library (torchvision/NAME, timm/NAME)",
+        )
+        add(
+            f"--{side}_taps",
+            type=cli.comma(cli.filled),
+            metavar="M[,M]",
+            help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)",
+        )
+    add(
+        "--cuda_graph",
+        action="store_true",
+        help="capture the training step as a CUDA graph, for methods that allow it",
+    )
+    add(
+        "--gather",
+        action="store_true",
+        help="with several processes: relational methods compare the images of all processes",
+    )
+    add(
+        "--logit_stand",
+        action="store_true",
+        help="standardise the logits of both networks first (LSKD), for methods that compare logits",
+    )
+    weight = cli.number(float, 0)
+    texts = [_default_text(defaults, mode, "lambda_kd") for mode in modes if mode in defaults]
+    add(
+        "--lambda_kd",
+        type=cli.comma(weight),
+        metavar="X[,X]",
+        help="weight of each method's loss" + "".join(texts),
+    )
+    text = _default_text(defaults, modes[0], "lambda_ce") if modes else ""
+    add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy" + text)
+    shared = dict(
+        stages=dict(
+            type=cli.comma(cli.number(int)),
+            metavar="I[,I]",
+            help="stages that are compared: 1 is the shallowest, -1 the deepest",
+        ),
+        reduce=dict(choices=("mean", "sum"), help="how the losses of the stages are combined"),
+        adapter=dict(choices=ADAPTERS, help="how the student's maps are fitted to the teacher's"),
+    )
+    for name, fields in shared.items():
+        owners = _owners(name, modes)
+        for mode in owners or modes[:1]:
+            text = fields["help"] + (_default_text(defaults, mode, name) if owners else "")
+            _add_flag(parser, modes, mode, name, **fields | dict(help=text))
+
+
+def _add_flag(group, modes: list[str], mode: str, name: str, **fields) -> None:
+    """Add --NAME; of several methods also --MODE.NAME, and that alone where two of them have it."""
+    names = [f"--{name}"] if len(_owners(name, modes)) < 2 else []
+    names += [f"--{mode}.{name}"] if len(modes) > 1 else []
+    group.add_argument(*names, dest=_dest(name, mode, modes), **fields)
+
+
+def _dest(name: str, mode: str, modes: list[str]) -> str:
+    return name if len(_owners(name, modes)) < 2 else f"{mode}.{name}"
+
+
+def _owners(name: str, modes: list[str]) -> list[str]:
+    """The methods among `modes` on which the flag has an effect."""
+    if name in SHARED:
+        return [m for m in modes if uses(METHODS[m], METHODS[m].inputs, name)]
+    return [m for m in modes if name in METHODS[m].flags]
+
+
+def _kind_of(flag: Flag) -> dict:
+    """What argparse is told of a method's flag."""
+    if flag.kind is str:
+        return dict(choices=flag.choices)
+    if flag.kind is bool:
+        return dict(type=lambda text: bool(cli.number(int, 0, 1)(text)), metavar="0|1")
+    most = 100_000 if flag.kind is int else 1e6
+    return dict(type=cli.number(flag.kind, 0, most), metavar="X")
+
+
+def _owner(flag: str, modes: list[str]) -> str | None:
+    """Why an unknown flag is none: what to say of one that belongs to some method."""
+    name = flag.lstrip("-").split(".")[-1]
+    own = _owners(name, modes)
+    if len(own) > 1 or (own and "." in flag):
+        return f"{' and '.join(own)} have it: give " + " or ".join(f"--{m}.{name}" for m in own)
+    others = [mode for mode, method in METHODS.items() if name in method.flags]
+    if others:
+        return f"it belongs to --kd_mode {' or '.join(others)}, not to {'+'.join(modes)}"

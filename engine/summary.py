@@ -1,0 +1,64 @@
+"""What a run says of itself: in the log, in --dry_run and in args.json."""
+
+import dataset
+import network
+from engine import cli, published
+from engine.distiller import Criterion, Distiller
+
+
+def summary(machine, distiller: Distiller, data, cfg, phases, found_t, found_s, macs) -> list[str]:
+    """The networks, the data and every resolved setting, as lines of the log."""
+    lines = [
+        f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes",
+        f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
+        f"student from {found_s.path or ('library' if found_s.pretrained else 'random')} weights",
+        *data.notes,
+        *found_t.notes,
+        *found_s.notes,
+        cli.describe_recipe(cfg, dataset.padded(data.train)),
+    ]
+    full = published.PROTOCOLS[cfg.protocol].epochs
+    if cfg.epochs != full:
+        lines.append(
+            f"milestones, phases and warm-ups are scaled from {full} epochs to {cfg.epochs}"
+        )
+    lines.append("phases: " + ", ".join(f"{p.name} {epochs} epoch(s)" for p, epochs in phases))
+    for criterion in distiller.added:
+        mode = criterion.mode
+        origin = criterion.settings.origin
+        parts = [
+            f"{name} {value}" + (f" ({origin[name]})" if origin[name] != "default" else "")
+            for name, value in settings_of(criterion, distiller).items()
+        ]
+        lines.append(f"{mode}: " + ", ".join(parts))
+        if cfg.protocol != "kdzoo" and not published.settings_of(mode, cfg.protocol):
+            lines.append(f"{mode}: {cfg.protocol} has no settings for it, these are its defaults")
+        lines += [f"{mode}: adapter, {note}" for note in criterion.adapter.notes]
+    added = network.count_parameters(distiller.added)
+    if distiller.deployed is not distiller.student.net:
+        whole = network.count_parameters(distiller.deployed)
+        name = distiller.deployed_name(found_s.name)
+        lines.append(f"trained and evaluated: {name}, {whole:,} parameters")
+    if added:
+        lines.append(f"the method adds {added:,} parameters and {macs:,} multiply-adds per image")
+    return lines + found_t.warnings(data.train) + found_s.warnings(data.train)
+
+
+def settings_of(criterion: Criterion, distiller: Distiller) -> dict:
+    """{name: value} of what the method is run with."""
+    settings = criterion.settings
+    values = dict(lambda_kd=settings.lambda_kd, lambda_ce=distiller.lambda_ce)
+    if settings.compares_stages:
+        stages = [distiller.student.numbers[i] for i in criterion.stage_ids]
+        values |= dict(stages=stages, reduce=settings.reduce)
+    return values | settings.flags
+
+
+def recorded_settings(distiller: Distiller) -> dict:
+    """For args.json: the methods' values, where each comes from, and the parameters that they add."""
+    methods = {x.mode: settings_of(x, distiller) for x in distiller.added}
+    origins = {
+        x.mode: {name: x.settings.origin[name] for name in methods[x.mode]} for x in distiller.added
+    }
+    added = network.count_parameters(distiller.added)
+    return dict(methods=methods, origins=origins, added=added)
