@@ -22,13 +22,18 @@ from engine.run import Run
 
 
 def parse(argv: list[str]):
+    first = cli.Parser(add_help=False)
+    first.add_argument("--protocol", choices=published.PROTOCOLS, default="kdzoo")
+    first.add_argument("--net_name", default="")
+    early, _ = first.parse_known_args(argv)  # which defaults --help shows
+    protocol = published.PROTOCOLS[early.protocol]
     parser = cli.Parser(prog="train_base.py", description=__doc__)
     parser.add_argument(
         "--net_name",
         type=cli.filled,
         required=True,
         metavar="NAME",
-        help="one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
+        help="network: one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
     )
     parser.add_argument(
         "--pretrained",
@@ -39,18 +44,18 @@ def parse(argv: list[str]):
         "--label_smoothing",
         type=cli.number(float, 0, 1),
         metavar="X",
-        help="(default: the protocol's)",
+        help=f"label smoothing of the cross-entropy (default {protocol.label_smoothing})",
     )
-    cli.add_common_flags(parser)
+    cli.add_common_flags(parser, cli.recipe_defaults(early.protocol, early.net_name))
     return parser.parse_args(argv)
 
 
 def resolve(args):
-    """`utils.resolve`, and the label smoothing."""
-    recipe = cli.resolve(args, args.net_name, {})
-    if recipe.label_smoothing is None:
-        recipe.label_smoothing = published.PROTOCOLS[recipe.protocol].label_smoothing
-    return recipe
+    """The flags with everything filled in, from the protocol."""
+    cfg = cli.resolve(args, args.net_name, {})
+    if cfg.label_smoothing is None:
+        cfg.label_smoothing = published.PROTOCOLS[cfg.protocol].label_smoothing
+    return cfg
 
 
 def short_name(net_name: str) -> str:
@@ -58,11 +63,11 @@ def short_name(net_name: str) -> str:
     return re.sub(r"^resnet(?=\d)", "r", foreign.file_name(net_name))
 
 
-def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, pieces=1):
+def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, accumulation_steps=1):
     """One step of plain training. Returns the logits and the cross-entropy, still on the device."""
     outs, losses = [], []
     optimizer.zero_grad(set_to_none=True)
-    for (x, y), share in utils.pieces(pieces, img, target):
+    for (x, y), share in utils.micro_batches(accumulation_steps, img, target):
         with machine.autocast():
             out = net(x)
         out = out.float()
@@ -80,31 +85,31 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
     make = foreign.constructor(args.net_name)
-    recipe = resolve(args)
+    cfg = resolve(args)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
-    note = args.note or f"base-{recipe.data_name}-{foreign.file_name(args.net_name)}"
-    run = Run(recipe, note, ["train_base.py", *argv])
-    data = cli.load_data(recipe, args.batch_size)
+    note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
+    run = Run(cfg, note, ["train_base.py", *argv])
+    data = cli.load_data(cfg, args.batch_size)
     run.learns_from(data.identity())
-    utils.seed_everything(recipe.seed)
+    utils.seed_everything(cfg.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     check_trainable(net, args.net_name, data.train.num_class, data.train.size)
-    meta = dict(network=args.net_name, **cli.describe_data(recipe, data))
+    meta = dict(network=args.net_name, **cli.describe_data(cfg, data))
 
     lines = [
         f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters",
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
-        cli.describe_recipe(recipe, dataset.padded(data.train)),
+        cli.describe_recipe(cfg, dataset.padded(data.train)),
     ]
     if run.saved:
         with run.intact():  # or say so before anything is written
-            epochs = [dict(epoch=epoch) for epoch in range(1, recipe.epochs + 1)]
-            run.fits(epochs, len(dataset.batch_bounds(len(data.train), recipe.batch_size)))
-            restore(run.saved, net, utils.sgd(net.parameters(), recipe))
-    if recipe.dry_run:
+            epochs = [dict(epoch=epoch) for epoch in range(1, cfg.epochs + 1)]
+            run.fits(epochs, len(dataset.batch_bounds(len(data.train), cfg.batch_size)))
+            restore(run.saved, net, utils.sgd(net.parameters(), cfg))
+    if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
     with run.start(machine, meta):
         for line in lines:
@@ -120,22 +125,22 @@ def main(argv: list[str] | None = None) -> dict:
             }
             save_checkpoint(start, initial)
         net.to(machine.device, memory_format=torch.channels_last)
-        if recipe.compile:
+        if cfg.compile:
             net.compile()  # in place: the state dict keeps its keys
         data = data.to(machine.device)
-        optimizer = run.watch(utils.sgd(net.parameters(), recipe))
+        optimizer = run.watch(utils.sgd(net.parameters(), cfg))
         if run.saved:
             restore(run.saved, net, optimizer)
             run.saved = None
         distributed.broadcast_parameters(net)
-        for epoch in range(len(run.history) + 1, recipe.epochs + 1):
-            train_epoch(run, machine, net, data, recipe, epoch, optimizer)
+        for epoch in range(len(run.history) + 1, cfg.epochs + 1):
+            train_epoch(run, machine, net, data, cfg, epoch, optimizer)
         return run.finish()
 
 
-def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
+def train_epoch(run, machine, net, data, cfg, epoch, optimizer):
     """One epoch: train, evaluate, record, save."""
-    lr = utils.step_decay(recipe.lr, epoch, recipe.milestones, recipe.warmup)
+    lr = utils.step_decay(cfg.lr, epoch, cfg.milestones, cfg.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
     net.train()
@@ -148,19 +153,19 @@ def train_epoch(run, machine, net, data, recipe, epoch, optimizer):
     meter, done = run.begin()
     batches = stream.train_batches(
         data.train,
-        recipe.batch_size,
-        recipe.seed,
+        cfg.batch_size,
+        cfg.seed,
         epoch,
-        padding=recipe.padding,
+        padding=cfg.padding,
         skip=done,
         share=utils.share(),
     )
     for step, (img, target, _) in enumerate(batches, done + 1):
         out, loss = train_step(
-            net, optimizer, img, target, machine, recipe.label_smoothing, recipe.accumulate
+            net, optimizer, img, target, machine, cfg.label_smoothing, cfg.accumulate
         )
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
-        if step % recipe.print_freq == 0:
+        if step % cfg.print_freq == 0:
             now = meter.read()
             run.check_finite(now, f"epoch {epoch}, step {step}")
             run.log(

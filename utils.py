@@ -256,9 +256,9 @@ def equal_states(a: nn.Module, b: nn.Module) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def pieces(count: int, *tensors: Tensor):
-    """Yield (parts, share): the tensors cut into `count` parts, and which share of the samples a part
-    has. Never into single samples, which batch norm and the relational losses cannot use."""
+def micro_batches(count: int, *tensors: Tensor):
+    """Yield (parts, share): the tensors split into `count` parts, and the share of the samples that a
+    part has. A part has at least two samples: batch norm and relational losses cannot use one."""
     n = len(tensors[0])
     count = max(1, min(count, n // 2))
     for parts in zip(*(x.tensor_split(count) for x in tensors)):

@@ -170,11 +170,11 @@ def add_common_flags(parser: Parser, defaults: dict) -> None:
     add_run_flags(parser)
 
 
-def add_optimizer_flags(add, defaults: dict) -> None:
+def add_optimizer_flags(add, defaults: dict | None = None) -> None:
     """The flags of the optimizer and the seed, by a group's `add_argument`; defaults: for the help."""
 
     def default(name: str) -> str:
-        return f" (default {defaults[name]:g})" if name in defaults else ""
+        return f" (default {defaults[name]:g})" if defaults else ""
 
     add(
         "--batch_size",

@@ -36,12 +36,10 @@ class Batch:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def micro_batches(self, count: int) -> Iterator[tuple["Batch", float]]:
-        """Yield the batch in `count` parts, each with its share of the samples. A part has at least two
-        samples: batch norm and relational losses cannot use one."""
-        n, tensors = len(self.img), self.tensors()
-        count = max(1, min(count, n // 2))
-        for part in zip(*(x.tensor_split(count) for x in tensors.values())):
-            yield replace(self, **dict(zip(tensors, part))), len(part[0]) / n
+        """Yield the batch in `count` parts, each with its share of the samples."""
+        tensors = self.tensors()
+        for parts, share in utils.micro_batches(count, *tensors.values()):
+            yield replace(self, **dict(zip(tensors, parts))), share
 
     def features(self, tapped: network.Tapped) -> network.Features:
         """The features of a network, with those of the second view."""

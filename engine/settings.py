@@ -38,6 +38,9 @@ class Settings:
     flags: Mapping[str, float | int | bool | str]
     origin: Mapping[str, str]
 
+    def __deepcopy__(self, memo) -> "Settings":
+        return self  # nothing in it changes
+
     @property
     def compares_stages(self) -> bool:
         return bool({"stages", "preacts"} & set(self.inputs.reads))

@@ -8,6 +8,7 @@ import toys
 
 import train_kd
 import utils
+from engine.cuda_graph import CapturedStep
 from engine import foreign
 from kd_losses import METHODS
 
@@ -36,17 +37,17 @@ def steps(mode, step, machine, count=8):
     torch.manual_seed(0)
     nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
     images = toys.images(size=16)
-    job = toys.job(mode, *nets, images)
-    job.to(machine.device)
-    phase = job.phases[0]
-    optimizer = utils.sgd(job.learners(phase), RECIPE, phase.nesterov)
+    distiller = toys.distiller(mode, *nets, images)
+    distiller.to(machine.device)
+    phase = distiller.phases[0]
+    optimizer = utils.sgd(distiller.set_trainable(phase), RECIPE, phase.nesterov)
     torch.manual_seed(1)
     losses = []
     for i in range(count):
         n = 4 if i == count - 1 else toys.BATCH
-        batch = toys.batch(n, dtype=torch.float32, size=16, strong=job.strong)
-        batch = train_kd.Batch(**{k: x.to(machine.device) for k, x in batch.tensors().items()})
-        terms = step(job, phase, optimizer, batch, [1e-3], machine)
+        batch = toys.batch(n, dtype=torch.float32, size=16, strong=distiller.two_views)
+        batch = distiller.batch(*(x.to(machine.device) for x in batch.tensors().values()))
+        terms = step(distiller, phase, optimizer, batch, toys.weights(distiller, 1e-3), machine)
         losses.append({name: value.clone() for name, value in terms.items()})
     return losses, [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
 
@@ -55,7 +56,7 @@ def steps(mode, step, machine, count=8):
 def test_a_captured_step_is_the_step(mode):
     machine = utils.machine(1, "off")
     plain, weights = steps(mode, train_kd.train_step, machine)
-    replayed, others = steps(mode, train_kd.Captured(), machine)
+    replayed, others = steps(mode, CapturedStep(train_kd.train_step), machine)
     random = mode == "crd"  # draws its negatives
     for one, other in zip(plain, replayed):
         for name in one:

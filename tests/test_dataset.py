@@ -639,7 +639,7 @@ def test_a_rehearsal_starts_no_process(photos, monkeypatch):
         return loader(*args, num_workers=num_workers, **kwargs)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", watched)
-    toys.job("at", train=train).rehearse(train)
+    toys.distiller("at", train=train).check_losses(train)
     next(stream.test_batches(train, 2))
     assert asked == [0, 2]
 

@@ -290,8 +290,9 @@ class Functional(nn.Module):
 
     def __init__(self, num_class=10):
         super().__init__()
-        self.one, self.two = nn.Sequential(nn.Conv2d(3, 8, 3, 2)), nn.Sequential(
-            nn.Conv2d(8, 8, 3, 2)
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(3, 8, 3, 2)),
+            nn.Sequential(nn.Conv2d(8, 8, 3, 2)),
         )
         self.a, self.b = nn.Identity(), nn.Identity()
         self.head = nn.Linear(8, num_class)

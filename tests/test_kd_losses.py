@@ -17,7 +17,8 @@ import train_kd
 import utils
 from engine import published
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from kd_losses import FLAG_HELP, METHODS, Phase
+from engine.settings import settings
+from kd_losses import METHODS, Phase
 
 ROOT = Path(__file__).parent.parent
 MODES = list(METHODS)
@@ -33,46 +34,46 @@ def each(features, f):
     return replace(features, out=f(features.out), strong=strong, **one, **maps)
 
 
-def compares(row):
-    """The row's comparison and those that its phases bring."""
-    return [row.compare, *(p.kd for p in row.phases if callable(p.kd) and p.kd is not row.compare)]
+def all_inputs(settings):
+    """What the method is fed, and what in its phases."""
+    return [settings.inputs, *(phase.inputs for phase in settings.phases if phase.inputs)]
 
 
-def features(job, batch, grad=True):
+def features(distiller, batch, grad=True):
     """Features of both networks, with the graph down to the image."""
     batch.img.requires_grad_(grad)
-    if job.strong:
+    if distiller.two_views:
         batch.strong = batch.img + 0.1
-    return batch.seen_by(job.student), batch.seen_by(job.teacher)
+    return batch.features(distiller.student), batch.features(distiller.teacher)
 
 
-def inside_graph(row):
-    return row.teacher == "grad" and "stages" in row.compare.wants
+def inside_graph(settings):
+    return settings.method.teacher == "grad" and "stages" in settings.inputs.reads
 
 
-def changed(job, batch, change_s, change_t):
+def changed(distiller, batch, change_s, change_t):
     """Features of both networks, every tensor changed. A loss that differentiates in the maps gets
     them changed inside the networks: the logits hang on what it sees."""
-    inside = inside_graph(job.kd[0].row)
+    inside = inside_graph(distiller.added[0].settings)
     if inside:
-        for net, change in ((job.student.net, change_s), (job.teacher.net, change_t)):
-            for i in job.kd[0].row.stages:
+        for net, change in ((distiller.student.net, change_s), (distiller.teacher.net, change_t)):
+            for i in distiller.added[0].settings.stages:
                 net.get_submodule(net.taps["stages"][i]).f = change
-    s, t = features(job, batch)
+    s, t = features(distiller, batch)
     if inside:
         return replace(s, out=change_s(s.out)), replace(t, out=change_t(t.out))
     return each(s, change_s), each(t, change_t)
 
 
-def value(part, compare, s, t, batch):
+def value(part, inputs, s, t, batch):
     torch.manual_seed(1)  # of what a loss draws
-    return part(compare, s, t, batch)
+    return part(s, t, batch, inputs)
 
 
-def double(job):
-    for module in (job.student.net, job.teacher.net, job.kd):
+def double(distiller):
+    for module in (distiller.student.net, distiller.teacher.net, distiller.added):
         module.double()
-    return job
+    return distiller
 
 
 # --- 1 and 2: precision ----------------------------------------------------------------------------
@@ -80,10 +81,10 @@ def double(job):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_float64_stays_float64(mode):
-    job, batch = double(toys.job(mode)), toys.batch()
-    s, t = features(job, batch)
-    for compare in compares(job.kd[0].row):
-        loss = value(job.kd[0], compare, s, t, batch)
+    distiller, batch = double(toys.distiller(mode)), toys.batch()
+    s, t = features(distiller, batch)
+    for inputs in all_inputs(distiller.added[0].settings):
+        loss = value(distiller.added[0], inputs, s, t, batch)
         assert loss.dtype == torch.float64 and loss.shape == () and loss.isfinite()
 
 
@@ -91,30 +92,30 @@ def test_float64_stays_float64(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_right_under_autocast(mode, dtype):
     """Half-precision channels_last inputs under an active autocast, against float64."""
-    job, batch = toys.job(mode), toys.batch()
-    part = job.kd[0].eval()
+    distiller, batch = toys.distiller(mode), toys.batch()
+    part = distiller.added[0].eval()
     exact = copy.deepcopy(part).double()
-    for net in (job.student.net, job.teacher.net):
+    for net in (distiller.student.net, distiller.teacher.net):
         net.double()
 
     def half(x):
         x = x.to(dtype)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-    s, t = changed(job, batch, half, half)
-    for compare in compares(part.row):
+    s, t = changed(distiller, batch, half, half)
+    for inputs in all_inputs(part.settings):
         s64, t64 = (
             # maps inside a graph stay as they are: the loss promotes them to float32
-            x if inside_graph(part.row) else each(x, torch.Tensor.double)
+            x if inside_graph(part.settings) else each(x, torch.Tensor.double)
             for x in (s, t)
         )
-        expected = value(exact, compare, s64, t64, batch).item()
+        expected = value(exact, inputs, s64, t64, batch).item()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = value(part, compare, s, t, batch)
+            loss = value(part, inputs, s, t, batch)
         assert loss.dtype in (torch.float32, torch.float64)
         assert loss.item() == pytest.approx(expected, rel=1e-2, abs=1e-9)
         # and without autocast, the inputs alone being half
-        assert value(part, compare, s, t, batch).item() == pytest.approx(
+        assert value(part, inputs, s, t, batch).item() == pytest.approx(
             expected, rel=1e-2, abs=1e-9
         )
 
@@ -138,8 +139,8 @@ DEGENERATE = {
 }
 
 
-def finite(job, loss):
-    params = [*job.student.net.parameters(), *job.kd.parameters()]
+def finite(distiller, loss):
+    params = [*distiller.student.net.parameters(), *distiller.added.parameters()]
     params = [p for p in params if p.requires_grad]
     grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else []
     return loss.isfinite() and all(g is None or g.isfinite().all() for g in grads)
@@ -148,60 +149,70 @@ def finite(job, loss):
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("mode", MODES)
 def test_degenerate_features(mode, kind):
-    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    distiller, batch = toys.distiller(mode), toys.batch(dtype=torch.float32)
     change_s, change_t = DEGENERATE[kind]
-    for compare in compares(job.kd[0].row):
-        loss = value(job.kd[0], compare, *changed(job, batch, change_s, change_t), batch)
-        assert finite(job, loss)
+    for inputs in all_inputs(distiller.added[0].settings):
+        loss = value(
+            distiller.added[0], inputs, *changed(distiller, batch, change_s, change_t), batch
+        )
+        assert finite(distiller, loss)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_student_equal_to_teacher(mode):
-    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
+    distiller, batch = toys.distiller(mode), toys.batch(dtype=torch.float32)
     # all but a classifier that one of them may not have
-    job.teacher.net.load_state_dict(job.student.net.state_dict(), strict=False)
-    for compare in compares(job.kd[0].row):
-        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+    distiller.teacher.net.load_state_dict(distiller.student.net.state_dict(), strict=False)
+    for inputs in all_inputs(distiller.added[0].settings):
+        assert finite(
+            distiller, value(distiller.added[0], inputs, *features(distiller, batch), batch)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_targets_equal_and_two_classes(mode):
-    job = toys.job(mode, toys.Toy(num_class=2), toys.Toy(num_class=2), toys.images(num_class=2))
+    distiller = toys.distiller(
+        mode, toys.Toy(num_class=2), toys.Toy(num_class=2), toys.images(num_class=2)
+    )
     batch = toys.batch(num_class=2, dtype=torch.float32)
     batch.target.zero_()
-    for compare in compares(job.kd[0].row):
-        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+    for inputs in all_inputs(distiller.added[0].settings):
+        assert finite(
+            distiller, value(distiller.added[0], inputs, *features(distiller, batch), batch)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_200_apart(mode):
-    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
-    for compare in compares(job.kd[0].row):
-        s, t = features(job, batch)
+    distiller, batch = toys.distiller(mode), toys.batch(dtype=torch.float32)
+    for inputs in all_inputs(distiller.added[0].settings):
+        s, t = features(distiller, batch)
         first = torch.eye(s.out.shape[1])[0], torch.eye(5)[0]
         s, t = replace(s, out=s.out + 200 * first[0]), replace(t, out=t.out - 200 * first[1])
-        assert finite(job, value(job.kd[0], compare, s, t, batch))
+        assert finite(distiller, value(distiller.added[0], inputs, s, t, batch))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_maps_of_one_pixel(mode):
-    job = toys.job(mode, toys.Toy(last=1), toys.Toy(last=1))
+    distiller = toys.distiller(mode, toys.Toy(last=1), toys.Toy(last=1))
     batch = toys.batch(dtype=torch.float32)
-    for compare in compares(job.kd[0].row):
-        assert finite(job, value(job.kd[0], compare, *features(job, batch), batch))
+    for inputs in all_inputs(distiller.added[0].settings):
+        assert finite(
+            distiller, value(distiller.added[0], inputs, *features(distiller, batch), batch)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_of_one(mode):
     """Finite, or one clear ValueError."""
-    job, batch = toys.job(mode), toys.batch(n=1, dtype=torch.float32)
-    for compare in compares(job.kd[0].row):
+    distiller, batch = toys.distiller(mode), toys.batch(n=1, dtype=torch.float32)
+    for inputs in all_inputs(distiller.added[0].settings):
         try:
-            loss = value(job.kd[0].train(), compare, *features(job, batch), batch)
+            loss = value(distiller.added[0].train(), inputs, *features(distiller, batch), batch)
         except ValueError as error:
             assert "two" in str(error) and mode in NOT_ON_ONE
         else:
-            assert finite(job, loss) and mode not in NOT_ON_ONE
+            assert finite(distiller, loss) and mode not in NOT_ON_ONE
 
 
 # defined on pairs of samples, or with a batch norm that would see a single value
@@ -212,21 +223,23 @@ NOT_ON_ONE = ("rkd", "irg", "reviewkd", "dist", "itrd")
 
 
 def world(mode):
-    job = toys.job(mode, toys.Toy((3, 4, 6, 8)), toys.Toy((4, 4, 8, 8)))
+    distiller = toys.distiller(mode, toys.Toy((3, 4, 6, 8)), toys.Toy((4, 4, 8, 8)))
     recipe = Namespace(lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=1)
-    return job, recipe
+    return distiller, recipe
 
 
-def take(job, phase, optimizer, n):
+def take(distiller, phase, optimizer, n):
     """Step number n."""
     torch.manual_seed(100 + n)
-    batch = toys.batch(dtype=torch.float32, strong=job.strong)
+    batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
     batch.index += n
-    train_kd.train_step(job, phase, optimizer, batch, [1.0] * len(job.kd), FLOAT32)
+    train_kd.train_step(
+        distiller, phase, optimizer, batch, toys.weights(distiller, 1.0, phase), FLOAT32
+    )
 
 
-def everything(job, optimizer):
-    nets = dict(s=job.student.net, t=job.teacher.net, kd=job.kd)
+def everything(distiller, optimizer):
+    nets = dict(s=distiller.student.net, t=distiller.teacher.net, kd=distiller.added)
     return {
         **{name: net.state_dict() for name, net in nets.items()},
         "optimizer": optimizer.state_dict(),
@@ -237,44 +250,44 @@ def everything(job, optimizer):
 def test_save_and_load_between_two_steps(mode, tmp_path):
     for i, phase in enumerate(METHODS[mode].phases):
         torch.manual_seed(0)
-        job, recipe = world(mode)
-        optimizer = utils.sgd(job.learners(phase), recipe)
-        take(job, phase, optimizer, 0)
-        save_checkpoint(everything(job, optimizer), tmp_path / "x")
-        take(job, phase, optimizer, 1)
+        distiller, recipe = world(mode)
+        optimizer = utils.sgd(distiller.set_trainable(phase), recipe)
+        take(distiller, phase, optimizer, 0)
+        save_checkpoint(everything(distiller, optimizer), tmp_path / "x")
+        take(distiller, phase, optimizer, 1)
 
         torch.manual_seed(999)
         again, recipe = world(mode)
         saved = read_checkpoint(tmp_path / "x")
         again.student.net.load_state_dict(saved["s"])
         again.teacher.net.load_state_dict(saved["t"])
-        again.kd.load_state_dict(saved["kd"])
-        optimizer_again = utils.sgd(again.learners(phase), recipe)
+        again.added.load_state_dict(saved["kd"])
+        optimizer_again = utils.sgd(again.set_trainable(phase), recipe)
         optimizer_again.load_state_dict(saved["optimizer"])
         take(again, phase, optimizer_again, 1)
-        one, two = everything(job, optimizer), everything(again, optimizer_again)
+        one, two = everything(distiller, optimizer), everything(again, optimizer_again)
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_moves_in_eval_mode(mode):
-    job, batch = toys.job(mode), toys.batch(dtype=torch.float32)
-    before = copy.deepcopy(job.kd.state_dict())
-    for compare in compares(job.kd[0].row):
-        value(job.kd[0].eval(), compare, *features(job, batch), batch)
-    torch.testing.assert_close(job.kd.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    distiller, batch = toys.distiller(mode), toys.batch(dtype=torch.float32)
+    before = copy.deepcopy(distiller.added.state_dict())
+    for inputs in all_inputs(distiller.added[0].settings):
+        value(distiller.added[0].eval(), inputs, *features(distiller, batch), batch)
+    torch.testing.assert_close(distiller.added.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_learns_has_a_gradient_and_the_rest_stays(mode):
     for phase in METHODS[mode].phases:
-        job, recipe = world(mode)
-        learning = job.learners(phase)
+        distiller, recipe = world(mode)
+        learning = distiller.set_trainable(phase)
         optimizer = utils.sgd(learning, recipe)
-        modules = (job.student.net, job.teacher.net, job.kd)
+        modules = (distiller.student.net, distiller.teacher.net, distiller.added)
         everyone = [p for module in modules for p in module.parameters()]
         before = [p.detach().clone() for p in everyone]
-        take(job, phase, optimizer, 0)
+        take(distiller, phase, optimizer, 0)
         chosen = {id(p) for p in learning}
         for p, old in zip(everyone, before):
             if id(p) in chosen:
@@ -287,24 +300,26 @@ def test_what_learns_has_a_gradient_and_the_rest_stays(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_exactly_what_learns_is_in_training_mode(mode):
     for phase in METHODS[mode].phases:
-        job = toys.job(mode)
-        for module in (job.student.net, job.teacher.net, job.kd):
+        distiller = toys.distiller(mode)
+        for module in (distiller.student.net, distiller.teacher.net, distiller.added):
             module.train()
-        job.learners(phase)
-        roots = dict(student=job.student.net, teacher=job.teacher.net, kd=job.kd)
+        distiller.set_trainable(phase)
+        roots = dict(
+            student=distiller.student.net, teacher=distiller.teacher.net, kd=distiller.added
+        )
         for name, root in roots.items():
             for module in root.modules():
                 owns = [p for p in module.parameters(recurse=False)]
                 assert all(p.requires_grad == module.training for p in owns)
-            whole = name in phase.learns
+            whole = name in phase.trainable
             assert root.training == (
-                whole or (name, "backbone" in phase.learns) == ("student", True)
+                whole or (name, "backbone" in phase.trainable) == ("student", True)
             )
             if whole:
                 assert all(module.training for module in root.modules())
-        assert job.student.net.fc.training == ("student" in phase.learns)
-        assert job.student.net.conv1.training == (
-            "student" in phase.learns or "backbone" in phase.learns
+        assert distiller.student.net.fc.training == ("student" in phase.trainable)
+        assert distiller.student.net.conv1.training == (
+            "student" in phase.trainable or "backbone" in phase.trainable
         )
 
 
@@ -314,10 +329,10 @@ def test_exactly_what_learns_is_in_training_mode(mode):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bss"])  # picks its images
 def test_no_value_is_read_back(mode):
     """Fake tensors have no values: an .item(), a mask or a branch on data raises."""
-    job = toys.job(mode)
-    part = job.kd[0]
+    distiller = toys.distiller(mode)
+    part = distiller.added[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for module in (job.student.net, job.teacher.net, part):
+        for module in (distiller.student.net, distiller.teacher.net, part):
             for name, x in [*module.named_parameters(), *module.named_buffers()]:
                 owner, _, leaf = name.rpartition(".")
                 table = module.get_submodule(owner)
@@ -327,31 +342,29 @@ def test_no_value_is_read_back(mode):
         batch = replace(
             batch, target=torch.empty(8, dtype=torch.int64), index=torch.empty(8).long()
         )
-        for compare in compares(part.row):
-            loss = part(compare, *features(job, batch), batch)
+        for inputs in all_inputs(part.settings):
+            loss = part(*features(distiller, batch), batch, inputs)
             if loss.requires_grad:
                 loss.backward()
 
 
 # --- what a protocol changes -----------------------------------------------------------------------
 
-CRD_TABLE = (
-    {  # of the CRD benchmark's script: weight, stages, sum or mean; cross-entropy 1 elsewhere
-        "st": (0.9, None, "mean"),
-        "at": (1000, None, "sum"),
-        "fitnet": (100, (2,), "mean"),
-        "nst": (50, None, "sum"),
-        "pkt": (30000, None, "mean"),
-        "fsp": (1, None, "sum"),
-        "ft": (200, (-1,), "mean"),
-        "rkd": (1, None, "mean"),
-        "ab": (0.003, None, "sum"),
-        "sp": (3000, (-1,), "mean"),
-        "vid": (1, None, "sum"),
-        "crd": (0.8, None, "mean"),
-        "ofd": (0.001, None, "sum"),  # MDistiller's
-    }
-)
+CRD_TABLE = {  # of the CRD benchmark's script: weight, stages, sum or mean; cross-entropy 1 elsewhere
+    "st": (0.9, None, "mean"),
+    "at": (1000, None, "sum"),
+    "fitnet": (100, (2,), "mean"),
+    "nst": (50, None, "sum"),
+    "pkt": (30000, None, "mean"),
+    "fsp": (1, None, "sum"),
+    "ft": (200, (-1,), "mean"),
+    "rkd": (1, None, "mean"),
+    "ab": (0.003, None, "sum"),
+    "sp": (3000, (-1,), "mean"),
+    "vid": (1, None, "sum"),
+    "crd": (0.8, None, "mean"),
+    "ofd": (0.001, None, "sum"),  # MDistiller's
+}
 
 
 @pytest.mark.parametrize("mode", CRD_TABLE)
@@ -367,9 +380,9 @@ def test_sums_of_the_crd_benchmark():
     """A sum over a sample's entries, a mean over samples, half the weight a stage further up."""
     from kd_losses import preacts_summed
 
-    job, batch = toys.job("ab"), toys.batch(dtype=torch.float32)
-    s, t = features(job, batch)
-    found = preacts_summed(job.kd[0].loss, s, t, batch)
+    distiller, batch = toys.distiller("ab"), toys.batch(dtype=torch.float32)
+    s, t = features(distiller, batch)
+    found = preacts_summed.feed(distiller.added[0].loss, s, t, batch)
     for i, (fm_s, fm_t) in enumerate(zip(s.preacts, t.preacts)):
         sign = torch.where(fm_t > 0, 1.0, -1.0)
         expected = 2.0 ** (i - 2) * (2.0 - sign * fm_s).clamp(min=0).square().sum() / len(fm_s)
@@ -380,21 +393,33 @@ def test_sums_of_the_crd_benchmark():
 
 
 def test_one_file_a_row():
-    files = {path.stem for path in (ROOT / "kd_losses").glob("*.py")} - {"__init__"}
+    files = {path.stem for path in (ROOT / "kd_losses").glob("*.py")} - {"__init__", "_wiring"}
     assert files == set(METHODS)
 
 
 def test_rows_are_whole():
-    for mode, row in METHODS.items():
-        assert row.needs in ("", "size", "channels+size") and row.reduce in ("mean", "sum")
-        assert row.teacher in ("frozen", "grad", "trained") and all(row.compare.wants)
-        for flag in row.flags:
-            assert flag in FLAG_HELP or f"{mode}.{flag}" in FLAG_HELP, (mode, flag)
-        assert set(row.protocols) <= set(published.PROTOCOLS)
+    for mode, method in METHODS.items():
+        assert method.match in ("", "size", "channels+size") and method.reduce in ("mean", "sum")
+        assert method.teacher in ("frozen", "grad", "trained") and method.inputs.reads
+        for name, flag in method.flags.items():
+            assert flag.help and flag.kind in (float, int, bool, str), (mode, name)
+            assert isinstance(flag.default, flag.kind), (mode, name)
+            assert not flag.choices or flag.default in flag.choices
+            assert flag.only is None or flag.only[1] in method.flags[flag.only[0]].choices
         for protocol in published.PROTOCOLS:
-            row.under(protocol)  # its changes are fields of the row
-        assert all(isinstance(phase, Phase) for phase in row.phases)
-        assert row.phases[-1].epochs is None, "the last phase is --epochs long"
+            settings(mode, protocol, "", "", 10)  # its changes are settings of the method
+        assert all(isinstance(phase, Phase) for phase in method.phases)
+        assert method.phases[-1].epochs is None, "the last phase is --epochs long"
+
+
+def test_published_settings_are_of_methods_and_their_fields():
+    for protocol, by_mode in published.SETTINGS.items():
+        assert protocol in published.PROTOCOLS
+        for mode, fields in by_mode.items():
+            own = {"pairs", "batch_size", "teacher_bn", "taps", "adapter", *METHODS[mode].flags}
+            own |= {"lambda_kd", "lambda_ce", "stages", "reduce", "inputs", "ramp", "phases"}
+            for names in (fields, *fields.get("pairs", {}).values()):
+                assert set(names) <= own, (protocol, mode, set(names) - own)
 
 
 def test_loss_files_import_torch_alone():

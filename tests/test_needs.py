@@ -15,6 +15,7 @@ from PIL import Image
 import network
 import train_kd
 import utils
+from engine import schedule
 from engine import foreign, stream
 from engine.checkpoint import Weights, find_weights
 from engine.run import Run
@@ -27,9 +28,11 @@ CPU = utils.Machine(torch.device("cpu"), bf16=False)
 PAIR = ["--protocol", "crd", "--kd_mode"]
 
 
-def step(job, batch, weights=(1.0,)):
-    optimizer = torch.optim.SGD(job.groups(job.phases[0]), lr=0.0)
-    return train_kd.train_step(job, job.phases[0], optimizer, batch, weights, CPU)
+def step(distiller, batch, weight=1.0):
+    phase, weights = distiller.phases[0], toys.weights(distiller, weight)
+    optimizer = torch.optim.SGD(distiller.param_groups(phase), lr=0.0)
+    batch = distiller.batch(**batch.tensors())
+    return train_kd.train_step(distiller, phase, optimizer, batch, weights, CPU)
 
 
 # --- the classifiers -------------------------------------------------------------------------------
@@ -52,13 +55,13 @@ def test_the_classifier_and_what_it_is_fed(name):
 
 
 def test_logits_are_standardised_first():
-    job, batch = toys.job("st"), toys.batch(dtype=torch.float32)
-    job.kd[0].standardises = True
-    s, t = job.student(batch.img), job.teacher(batch.img)
-    found = job.kd[0](job.kd[0].row.compare, s, t, batch)
-    expected = job.kd[0].loss(standardise(s.out), standardise(t.out))
+    distiller, batch = toys.distiller("st"), toys.batch(dtype=torch.float32)
+    distiller.added[0].standardise = True
+    s, t = distiller.student(batch.img), distiller.teacher(batch.img)
+    found = distiller.added[0](s, t, batch)
+    expected = distiller.added[0].loss(standardise(s.out), standardise(t.out))
     torch.testing.assert_close(found, expected)
-    assert METHODS["lskd"].build(s, t, None, T=4.0)(s.out, t.out) == expected
+    assert METHODS["lskd"].build(s, t, None, dict(T=4.0))(s.out, t.out) == expected
 
 
 def test_logit_stand_is_for_logits(distil, capsys):
@@ -73,16 +76,17 @@ def test_logit_stand_is_for_logits(distil, capsys):
 
 
 def test_both_views_are_forwarded_and_have_a_cross_entropy():
-    job, batch = toys.job("mlkd"), toys.batch(dtype=torch.float32, strong=True)
-    job.student.net.eval()
-    found, _ = train_kd.losses(job, job.phases[0], batch, [0.0], CPU)
-    outs = [job.student.net(x) for x in (batch.img, batch.strong)]
-    expected = job.lambda_ce * sum(F.cross_entropy(out, batch.target) for out in outs)
-    torch.testing.assert_close(found, expected)
-    kd = step(job, batch)["kd"]
+    distiller, batch = toys.distiller("mlkd"), toys.batch(dtype=torch.float32, strong=True)
+    step(distiller, batch, 0.0)
+    found = [p.grad.clone() for p in distiller.student.net.parameters()]
+    outs = [distiller.student.net(x) for x in (batch.img, batch.strong)]
+    expected = distiller.lambda_ce * sum(F.cross_entropy(out, batch.target) for out in outs)
+    expected = torch.autograd.grad(expected, [*distiller.student.net.parameters()])
+    torch.testing.assert_close(found, [*expected], rtol=1e-4, atol=1e-6)
+    kd = step(distiller, batch)["kd"]
     other = copy.copy(batch)
     other.strong = batch.strong.flip(3)
-    assert step(job, other)["kd"] != kd
+    assert step(distiller, other)["kd"] != kd
 
 
 def test_files_read_one_by_one_have_no_second_view(tmp_path, capsys):
@@ -105,38 +109,39 @@ def test_files_read_one_by_one_have_no_second_view(tmp_path, capsys):
 
 
 def test_the_epoch_is_told_in_the_protocol_s_number():
-    job = toys.job("ctkd")
+    distiller = toys.distiller("ctkd")
     recipe = Namespace(protocol="crd")
-    clock = job.kd[0].loss.clock
     for done, place in ((0.0, 1), (0.5, 121), (0.999, 240)):
-        train_kd.kd_weights(job, job.phases[0], done, recipe)
-        assert clock.tolist() == [place, 240]
-    for module in (job.student.net, job.teacher.net, job.kd):
+        schedule.loss_weights(distiller, distiller.phases[0], done, recipe)
+        assert (distiller.epoch, distiller.epochs) == (place, 240)
+    for module in (distiller.student.net, distiller.teacher.net, distiller.added):
         module.double().eval()
-    batch, (theta,) = toys.batch(), job.kd.parameters()
-    s, t = (side.net(batch.img) for side in (job.student, job.teacher))
-    loss = copy.deepcopy(job.kd[0].loss)
+    batch, (theta,) = distiller.batch(**toys.batch().tensors()), distiller.added.parameters()
+    s, t = (side.net(batch.img) for side in (distiller.student, distiller.teacher))
+    loss = copy.deepcopy(distiller.added[0].loss)
     values = []
     for shift in (1e-4, -1e-4):  # the derivative in theta, by differences
         loss.theta.data.fill_(1.0 + shift)
         values.append(loss(s, t, 5.0).item())
     plain = (values[0] - values[1]) / 2e-4
     for place, factor in ((1, -0.0245), (5, -0.5), (10, -1.0), (200, -1.0)):
-        job.tell(place, 240)
-        optimizer = torch.optim.SGD(job.groups(job.phases[0]), lr=0.0)
-        job.student.net.eval()
-        train_kd.train_step(job, job.phases[0], optimizer, batch, [1.0], CPU)
+        distiller.set_epoch(place, 240)
+        optimizer = torch.optim.SGD(distiller.param_groups(distiller.phases[0]), lr=0.0)
+        distiller.student.net.eval()
+        train_kd.train_step(
+            distiller, distiller.phases[0], optimizer, batch, toys.weights(distiller), CPU
+        )
         assert theta.grad.item() == pytest.approx(factor * plain, rel=1e-2)
 
 
 def test_only_the_transport_fades():
-    job, batch = toys.job("wkd_l"), toys.batch(dtype=torch.float32)
-    kd = job.kd[0].loss
+    distiller, batch = toys.distiller("wkd_l"), toys.batch(dtype=torch.float32)
+    kd = distiller.added[0].loss
     kd.cost.copy_(1 - torch.eye(5))
     values = {}
     for place in (1, 150, 195, 240):
-        job.tell(place, 240)
-        values[place] = step(job, batch)["kd"].item()
+        distiller.set_epoch(place, 240)
+        values[place] = step(distiller, batch)["kd"].item()
     target = values[240]
     assert values[1] == values[150] > target
     assert values[195] - target == pytest.approx((values[1] - target) / 2, rel=1e-3)
@@ -149,12 +154,12 @@ def test_only_the_transport_fades():
 @pytest.mark.parametrize("what", ["positions", "pooled", "logits"])
 def test_distances_of_the_classes(what):
     train = toys.images(n=23)
-    job = toys.job("wkd_l", train=train, argv=["--measured", what])
+    distiller = toys.distiller("wkd_l", train=train, argv=["--measured", what])
     lines = []
-    job.prepare(train, lines.append)
+    distiller.precompute(train, lines.append)
     assert lines == ["wkd_l: distances of the classes from 4 training images each"]
-    cost = job.kd[0].loss.cost
-    tapped = network.Tapped(job.teacher.net.eval(), ("last", "feat"))
+    cost = distiller.added[0].loss.cost
+    tapped = network.Tapped(distiller.teacher.net.eval(), ("last", "feat"))
     features = []
     for k in range(5):
         own = [i for i in range(23) if train.labels[i] == k][:4]
@@ -187,22 +192,23 @@ def test_classes_are_looked_at_once(distil, capsys):
 
 
 def test_a_smaller_batch_is_left_out():
-    job = toys.job("semckd")
-    assert step(job, toys.batch(dtype=torch.float32))["kd"] > 0
-    assert step(job, toys.batch(6, dtype=torch.float32))["kd"] == 0
-    rows = train_kd.sized(train_kd.parse(["--kd_mode", "semckd+st"])[1], 32)
-    assert rows["semckd"].flags["batch"] == 32 and "batch" not in rows["st"].flags
+    distiller = toys.distiller("semckd")
+    assert step(distiller, toys.batch(dtype=torch.float32))["kd"] > 0
+    assert step(distiller, toys.batch(6, dtype=torch.float32))["kd"] == 0
+    chosen = toys.parse(["--kd_mode", "semckd+st"], batch=32)[1]
+    assert chosen["semckd"].flags["batch"] == 32 and "batch" not in chosen["st"].flags
 
 
 def test_parameters_that_do_not_decay():
     recipe = Namespace(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=0)
-    job = toys.job("vkd")
-    groups = utils.sgd(job.groups(job.phases[0]), recipe).param_groups
-    own = {id(p) for p in job.kd.parameters()}
+    distiller = toys.distiller("vkd")
+    groups = utils.sgd(distiller.param_groups(distiller.phases[0]), recipe).param_groups
+    own = {id(p) for p in distiller.added.parameters()}
     assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
     assert {id(p) for p in groups[1]["params"]} == own
     assert not own & {id(p) for p in groups[0]["params"]}
-    assert len(utils.sgd(toys.job("vid").groups(job.phases[0]), recipe).param_groups) == 1
+    groups = toys.distiller("vid").param_groups(distiller.phases[0])
+    assert len(utils.sgd(groups, recipe).param_groups) == 1
 
 
 # --- a student with the teacher's classifier -------------------------------------------------------
@@ -265,14 +271,12 @@ def test_a_wrong_name_of_one(name, line):
     ],
 )
 def test_settings_by_pair(mode, pair, weight, flags):
-    row = train_kd.parse([*PAIR, mode], *pair)[1][mode]
+    row = toys.parse([*PAIR, mode], *pair)[1][mode]
     assert row.lambda_kd == weight and flags.items() <= row.flags.items()
 
 
 def test_settings_on_imagenet():
-    rows = train_kd.parse(["--protocol", "mdistiller-imagenet", "--kd_mode", "dist+nkd+rld+wsld"])[
-        1
-    ]
+    rows = toys.parse(["--protocol", "mdistiller-imagenet", "--kd_mode", "dist+nkd+rld+wsld"])[1]
     assert rows["dist"].flags["T"] == 1.0 and rows["nkd"].flags["gamma"] == 1.5
     assert rows["rld"].flags["beta"] == 0.5 and rows["rld"].ramp(1, 100) == 1.0
     assert (rows["wsld"].lambda_kd, rows["wsld"].flags["T"]) == (2.5, 2.0)

@@ -13,6 +13,8 @@ from torch import nn
 import train_kd
 import utils
 from engine import foreign
+from engine.published import settings_of
+from engine.settings import settings
 from kd_losses import METHODS
 from utils import UserError
 
@@ -36,9 +38,9 @@ QUICK = [("wrn_40_2", "wrn_40_1"), ("vgg13", "MobileNetV2")]
 CASES = [
     pytest.param(*pair, mode, protocol, marks=[pytest.mark.slow] * (pair not in QUICK))
     for pair in PAIRS
-    for mode, row in METHODS.items()
+    for mode in METHODS
     for protocol in ("kdzoo", "crd")
-    if protocol == "kdzoo" or row.under(protocol) != row
+    if protocol == "kdzoo" or settings_of(mode, protocol)
 ]
 RECIPE = Namespace(lr=0.05, momentum=0.9, weight_decay=0, nesterov=0)
 FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
@@ -58,35 +60,41 @@ def pair(teacher, student):
 
 
 def make(teacher, student, mode, argv):
-    """A rehearsed job between copies of the networks."""
+    """A rehearsed distiller between copies of the networks."""
     tnet, snet = copy.deepcopy(pair(teacher, student))
     train = toys.images(num_class=10, size=32)
-    job = toys.job(mode, snet, tnet, train, argv)
-    job.rehearse(train)
-    return job
+    distiller = toys.distiller(mode, snet, tnet, train, argv)
+    distiller.check_losses(train)
+    return distiller
 
 
 @pytest.mark.parametrize("teacher, student, mode, protocol", CASES)
 def test_a_step(teacher, student, mode, protocol):
-    job = make(teacher, student, mode, ["--protocol", protocol])
-    weight = METHODS[mode].under(protocol).lambda_kd
-    weight = weight(10) if callable(weight) else weight
-    for phase in job.phases:
+    distiller = make(teacher, student, mode, ["--protocol", protocol])
+    weight = settings(mode, protocol, "", "", 10).lambda_kd
+    for phase in distiller.phases:
         # the method alone is to move something; bss has nothing to attack where no image is
         # classified rightly, and crld's teacher is sure of nothing, as here
-        job.lambda_ce = float(not phase.kd or mode in ("bss", "crld"))
-        learning = job.learners(phase)
-        parts = [list(x.parameters()) for x in (job.student.net, job.teacher.net, job.kd)]
+        distiller.lambda_ce = float(not phase.kd or mode in ("bss", "crld"))
+        learning = distiller.set_trainable(phase)
+        parts = [
+            list(x.parameters())
+            for x in (distiller.student.net, distiller.teacher.net, distiller.added)
+        ]
         parts = [part for part in parts if any(p.requires_grad for p in part)]
         before = [[p.detach().clone() for p in part] for part in parts]
         optimizer = utils.sgd(learning, RECIPE, phase.nesterov)
-        batch = toys.batch(8, 10, torch.float32, 32, job.strong)
-        terms = train_kd.train_step(job, phase, optimizer, batch, [weight], FLOAT32)
+        batch = toys.batch(8, 10, torch.float32, 32, distiller.two_views)
+        terms = train_kd.train_step(
+            distiller, phase, optimizer, batch, toys.weights(distiller, weight, phase), FLOAT32
+        )
 
         assert ("kd" in terms) == bool(phase.kd)
         assert all(term.isfinite() for term in terms.values())
         # without cross-entropy, what comes after the compared maps has nothing to learn from
-        sure = learning if phase.ce else [p for p in job.kd.parameters() if p.requires_grad]
+        sure = (
+            learning if phase.ce else [p for p in distiller.added.parameters() if p.requires_grad]
+        )
         assert all(p.grad is not None for p in sure)
         grads = [p.grad for p in learning if p.grad is not None]
         assert grads and all(grad.isfinite().all() for grad in grads)

@@ -14,34 +14,36 @@ import network
 import train_base
 import train_kd
 import utils
+from engine import foreign, published, schedule
 from engine.run import read_metrics
+from engine.settings import settings
 from kd_losses import METHODS
-from engine import foreign
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
 CRD, IMAGENET = "crd", "mdistiller-imagenet"
 
 
-def rows_of(mode, protocol="kdzoo", pair=("", "")):
-    return train_kd.parse(["--kd_mode", mode, "--t_model", "x", "--protocol", protocol], *pair)[1]
+def settings_of(mode, protocol="kdzoo", pair=("", "")):
+    return settings(mode, protocol, *pair, num_class=100)
 
 
 def weights(mode, protocol, epochs, pair=("", ""), phase=-1):
     """The weight of the method in the given epochs of the protocol's number."""
-    job = toys.job(mode, argv=["--protocol", CRD] if protocol == CRD else [])
-    total = train_kd.published.PROTOCOLS[protocol].epochs
-    job.kd[0].row = rows_of(mode, protocol, pair)[mode]
+    distiller = toys.distiller(mode, argv=["--protocol", CRD] if protocol == CRD else [])
+    total = published.PROTOCOLS[protocol].epochs
+    distiller.added[0].settings = settings_of(mode, protocol, pair)
     cfg = Namespace(protocol=protocol)
+    phase = distiller.phases[phase]
     return [
-        train_kd.kd_weights(job, job.phases[phase], (epoch - 1) / total, cfg)[0] for epoch in epochs
+        schedule.loss_weights(distiller, phase, (epoch - 1) / total, cfg)["kd"] for epoch in epochs
     ]
 
 
-def step(job, phase, batch, lr=0.0):
+def step(distiller, phase, batch, lr=0.0):
     cfg = Namespace(lr=lr, momentum=0.9, weight_decay=0.0, nesterov=0)
-    optimizer = utils.sgd(job.groups(phase), cfg)
-    ones = [1.0] * len(job.kd)
-    return train_kd.train_step(job, phase, optimizer, batch, ones, CPU)
+    optimizer = utils.sgd(distiller.param_groups(phase), cfg)
+    ones = toys.weights(distiller)
+    return train_kd.train_step(distiller, phase, optimizer, batch, ones, CPU)
 
 
 # --- a phase has its own weight --------------------------------------------------------------------
@@ -97,8 +99,8 @@ def test_ft_trains_through(tmp_path, flags):
 )
 def test_the_first_phase_trains_the_feature_path(mode, protocol, name, rests):
     nets = [foreign.build(name, 5).requires_grad_(False) for _ in "st"]
-    job = toys.job(mode, *nets, toys.images(size=32), argv=["--protocol", protocol])
-    job.learners(job.phases[0])
+    distiller = toys.distiller(mode, *nets, toys.images(size=32), argv=["--protocol", protocol])
+    distiller.set_trainable(distiller.phases[0])
     for path, module in nets[0].named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             learns = path.split(".")[0] not in rests
@@ -107,22 +109,22 @@ def test_the_first_phase_trains_the_feature_path(mode, protocol, name, rests):
 
 
 def test_the_public_connector_is_the_identity_where_the_maps_agree():
-    job = toys.job("ab", toys.Toy(), toys.Toy(), argv=["--protocol", CRD])
-    assert not list(job.kd.parameters())
-    job = toys.job("ab", toys.Toy((4, 4, 6, 8)), toys.Toy(), argv=["--protocol", CRD])
-    assert {key.split(".")[3] for key in job.kd.state_dict()} == {"preacts1"}
-    job = toys.job("fitnet", toys.Toy(), toys.Toy(), argv=["--protocol", CRD])
-    assert list(job.kd.parameters())  # of fitnet there is always one
+    distiller = toys.distiller("ab", toys.Toy(), toys.Toy(), argv=["--protocol", CRD])
+    assert not list(distiller.added.parameters())
+    distiller = toys.distiller("ab", toys.Toy((4, 4, 6, 8)), toys.Toy(), argv=["--protocol", CRD])
+    assert {key.split(".")[3] for key in distiller.added.state_dict()} == {"preacts1"}
+    distiller = toys.distiller("fitnet", toys.Toy(), toys.Toy(), argv=["--protocol", CRD])
+    assert list(distiller.added.parameters())  # of fitnet there is always one
 
 
 @pytest.mark.parametrize("protocol, batch_statistics", [("kdzoo", 0), (CRD, 1), (IMAGENET, 1)])
 def test_the_teacher_of_ofd(protocol, batch_statistics):
     """Under MDistiller's recipes its batch norms use the batch's statistics; the running ones rest."""
     nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
-    job = toys.job("ofd", *nets, toys.images(size=16), argv=["--protocol", protocol])
-    batch, phase = toys.batch(dtype=torch.float32, size=16), job.phases[0]
+    distiller = toys.distiller("ofd", *nets, toys.images(size=16), argv=["--protocol", protocol])
+    batch, phase = toys.batch(dtype=torch.float32, size=16), distiller.phases[0]
     before = {k: v.clone() for k, v in nets[1].state_dict().items()}
-    value = step(job, phase, batch)["kd"]
+    value = step(distiller, phase, batch)["kd"]
     assert all(m.training == bool(batch_statistics) for m in nets[1].modules())
     after = nets[1].state_dict()
     assert all(torch.equal(x, after[k]) for k, x in before.items())
@@ -130,15 +132,15 @@ def test_the_teacher_of_ofd(protocol, batch_statistics):
     def loss(training):  # by hand
         nets[0].train(), nets[1].train(training)
         with torch.no_grad():
-            t, s = job.teacher(batch.img), job.student(batch.img)
-            part = job.kd[0]
-            return part(part.comparison(phase), s, t, batch)
+            t, s = distiller.teacher(batch.img), distiller.student(batch.img)
+            part = distiller.added[0]
+            return part(s, t, batch, phase.inputs)
 
     torch.testing.assert_close(loss(bool(batch_statistics)), value, rtol=1e-4, atol=1e-6)
     assert not math.isclose(loss(not batch_statistics), value, rel_tol=1e-2)
     for m in nets[1].modules():
         m.train(False)
-    step(job, phase, batch)  # evaluation puts it into eval mode, the next epoch back
+    step(distiller, phase, batch)  # evaluation puts it into eval mode, the next epoch back
     assert nets[1].training == bool(batch_statistics)
 
 
@@ -165,11 +167,13 @@ def test_bss_forwards_what_qualifies_alone(right):
     batch = toys.batch(dtype=torch.float32)
     said = batch.target.clone()
     said[right:] = (said[right:] + 1) % 5
-    job = toys.job("bss", toys.Toy(), toys.Toy())
-    job.student.net, job.teacher.net = (Always(toys.Toy(), x) for x in (said, batch.target))
-    job.deployed = job.student.net
-    terms = step(job, job.phases[0], batch)
-    assert job.student.net.seen == [8] + [max(2, right)] * (right > 0)
+    distiller = toys.distiller("bss", toys.Toy(), toys.Toy())
+    distiller.student.net, distiller.teacher.net = (
+        Always(toys.Toy(), x) for x in (said, batch.target)
+    )
+    distiller.deployed = distiller.student.net
+    terms = step(distiller, distiller.phases[0], batch)
+    assert distiller.student.net.seen == [8] + [max(2, right)] * (right > 0)
     assert terms["kd"].isfinite() and (terms["kd"] == 0) == (right == 0)
 
 
@@ -192,7 +196,7 @@ MV1, R18 = (
     ],
 )
 def test_settings_on_imagenet(mode, pair, weight, flags):
-    row = rows_of(mode, IMAGENET, pair)[mode]
+    row = settings_of(mode, IMAGENET, pair)
     assert row.lambda_kd == weight and flags.items() <= row.flags.items()
 
 
@@ -200,8 +204,8 @@ def test_settings_on_imagenet(mode, pair, weight, flags):
 @pytest.mark.parametrize("pair", [MV1, R18])
 def test_the_batch_of_wkd_on_imagenet(mode, pair):
     argv = ["--kd_mode", mode, "--protocol", IMAGENET, "--data_name", "imagenet"]
-    args, rows = train_kd.parse(argv, *pair)
-    cfg = train_kd.resolve(args, rows, pair[1], {})
+    args, rows = toys.parse(argv, *pair)
+    cfg = toys.cfg(args, pair[1])
     assert (cfg.batch_size, cfg.lr) == (256, pytest.approx(0.1))
 
 
@@ -229,15 +233,15 @@ def test_the_weight_over_the_epochs(mode, protocol, pair, expected):
 
 @pytest.mark.parametrize("protocol, start, total", [(CRD, 150, 240), (IMAGENET, 0, 100)])
 def test_the_transport_of_wkd_l_fades(protocol, start, total):
-    job = toys.job("wkd_l", argv=["--protocol", protocol, "--weight", "1"])
-    part, out = job.kd[0], torch.randn(6, 5)
+    distiller = toys.distiller("wkd_l", argv=["--protocol", protocol, "--weight", "1"])
+    part, out = distiller.added[0], torch.randn(6, 5)
     part.loss.cost.fill_(1.0).fill_diagonal_(0.0)
-    s, t = (train_kd.network.Features(x, None) for x in (out, out.flip(0)))
-    batch = train_kd.Batch(None, torch.arange(6) % 5, None)
+    s, t = (network.Features(x, None) for x in (out, out.flip(0)))
+    batch = distiller.batch(None, torch.arange(6) % 5, None)
 
     def value(epoch):
-        job.tell(epoch, total)
-        return part(part.comparison(job.phases[0]), s, t, batch)
+        distiller.set_epoch(epoch, total)
+        return part(s, t, batch)
 
     target = part.loss(out, out.flip(0), batch.target, 0.0)
     full = part.loss(out, out.flip(0), batch.target, 1.0) - target
@@ -248,7 +252,7 @@ def test_the_transport_of_wkd_l_fades(protocol, start, total):
 
 @pytest.mark.parametrize("teacher, weight", [("wrn_40_2", 9.0), ("vgg13", 9.0), ("ResNet50", 1.0)])
 def test_lskd_by_the_pair(teacher, weight):
-    row = rows_of("lskd", CRD, (teacher, "MobileNetV2"))["lskd"]
+    row = settings_of("lskd", CRD, (teacher, "MobileNetV2"))
     assert (row.flags["T"], row.lambda_kd) == (3.0, weight)
 
 
@@ -257,7 +261,7 @@ def test_lskd_by_the_pair(teacher, weight):
     [("reviewkd", "batch"), ("reviewkd-imagenet", "running"), ("knowledgereview", "running")],
 )
 def test_the_teacher_of_reviewkd(protocol, teacher_bn):
-    assert rows_of("reviewkd", protocol)["reviewkd"].teacher_bn == teacher_bn
+    assert settings_of("reviewkd", protocol).teacher_bn == teacher_bn
 
 
 @pytest.mark.parametrize("mode", ["vid", "ft"])
@@ -266,8 +270,8 @@ def test_layers_start_as_the_public_code_leaves_them(mode):
 
     def inside(protocol):
         torch.manual_seed(0)
-        job = toys.job(mode, argv=["--protocol", protocol])
-        convs = [m for m in job.kd.modules() if isinstance(m, torch.nn.Conv2d)]
+        distiller = toys.distiller(mode, argv=["--protocol", protocol])
+        convs = [m for m in distiller.added.modules() if isinstance(m, torch.nn.Conv2d)]
         assert convs
         return all(m.weight.abs().max() <= m.weight[0].numel() ** -0.5 for m in convs)
 
@@ -275,9 +279,9 @@ def test_layers_start_as_the_public_code_leaves_them(mode):
 
 
 def test_the_least_variance_of_vid_and_the_epsilon_of_pkt():
-    least = {p: rows_of("vid", p)["vid"].flags["eps"] for p in ("kdzoo", CRD)}
+    least = {p: settings_of("vid", p).flags["eps"] for p in ("kdzoo", CRD)}
     assert least == {"kdzoo": 1e-6, CRD: 1e-5}
-    eps = {p: rows_of("pkt", p)["pkt"].flags["eps"] for p in ("kdzoo", CRD)}
+    eps = {p: settings_of("pkt", p).flags["eps"] for p in ("kdzoo", CRD)}
     assert eps == {"kdzoo": 1e-6, CRD: 1e-7}
 
 
@@ -318,23 +322,28 @@ def test_the_newer_methods_are_all_there():
 
 @pytest.mark.parametrize("mode", NEWER)
 def test_a_newer_method_is_trained_as_its_authors_do(mode):
-    by_protocol, learns, *traits = NEWER[mode]
+    by_protocol, own_modules, *traits = NEWER[mode]
     for protocol, expected in by_protocol.items():
-        row = rows_of(mode, protocol)[mode]
+        row = settings_of(mode, protocol)
         assert (row.lambda_kd, row.lambda_ce) == expected, protocol
         assert len(row.phases) == 1 and row.phases[0].weight is None
-    job = toys.job(mode)
-    assert job.strong == ("two views" in traits)
-    assert bool(job.timed) == ("epoch" in traits)
-    phase = job.phases[0]
-    assert phase.learns == ("student", "kd") and phase.ce == (mode != "simkd")
-    groups = job.groups(phase)
+    distiller = toys.distiller(mode)
+    assert distiller.two_views == ("two views" in traits)
+    names = distiller.added[0].settings.inputs.feed.__code__.co_names
+    assert ("epoch" in names) == ("epoch" in traits)
+    phase = distiller.phases[0]
+    assert phase.trainable == ("student", "kd") and phase.ce == (mode != "simkd")
+    groups = distiller.param_groups(phase)
     held = {id(p) for group in groups for p in group["params"]}
-    own = dict(job.kd[0].loss.named_parameters())
-    assert {name.split(".")[0] for name in own} == set(learns)
+    own = dict(distiller.added[0].loss.named_parameters())
+    assert {name.split(".")[0] for name in own} == set(own_modules)
     assert all(id(p) in held for p in own.values())
-    assert all(id(p) in held for p in job.student.net.parameters())
-    assert not any(id(p) in held for p in job.teacher.net.parameters())
+    assert all(id(p) in held for p in distiller.student.net.parameters())
+    assert not any(id(p) in held for p in distiller.teacher.net.parameters())
     without = [group for group in groups if group.get("weight_decay") == 0]
     assert bool(without) == ("no decay" in traits)
-    assert job.student.net.training and job.kd.training and not job.teacher.net.training
+    assert (
+        distiller.student.net.training
+        and distiller.added.training
+        and not distiller.teacher.net.training
+    )

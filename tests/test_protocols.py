@@ -11,7 +11,10 @@ import train_kd
 import utils
 from engine.checkpoint import Weights
 from engine.run import read_metrics
-from kd_losses import LIKE, METHODS, REVIEWED, reviewed
+from engine.published import LIKE, REVIEWED, SETTINGS, settings_of
+from engine.settings import settings
+from kd_losses import METHODS
+from kd_losses._wiring import reviewed
 
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
 
@@ -21,7 +24,7 @@ CPU = utils.Machine(torch.device("cpu"), bf16=False)
 )
 def test_pieces_are_never_single_images(n, count, sizes):
     x = torch.arange(n)
-    found = list(utils.pieces(count, x, 2 * x))
+    found = list(utils.micro_batches(count, x, 2 * x))
     assert [len(parts[0]) for parts, _ in found] == sizes
     assert sum(share for _, share in found) == pytest.approx(1)
     assert torch.equal(torch.cat([parts[1] for parts, _ in found]), 2 * x)
@@ -33,15 +36,17 @@ def test_a_batch_in_pieces_is_the_batch(mode):
     found = []
     for pieces in (1, 3):
         torch.manual_seed(0)
-        job = toys.job(mode)
-        for module in (job.student.net, job.teacher.net, job.kd):
+        distiller = toys.distiller(mode)
+        for module in (distiller.student.net, distiller.teacher.net, distiller.added):
             module.double()
-        params = job.learners(job.phases[0])
-        job.student.net.eval()
+        params = distiller.set_trainable(distiller.phases[0])
+        distiller.student.net.eval()
         optimizer = torch.optim.SGD(params, lr=0.0)
         torch.manual_seed(1)
-        batch, phase = toys.batch(8), job.phases[0]
-        terms = train_kd.train_step(job, phase, optimizer, batch, [2.0], CPU, pieces)
+        batch, phase = toys.batch(8), distiller.phases[0]
+        terms = train_kd.train_step(
+            distiller, phase, optimizer, batch, toys.weights(distiller, 2.0), CPU, pieces
+        )
         found.append((terms, [p.grad for p in params]))
     (whole, grads), (cut, others) = found
     for name in whole:
@@ -79,14 +84,15 @@ def test_the_rate_warms_up_then_falls():
 
 def test_a_protocol_has_of_another_what_it_does_not_say():
     for protocol, parent in LIKE.items():
-        for mode, row in METHODS.items():
-            if protocol not in row.protocols:
-                assert row.under(protocol) == row.under(parent), (mode, protocol)
-                assert row.known_to(protocol) == row.known_to(parent)
-    st = METHODS["st"].under("mdistiller-imagenet")
+        for mode in METHODS:
+            if mode not in SETTINGS[protocol]:
+                assert settings_of(mode, protocol) == settings_of(mode, parent), (mode, protocol)
+    st = settings("st", "mdistiller-imagenet", "", "", 1000)
     assert (st.lambda_kd, st.flags["T"]) == (0.5, 1.0)
-    assert METHODS["ofd"].under("mdistiller-imagenet").reduce == "sum"  # of the CRD benchmark's
-    assert not METHODS["bss"].known_to("mdistiller-imagenet")
+    ofd = settings("ofd", "mdistiller-imagenet", "", "", 1000)
+    assert (ofd.reduce, ofd.origin["reduce"]) == ("sum", "crd")
+    assert ofd.origin["lambda_kd"] == "mdistiller-imagenet"
+    assert not settings_of("bss", "mdistiller-imagenet")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +109,8 @@ def test_a_protocol_has_of_another_what_it_does_not_say():
 )
 def test_batch_and_rate(flags, batch, lr):
     protocol = [] if "--protocol" in flags else ["--protocol", "mdistiller-imagenet"]
-    args, rows = train_kd.parse([*flags, *protocol, "--data_name", "imagenet"])
-    recipe = train_kd.resolve(args, rows, "torchvision/resnet18", {})
+    args, rows = toys.parse([*flags, *protocol, "--data_name", "imagenet"])
+    recipe = toys.cfg(args, "torchvision/resnet18")
     assert (recipe.batch_size, recipe.lr) == (batch, pytest.approx(lr))
 
 
@@ -123,7 +129,7 @@ LARGE = ("resnet101", "resnet152", "resnext101_32x8d")
 )
 def test_levels_of_knowledgereview(name):
     """Five levels, before the activations."""
-    row = METHODS["reviewkd"].under("knowledgereview")
+    row = settings("reviewkd", "knowledgereview", "", "", 100)
     widths, name = WIDTHS[name], f"torchvision/{name}"
     net = Weights(name, taps=row.taps[name]).build(100, 1, 64).eval()
     tapped = network.Tapped(net, ["stages", "preacts", "feat"])
@@ -139,12 +145,13 @@ def test_levels_of_knowledgereview(name):
 
 
 def test_every_network_of_knowledgereview_has_its_levels():
-    row = METHODS["reviewkd"].under("knowledgereview")
-    assert {name for pair in row.pairs for name in pair} <= set(REVIEWED)
+    by_pair = SETTINGS["knowledgereview"]["reviewkd"]["pairs"]
+    assert {name for pair in by_pair for name in pair} <= set(REVIEWED)
     assert {f"torchvision/{name}" for name in WIDTHS} == set(REVIEWED)
     pairs = {("resnet50", "mobilenet_v2"): (7.0, 256), ("resnet152", "resnet50"): (6.0, 512)}
     for pair, expected in pairs.items():
-        own = row.between(*(f"torchvision/{name}" for name in pair))
+        names = (f"torchvision/{name}" for name in pair)
+        own = settings("reviewkd", "knowledgereview", *names, 100)
         assert (own.lambda_kd, own.flags["mid_channel"]) == expected
 
 

@@ -1,5 +1,6 @@
 """Two processes that train together, as torchrun starts them: on the CPU, through gloo."""
 
+from dataclasses import replace
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # torchrun starts this file
 import utils  # noqa: E402
 from engine import distributed, stream  # noqa: E402
 from engine.checkpoint import save_checkpoint  # noqa: E402
+from engine.distiller import Distiller  # noqa: E402
 from engine.run import Run, read_metrics  # noqa: E402
+from kd_losses import METHODS  # noqa: E402
 
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
 SAME = [
@@ -41,7 +44,7 @@ def worker(root: Path) -> dict:
     import train_base
     import train_kd
 
-    jobs = kept(train_kd.Distillation)
+    jobs = kept(Distiller)
     leave, utils.leave_ranks = utils.leave_ranks, lambda: None  # one meeting for all runs
     small = ["--data_name", "digits", "--img_size", "12", "--cuda", "0", "--save_root", str(root)]
     base = ["--net_name", "resnet14", *small, "--epochs", "1", "--note"]
@@ -50,12 +53,12 @@ def worker(root: Path) -> dict:
     found = {"world": utils.world()}
     for mode in TRAINED:
         argv = ["--kd_mode", mode, "--t_name", "resnet14", "--s_name", "resnet8", *small]
-        argv += toys._small(mode) + ["--epochs", "2", "--note", mode, "--print_freq", "5"]
+        argv += toys.small_flags(mode) + ["--epochs", "2", "--note", mode, "--print_freq", "5"]
         argv += ["--t_model", f"{root}/t/model_best.pth.tar"] if mode != "dml" else []
         argv += ["--gather"] if mode == "rkd" else []
         train_kd.main(argv)
-        job = jobs[-1]
-        modules = (job.student.net, job.teacher.net, job.kd)
+        distiller = jobs[-1]
+        modules = (distiller.student.net, distiller.teacher.net, distiller.added)
         sums = [float(x.double().sum()) for m in modules for x in m.state_dict().values()]
         found[mode] = len(set(map(str, utils.all_gather(sums)))) == 1
 
@@ -109,17 +112,19 @@ def compare(mode: str) -> float:
 
     def step(batch, gathers):
         torch.manual_seed(0)
-        job = toys.job(mode, argv=["--batch_size", "128"])
-        for module in (job.student.net, job.teacher.net, job.kd):
+        distiller = toys.distiller(mode, argv=["--batch_size", "128"])
+        for module in (distiller.student.net, distiller.teacher.net, distiller.added):
             module.double()
-        for part in job.kd:
-            part.gathers = gathers
-        phase = job.phases[0]
-        params = job.learners(phase)
-        job.student.net.eval()
+        for part in distiller.added:
+            part.gather = gathers
+        phase = distiller.phases[0]
+        params = distiller.set_trainable(phase)
+        distiller.student.net.eval()
         optimizer = torch.optim.SGD(params, lr=0.0)
         machine = utils.Machine(torch.device("cpu"), bf16=False)
-        terms = train_kd.train_step(job, phase, optimizer, batch, [3.0], machine)
+        terms = train_kd.train_step(
+            distiller, phase, optimizer, batch, toys.weights(distiller, 3.0), machine
+        )
         meter = utils.Meter()
         meter.add(terms, len(batch.target))
         return meter, torch.cat([p.grad.flatten() for p in params if p.grad is not None])
@@ -127,8 +132,8 @@ def compare(mode: str) -> float:
     torch.manual_seed(5)
     whole = toys.batch(128, strong=mode == "mlkd")
     half = slice(64 * utils.rank(), 64 * utils.rank() + 64)
-    share = train_kd.Batch(**{name: x[half] for name, x in whole.tensors().items()})
-    relates = train_kd.METHODS[mode].relates
+    share = replace(whole, **{name: x[half] for name, x in whole.tensors().items()})
+    relates = METHODS[mode].relational
     meter, grad = step(share, relates)
     average, distributed.average_gradients = distributed.average_gradients, lambda optimizer: None
     single, expected = step(whole, False)

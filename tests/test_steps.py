@@ -19,7 +19,8 @@ from fill import fill
 
 import train_kd
 import utils
-from engine import foreign
+from engine import foreign, schedule
+from engine.distiller import Batch, Distiller
 
 DATA = Path(__file__).parent / "data" / "steps"
 PAIRS = [("resnet20", "resnet8"), ("vgg13", "MobileNetV2")]
@@ -97,7 +98,7 @@ def batch_of(step: int):
     negatives = (index[:, None] + 1 + 8 * np.arange(48)[None] + 5 * step) % N_DATA
     places = np.concatenate([index[:, None], negatives], 1)
     img = torch.from_numpy(img.reshape(16, 3, 32, 32))
-    batch = train_kd.Batch(img, torch.from_numpy(target), torch.from_numpy(index))
+    batch = Batch(img, torch.from_numpy(target), torch.from_numpy(index))
     return batch, torch.from_numpy(places)
 
 
@@ -132,39 +133,39 @@ def start(pair, name: str, phase_name: str):
     """The distiller with the recorded weights, its phase, and the cfg."""
     mode = MODES[name]
     argv = ["--kd_mode", mode, "--t_model", "x", "--protocol", "crd", "--data_name", "cifar100"]
-    args, rows = train_kd.parse([*argv, *FLAGS.get(mode, [])], *pair)
-    cfg = train_kd.resolve(args, rows, pair[1], {})
+    args, chosen = toys.parse([*argv, *FLAGS.get(mode, [])], *pair, NUM_CLASS)
+    cfg = toys.cfg(args, pair[1])
     t, s = (foreign.build(x, NUM_CLASS) for x in pair)
-    distiller = train_kd.Distillation(s, t, rows, toys.images(N_DATA, NUM_CLASS, 32))
+    distiller = Distiller(s, t, [chosen[mode]], toys.images(N_DATA, NUM_CLASS, 32))
     set_weights(t, "")
     set_weights(s, "student.")
-    own = distiller.kd.double().state_dict()
+    own = distiller.added.double().state_dict()
     lead = "init." if phase_name == "init" else ""
     for theirs, ours in names(name, phase_name, own).items():
         value = torch.as_tensor(fill(f"{name}.{lead}{theirs}", tuple(own[ours].shape)))
         own[ours].copy_(value)
-    distiller.kd.load_state_dict(own)
+    distiller.added.load_state_dict(own)
     phase = distiller.phases[0 if phase_name == "init" or len(distiller.phases) == 1 else 1]
     return distiller, phase, cfg
 
 
-def total(job, phase, weights, terms: dict) -> torch.Tensor:
+def total(distiller, phase, weights, terms: dict) -> torch.Tensor:
     """The loss that a step minimises, of its terms; the cross-entropy is the student's alone."""
-    ce = job.lambda_ce * terms["ce"] if phase.ce else 0.0
-    return ce + sum(w * terms[name] for name, w in zip(job.names, weights) if name in terms)
+    ce = distiller.lambda_ce * terms["ce"] if phase.ce else 0.0
+    return ce + sum(w * terms[name] for name, w in weights.items() if name in terms)
 
 
 @pytest.mark.parametrize("pair, name, phase_name", cases())
 def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
     expected = recorded(pair)[name][phase_name]
     distiller, phase, cfg = start(pair, name, phase_name)
-    planned = dict(train_kd.planned(distiller.phases, cfg))
-    optimizer = utils.sgd(distiller.groups(phase), cfg, phase.nesterov)
+    planned = dict(schedule.schedule(distiller.phases, cfg))
+    optimizer = utils.sgd(distiller.param_groups(phase), cfg, phase.nesterov)
     for group in optimizer.param_groups:
-        group["lr"] = train_kd.learning_rate(phase, 1, planned[phase], cfg)
+        group["lr"] = schedule.learning_rate(phase, 1, planned[phase], cfg)
         for key in ("lr", "momentum", "weight_decay", "nesterov"):
             assert group[key] == pytest.approx(expected[key]), key
-    own = distiller.kd.state_dict()
+    own = distiller.added.state_dict()
     theirs = names(name, phase_name, own)
     held = sum(len(group["params"]) for group in optimizer.param_groups)
     assert held == expected["held"] - uncounted(distiller, name, phase_name)
@@ -175,20 +176,20 @@ def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
         batch, places = batch_of(step)
         if name == "crd":
             at = {int(i): row for i, row in zip(batch.index, places)}
-            distiller.kd[0].loss.draw = lambda idx: torch.stack([at[int(i)] for i in idx])  # noqa: B023
-        weights = train_kd.kd_weights(distiller, phase, 0.0, cfg)
+            distiller.added[0].loss.draw = lambda idx: torch.stack([at[int(i)] for i in idx])  # noqa: B023
+        weights = schedule.loss_weights(distiller, phase, 0.0, cfg)
         terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, machine)
         losses.append(total(distiller, phase, weights, terms).item())
         if step == 0:
             grads = {f"0.{k}": p.grad for k, p in distiller.student.net.named_parameters()}
-            params = dict(distiller.kd.named_parameters())
+            params = dict(distiller.added.named_parameters())
             grads |= {t: params[o].grad for t, o in theirs.items() if o in params}
             grads = {k: checksum(k, g) for k, g in grads.items() if g is not None}
     rtol, entries = CHAOTIC.get(name, (RTOL, RTOL)) if "MobileNetV2" in pair else (RTOL, RTOL)
     np.testing.assert_allclose(losses, expected["losses"], rtol=rtol)
 
     state = {f"0.{k}": x for k, x in distiller.student.net.state_dict().items()}
-    own = distiller.kd.state_dict()
+    own = distiller.added.state_dict()
     state |= {t: own[o] for t, o in theirs.items()}
     after = {k: checksum(k, x) for k, x in state.items()}
     # what is left over from the phase before, in modules that rest in the phase `main`

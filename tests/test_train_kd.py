@@ -13,6 +13,7 @@ import network
 import train_base
 import train_kd
 import utils
+from engine import schedule
 from engine import cli, published
 from engine.checkpoint import Weights, read_checkpoint, sha256
 from engine.run import Run, read_metrics
@@ -40,11 +41,13 @@ def test_one_epoch(mode, base, distil, monkeypatch):
     """Finite, the student changed, the teacher not (unless it learns), a gradient everywhere."""
     step, seen = train_kd.train_step, {}
 
-    def watched(job, phase, *args):
-        terms = step(job, phase, *args)
-        modules = (job.student.net, job.teacher.net, job.kd)
+    def watched(distiller, phase, *args):
+        terms = step(distiller, phase, *args)
+        modules = (distiller.student.net, distiller.teacher.net, distiller.added)
         learning = [p for m in modules for p in m.parameters() if p.requires_grad]
-        idle = METHODS[mode].sized and "kd" in terms and terms["kd"] == 0  # a last, smaller batch
+        idle = (
+            METHODS[mode].fixed_batch and "kd" in terms and terms["kd"] == 0
+        )  # a last, smaller batch
         assert learning and all(idle or p.grad is not None for p in learning)
         assert all(p.grad.isfinite().all() for p in learning if p.grad is not None)
         for p in learning:
@@ -59,7 +62,9 @@ def test_one_epoch(mode, base, distil, monkeypatch):
 
     before = weights(base / "resnet8" / "initial_r8.pth.tar")
     after = weights(folder / "checkpoint.pth.tar")
-    if METHODS[mode].reuses:  # the student lies in another network, without its classifier
+    if METHODS[
+        mode
+    ].deploys_projector:  # the student lies in another network, without its classifier
         after = {key.removeprefix("net."): x for key, x in after.items()}
         before = {key: x for key, x in before.items() if key in after}
     assert before and not same(before, after)
@@ -78,15 +83,18 @@ def test_one_epoch(mode, base, distil, monkeypatch):
 
 @pytest.mark.parametrize("mode", METHODS)
 def test_the_frozen_teacher_is_bit_for_bit_the_same(mode):
-    job = toys.job(mode)
-    before = {k: v.clone() for k, v in job.teacher.net.state_dict().items()}
+    distiller = toys.distiller(mode)
+    before = {k: v.clone() for k, v in distiller.teacher.net.state_dict().items()}
     for phase in METHODS[mode].phases:
-        args = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
-        optimizer = utils.sgd(job.learners(phase), args)
+        args = cli.resolve(toys.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+        optimizer = utils.sgd(distiller.set_trainable(phase), args)
         for _ in range(2):
-            batch = toys.batch(dtype=torch.float32, strong=job.strong)
-            train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
-    assert same(before, job.teacher.net.state_dict()) == (METHODS[mode].teacher != "trained")
+            batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
+            train_kd.train_step(
+                *(distiller, phase, optimizer, batch),
+                *(toys.weights(distiller, 1.0, phase), utils.machine(0, "off")),
+            )
+    assert same(before, distiller.teacher.net.state_dict()) == (METHODS[mode].teacher != "trained")
 
 
 def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
@@ -145,7 +153,7 @@ def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):
 
 def learns_more_with_a_wider_teacher(mode):
     """Whether adapters or layers of the method's own come into play."""
-    return "channels" in METHODS[mode].needs or mode in ("ft", "vid", "ofd", "crd", "reviewkd")
+    return "channels" in METHODS[mode].match or mode in ("ft", "vid", "ofd", "crd", "reviewkd")
 
 
 PAIRS = [("resnet20", mode) for mode in METHODS] + [
@@ -180,8 +188,8 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
     """
     taught, step, seen = teachers(teacher), train_kd.train_step, {}
 
-    def watched(job, phase, *args):
-        terms = step(job, phase, *args)
+    def watched(distiller, phase, *args):
+        terms = step(distiller, phase, *args)
         if "kd" in terms and len(args[1].target) >= 64:  # some leave out a last, smaller batch
             seen.setdefault(phase.name, []).append(terms["kd"].item())
         return terms
@@ -189,7 +197,7 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
     monkeypatch.setattr(train_kd, "train_step", watched)
     argv = ["--kd_mode", mode, "--t_model", str(taught), "--s_name", "resnet8", "--cuda", "0"]
     argv += ["--epochs", "4", "--batch_size", "64", "--lr", "0.05", "--save_root", str(tmp_path)]
-    result = train_kd.main([*argv, *toys._small(mode)])
+    result = train_kd.main([*argv, *toys.small_flags(mode)])
     assert seen and result["best"] > 0
     for name, values in seen.items():
         assert all(0 < abs(value) < 1e9 for value in values), name
@@ -204,15 +212,17 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", METHODS)
 def test_a_wider_teacher(mode):
     """Adapters, built from the shapes that a dry pass shows, supply what a row needs."""
-    job = toys.job(mode, toys.Toy((3, 5, 7, 9), last=1), toys.Toy())
-    phase = job.phases[0]
-    recipe = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
-    optimizer = utils.sgd(job.learners(phase), recipe)
-    batch = toys.batch(dtype=torch.float32, strong=job.strong)
-    terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
+    distiller = toys.distiller(mode, toys.Toy((3, 5, 7, 9), last=1), toys.Toy())
+    phase = distiller.phases[0]
+    recipe = cli.resolve(toys.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+    optimizer = utils.sgd(distiller.set_trainable(phase), recipe)
+    batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
+    terms = train_kd.train_step(
+        distiller, phase, optimizer, batch, toys.weights(distiller), utils.machine(0, "off")
+    )
     assert all(value.isfinite() for value in terms.values())
-    notes = job.kd[0].adapter.notes
-    assert any("projection" in note for note in notes) == ("channels" in METHODS[mode].needs)
+    notes = distiller.added[0].adapter.notes
+    assert any("projection" in note for note in notes) == ("channels" in METHODS[mode].match)
 
 
 def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
@@ -245,8 +255,8 @@ def test_phases_scale_with_epochs(distil):
 
 def test_the_first_phase_s_rates():
     phase = METHODS["fsp"].phases[0]
-    recipe = cli.resolve(train_kd.parse(["--kd_mode", "fsp", *DATA])[0], "x", {})
-    rates = [train_kd.learning_rate(phase, epoch, 50, recipe) for epoch in range(1, 51)]
+    recipe = cli.resolve(toys.parse(["--kd_mode", "fsp", *DATA])[0], "x", {})
+    rates = [schedule.learning_rate(phase, epoch, 50, recipe) for epoch in range(1, 51)]
     assert rates == pytest.approx([0.01] * 30 + [0.001] * 10 + [0.0001] * 10)
 
 
@@ -254,8 +264,8 @@ def test_the_first_phase_s_rates():
 @pytest.mark.parametrize("mode, weight", [("dkd", 1.0), ("bss", 2.0), ("st", 0.1)])
 def test_ramps_scale_with_epochs(mode, weight, epochs):
     """At its own length the protocol's weight, epoch by epoch; shorter, the same curve in less time."""
-    job = toys.job(mode)
-    recipe = cli.resolve(train_kd.parse(["--kd_mode", mode, *DATA])[0], "x", {})
+    distiller = toys.distiller(mode)
+    recipe = cli.resolve(toys.parse(["--kd_mode", mode, *DATA])[0], "x", {})
     expected = {
         "dkd": [min(e / 20, 1) for e in range(1, 201)],
         "bss": [0.0] * 10 + [2 * max(1 - 1.25 * (e - 1) / 200, 0) for e in range(11, 201)],
@@ -263,7 +273,9 @@ def test_ramps_scale_with_epochs(mode, weight, epochs):
     }[mode]
     steps = 200 // epochs
     found = [
-        train_kd.kd_weights(job, job.phases[0], (epoch + step / steps) / epochs, recipe)[0]
+        schedule.loss_weights(
+            distiller, distiller.phases[0], (epoch + step / steps) / epochs, recipe
+        )["kd"]
         for epoch in range(epochs)
         for step in range(steps)
     ]
@@ -272,22 +284,23 @@ def test_ramps_scale_with_epochs(mode, weight, epochs):
 
 def test_the_loss_is_the_weighted_sum():
     """One step against the sum written out, for a composed mode."""
-    job = toys.job("st+at", argv=["--lambda_kd", "0.9,1000", "--lambda_ce", "0.3"])
-    recipe = cli.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    distiller = toys.distiller("st+at", argv=["--lambda_kd", "0.9,1000", "--lambda_ce", "0.3"])
+    recipe = cli.resolve(toys.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
     batch = toys.batch(dtype=torch.float32)
-    optimizer = utils.sgd(job.learners(Phase()), recipe)
+    optimizer = utils.sgd(distiller.set_trainable(Phase()), recipe)
     terms = train_kd.train_step(
-        job, Phase(), optimizer, batch, [0.9, 1000.0], utils.machine(0, "off")
+        distiller, Phase(), optimizer, batch, dict(kd_st=0.9, kd_at=1000.0), utils.machine(0, "off")
     )
     from kd_losses.at import AT
     from kd_losses.st import SoftTarget
 
-    s, t = job.student(batch.img), job.teacher(batch.img)
+    s, t = distiller.student(batch.img), distiller.teacher(batch.img)
     ce = torch.nn.functional.cross_entropy(s.out, batch.target)
     at = sum(AT()(a, b) for a, b in zip(s.stages, t.stages)) / 3
     loss = 0.3 * ce + 0.9 * SoftTarget()(s.out, t.out) + 1000 * at
     for p, grad in zip(
-        job.student.net.parameters(), torch.autograd.grad(loss, [*job.student.net.parameters()])
+        distiller.student.net.parameters(),
+        torch.autograd.grad(loss, [*distiller.student.net.parameters()]),
     ):
         torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
     assert list(terms) == ["ce", "kd_st", "kd_at", "train_top1"]
@@ -325,36 +338,34 @@ def test_composed_modes_train(distil):
 def test_second_derivatives_compose(modes):
     """Each part is tried on the same two images, whose graph the next one needs too."""
     train = toys.images()
-    assert toys.job(modes, train=train).rehearse(train) == 0
+    assert toys.distiller(modes, train=train).check_losses(train) == 0
 
 
 def test_all_single_phase_methods_at_once():
-    """One step of everything that composes; a flag that several own goes to all of them."""
-    modes = [m for m, row in METHODS.items() if len(row.phases) == 1 and not row.reuses]
-    owners = [m for m in modes if "T" in METHODS[m].flags]
-    job = toys.job("+".join(modes), argv=["--T", "2"])
-    assert {p.mode: p.row.flags["T"] for p in job.kd if "T" in p.row.flags} == dict.fromkeys(
-        owners, 2.0
-    )
-    recipe = cli.resolve(train_kd.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
-    optimizer = utils.sgd(job.learners(job.phases[0]), recipe)
-    batch = toys.batch(dtype=torch.float32, strong=job.strong)
-    weights = [1.0] * len(modes)
+    """One step of everything that composes; a flag that several have is given for one of them."""
+    modes = [m for m, x in METHODS.items() if len(x.phases) == 1 and not x.deploys_projector]
+    distiller = toys.distiller("+".join(modes), argv=["--dkd.T", "2"])
+    found = {x.mode: x.settings.flags["T"] for x in distiller.added if "T" in x.settings.flags}
+    assert found == {m: METHODS[m].flags["T"].default for m in found} | dict(dkd=2.0)
+    recipe = cli.resolve(toys.parse(["--kd_mode", "st", *DATA, "--lr", "1e-9"])[0], "x", {})
+    optimizer = utils.sgd(distiller.set_trainable(distiller.phases[0]), recipe)
+    batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
+    weights = toys.weights(distiller)
     terms = train_kd.train_step(
-        job, job.phases[0], optimizer, batch, weights, utils.machine(0, "off")
+        distiller, distiller.phases[0], optimizer, batch, weights, utils.machine(0, "off")
     )
     assert {f"kd_{mode}" for mode in modes} < set(terms)
     assert all(value.isfinite() for value in terms.values())
 
 
-def test_protocol_changes_the_row():
-    _, rows = train_kd.parse(["--kd_mode", "st", "--protocol", "crd"])
+def test_protocol_changes_the_settings():
+    _, rows = toys.parse(["--kd_mode", "st", "--protocol", "crd"])
     assert (rows["st"].lambda_ce, rows["st"].lambda_kd) == (0.1, 0.9)
-    _, rows = train_kd.parse(["--kd_mode", "at", "--protocol", "crd"])
+    _, rows = toys.parse(["--kd_mode", "at", "--protocol", "crd"])
     assert rows["at"].reduce == "sum"
-    _, rows = train_kd.parse(["--kd_mode", "crd", "--protocol", "crd"])
+    _, rows = toys.parse(["--kd_mode", "crd", "--protocol", "crd"])
     assert rows["crd"].flags["nce_t"] == 0.07 and rows["crd"].flags["nce_n"] == 16384
-    _, rows = train_kd.parse(["--kd_mode", "crd", "--protocol", "crd", "--nce_t", "0.2"])
+    _, rows = toys.parse(["--kd_mode", "crd", "--protocol", "crd", "--nce_t", "0.2"])
     assert rows["crd"].flags["nce_t"] == 0.2
 
 
@@ -363,17 +374,21 @@ def test_protocol_changes_the_row():
 def test_every_mode_under_every_protocol(mode, protocol):
     """Its flags parse, also when its defaults are given; its comparison fits ResNets of two widths."""
     argv = ["--kd_mode", mode, "--protocol", protocol]
-    flags = train_kd.parse(argv)[1][mode].flags
-    given = [x for k, v in flags.items() for x in (f"--{k}", str(train_kd._plain(v)))]
-    assert train_kd.parse(argv + given)[1][mode].flags == flags
+    flags, given = toys.parse(argv)[1][mode].flags, []
+    for name, flag in METHODS[mode].flags.items():
+        if flag.only is None or flags[flag.only[0]] == flag.only[1]:
+            given += [f"--{name}", str(int(flags[name]) if flag.kind is bool else flags[name])]
+    assert toys.parse(argv + given)[1][mode].flags == flags
     nets = network.build("resnet8", 5), network.build("resnet8x4", 5)
-    job = toys.job(mode, *nets, toys.images(size=16), argv=["--protocol", protocol])
-    job.rehearse(toys.images(size=16))
-    phase = job.phases[0]
-    recipe = cli.resolve(train_kd.parse([*argv, *DATA])[0], "x", {})
-    optimizer = utils.sgd(job.learners(phase), recipe)
-    batch = toys.batch(dtype=torch.float32, size=16, strong=job.strong)
-    terms = train_kd.train_step(job, phase, optimizer, batch, [1.0], utils.machine(0, "off"))
+    distiller = toys.distiller(mode, *nets, toys.images(size=16), argv=["--protocol", protocol])
+    distiller.check_losses(toys.images(size=16))
+    phase = distiller.phases[0]
+    recipe = cli.resolve(toys.parse([*argv, *DATA])[0], "x", {})
+    optimizer = utils.sgd(distiller.set_trainable(phase), recipe)
+    batch = toys.batch(dtype=torch.float32, size=16, strong=distiller.two_views)
+    terms = train_kd.train_step(
+        distiller, phase, optimizer, batch, toys.weights(distiller), utils.machine(0, "off")
+    )
     assert all(value.isfinite() for value in terms.values())
 
 
@@ -387,14 +402,14 @@ def test_a_dry_run_says_the_recipe_and_writes_nothing(distil, tmp_path, capsys):
 
 def test_stages_and_reduce():
     batch = toys.batch(dtype=torch.float32)
-    one, two = (toys.job("at", argv=["--stages", s, "--reduce", "sum"]) for s in ("1,3", "2"))
-    whole = toys.job("at", argv=["--reduce", "sum"])
+    one, two = (toys.distiller("at", argv=["--stages", s, "--reduce", "sum"]) for s in ("1,3", "2"))
+    whole = toys.distiller("at", argv=["--reduce", "sum"])
     values = []
-    for job in (one, two, whole):
-        job.student.net.load_state_dict(whole.student.net.state_dict())
-        job.teacher.net.load_state_dict(whole.teacher.net.state_dict())
-        part = job.kd[0]
-        values.append(part(part.row.compare, job.student(batch.img), job.teacher(batch.img), batch))
+    for distiller in (one, two, whole):
+        distiller.student.net.load_state_dict(whole.student.net.state_dict())
+        distiller.teacher.net.load_state_dict(whole.teacher.net.state_dict())
+        part = distiller.added[0]
+        values.append(part(distiller.student(batch.img), distiller.teacher(batch.img), batch))
     torch.testing.assert_close(values[0] + values[1], values[2])
 
 

@@ -157,7 +157,10 @@ def test_evaluate_against_a_loop():
 
 def test_top5_with_few_classes():
     images = toys.images(n=6, num_class=3)
-    assert utils.evaluate(toys.Toy(num_class=3), stream.test_batches(images), CPU)["test_top5"] == 100.0
+    assert (
+        utils.evaluate(toys.Toy(num_class=3), stream.test_batches(images), CPU)["test_top5"]
+        == 100.0
+    )
 
 
 def test_check_finite_names_the_term():
@@ -271,8 +274,7 @@ def test_best_is_kept_beside_last(tmp_path):
     result = run.finish()
     assert (result["last"], result["best"]) == (40.0, 50.0)
     best, last = (
-        read_checkpoint(tmp_path / "r" / f"{name}.pth.tar")
-        for name in ("model_best", "checkpoint")
+        read_checkpoint(tmp_path / "r" / f"{name}.pth.tar") for name in ("model_best", "checkpoint")
     )
     assert (best["prec@1"], best["net"]["a"], last["prec@1"], last["net"]["a"]) == (50, 1, 40, 2)
     assert (tmp_path / "r" / "curves.png").stat().st_size > 5000

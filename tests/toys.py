@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import dataset
-import train_kd
+from engine import cli, kd_cli
+from engine.distiller import Batch, Distiller
+from engine.settings import batch_size, settings
 
 BATCH = 8
-SMALL = {"--nce_n": "16", "--feat_dim": "8"}  # flags that keep a toy a toy, where a method has them
+SMALL = dict(crd=["--nce_n", "16", "--feat_dim", "8"])  # flags that keep a toy small
 
 
 class Mark(nn.Module):
@@ -53,20 +55,43 @@ def images(n=20, num_class=5, size=8):
     return dataset.Images(pixels, torch.arange(n) % num_class, names, (0.5,) * 3, (0.25,) * 3)
 
 
-def job(mode, student=None, teacher=None, train=None, argv=()):
-    """A train_kd.Distillation of `mode` between toys."""
-    flags = [x for m in mode.split("+") for x in _small(m)]
-    args, rows = train_kd.parse(["--kd_mode", mode, "--t_model", "x", *flags, *argv])
-    rows = train_kd.sized(rows, args.batch_size or BATCH)
-    return train_kd.Distillation(student or Toy(), teacher or Toy(), rows, train or images())
+def parse(argv, teacher="", student="", num_class=10, batch=None):
+    """(flags, {mode: Settings}) of a command line of train_kd.py."""
+    args = kd_cli.parse(argv, "")
+    modes = kd_cli.modes_of(args.kd_mode)
+    given, composed = kd_cli.given_flags(args, modes), len(modes) > 1
+    pair = args.protocol, teacher, student, num_class
+    return args, {
+        m: settings(m, *pair, given[m], composed, args.batch_size or batch) for m in modes
+    }
 
 
-def _small(mode):
-    flags = train_kd.METHODS[mode].flags
-    return [x for flag, value in SMALL.items() if flag[2:] in flags for x in (flag, value)]
+def cfg(args, student, knows=None):
+    """The flags with everything filled in."""
+    own = batch_size(kd_cli.modes_of(args.kd_mode), args.protocol)
+    return cli.resolve(args, student, knows or {}, own)
+
+
+def distiller(mode, student=None, teacher=None, train=None, argv=()):
+    """A Distiller of `mode` between toys."""
+    flags = [x for m in mode.split("+") for x in small_flags(m)]
+    train = train or images()
+    argv = ["--kd_mode", mode, "--t_model", "x", *flags, *argv]
+    _, chosen = parse(argv, num_class=train.num_class, batch=BATCH)
+    return Distiller(student or Toy(), teacher or Toy(), list(chosen.values()), train)
+
+
+def weights(distiller, weight=1.0, phase=None):
+    """The same weight for every method; 0 in a phase without their losses."""
+    return dict.fromkeys(distiller.criteria, weight if phase is None or phase.kd else 0.0)
+
+
+def small_flags(mode):
+    return SMALL.get(mode, [])
 
 
 def batch(n=BATCH, num_class=5, dtype=torch.float64, size=8, strong=False):
     img = torch.randn(n, 3, size, size, dtype=dtype)
     second = img + 0.1 if strong else None
-    return train_kd.Batch(img, torch.arange(n) % num_class, torch.arange(n), second)
+    clock = torch.tensor(1.0), torch.tensor(240.0)
+    return Batch(img, torch.arange(n) % num_class, torch.arange(n), second, *clock)
