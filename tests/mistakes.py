@@ -330,9 +330,8 @@ def make_places(root):
 
 def named(name: str, message: str) -> bool:
     """Whether a message has a name in it as a whole word. `abc*` is a word that begins with abc."""
-    before = r"(?<!\w)" if name[0].isalnum() else ""
     after = "" if name.endswith("*") else r"(?![\w-])"
-    return re.search(before + re.escape(name.removesuffix("*")) + after, message) is not None
+    return re.search(r"(?<!\w)" + re.escape(name.removesuffix("*")) + after, message) is not None
 
 
 def missing(names, message: str, root="/none/") -> list[str]:

@@ -299,6 +299,7 @@ def test_what_a_message_names():
     )
     assert named("abc*", "it is abcd") and named("/x/a.pth", "error: /x/a.pth is a folder")
     assert not named("--lr", "error: --lr_x or lr") and not named("p", "stop, --p_order or a-p-b")
+    assert named(".", "error: . is a folder") and not named(".", "x.pth is a folder.")
     assert not named("--", "no --lr") and not named("7", "17 or 75") and not named("/x", "/x-y")
     assert missing(["1", "a"], "/tmp/a-1: no", "/tmp/a-1") == ["1", "a"]
 

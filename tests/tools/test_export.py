@@ -100,10 +100,9 @@ def test_a_file_gives_the_checkpoint_s_logits(kind, student, capfd):
     printed, err = capfd.readouterr()  # what the exporters' libraries write themselves, too
     assert err == ""
     first, second, third = printed.splitlines()
-    assert first.startswith(f"{out}: resnet8, 10 classes, 78,042 parameters, ")
-    assert second.startswith("takes float32 (any number, 3, 12, 12): ")
-    assert "mean [0.3, 0.3, 0.3], by std [0.4, 0.4, 0.4]" in second
-    assert third.endswith(f"differ by {result['difference']:.1e}") and result["difference"] < 1e-5
+    assert missing([str(out), "resnet8", "10", "78,042"], first) == []
+    assert missing(["float32", "3, 12, 12", "[0.3, 0.3, 0.3]", "[0.4, 0.4, 0.4]"], second) == []
+    assert f"{result['difference']:.1e}" in third and result["difference"] < 1e-5
 
 
 def test_a_graph_for_one_number_of_images(student):
@@ -208,7 +207,9 @@ def test_a_file_that_computes_something_else_is_not_left(kind, student, monkeypa
 
 @pytest.mark.parametrize("value", [float("nan"), torch.zeros(1, 10)])
 def test_nan_or_another_shape_is_a_difference(value, student, monkeypatch, capsys):
-    answer = lambda *_: lambda img: value + (0 if torch.is_tensor(value) else torch.zeros(5, 10))
+    def answer(*_):
+        return lambda img: value + (0 if torch.is_tensor(value) else torch.zeros(5, 10))
+
     monkeypatch.setitem(export.FORMATS, "torch", (lambda *_: b"file", answer))
     with pytest.raises(SystemExit) as stop:
         run(student, "--format", "torch")
@@ -303,7 +304,10 @@ LOOP_FILE = ["{tmp}/loop.pth", "--format", "torch"]
         (LOOP_FILE, ["{tmp}/loop.pth", "--net"]),
         ([*LOOP_FILE, "--net", "{net}"], ["--num_class"]),
         ([*LOOP_FILE, "--net", "{net}", "--num_class", "7", "--img_size", "8"], ["--batch"]),
-        ([*LOOP_FILE, "--net", "{net}", "--num_class", "7", "--img_size", "9"], ["{net}", "9"]),
+        (
+            [*LOOP_FILE, "--net", "{net}", "--num_class", "7", "--img_size", "9"],
+            ["{net}", "--img_size"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(student, tmp_path, capfd, argv, names):
