@@ -73,7 +73,7 @@ CRAFTED = dict(
 )
 
 
-# --- the files and folders that the tables name ---------------------------------------------------
+# --- the files and folders that the tables name --------------------------------------------------
 
 
 class Evil:
@@ -325,7 +325,7 @@ def make_places(root):
     return [names, snapshot(root)]
 
 
-# --- what a refusal must be -------------------------------------------------------------------------
+# --- what a refusal must be -----------------------------------------------------------------------
 
 
 def named(name: str, message: str) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints at random: of any bytes, cut, flipped, of any objects. A value or one line comes of them."""
+"""Checkpoints at random: any bytes, cut, flipped, any objects. A value or one line comes of them."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Images, checkpoints and networks that cannot be read: one line that names them, nothing is written."""
+"""Images, checkpoints and networks that cannot be read: one line names them, nothing is written."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ from utils import UserError
 LONG = "x" * 300
 SHOWN = "x" * 40 + "*"  # what a message must show of it, at least
 
-# --- the tables: flags, then what the message must name; flags alone: the last of them ---------------
+# --- the tables: flags, then what the message must name; flags alone: the last of them ------------
 
 # train_base.py ... --data_name imagefolder --img_root ..., and the image that cannot be read
 UNREADABLE = [
@@ -144,7 +144,7 @@ def test_the_good_files_are_good(places, monkeypatch):
     assert snapshot(names["root"]) == before
 
 
-# --- what may not be read --------------------------------------------------------------------------
+# --- what may not be read -------------------------------------------------------------------------
 
 
 @pytest.fixture

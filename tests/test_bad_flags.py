@@ -16,7 +16,7 @@ from utils import UserError
 LONG = "x" * 300
 SHOWN = "x" * 40 + "*"  # what a message must show of it, at least
 
-# --- the tables: flags, then what the message must name; flags alone: the last of them ---------------
+# --- the tables: flags, then what the message must name; flags alone: the last of them ------------
 
 # train_base.py --net_name resnet8 --data_name digits --img_size 12 --save_root {runs} --cuda 0 ...
 BASE = [
@@ -304,7 +304,7 @@ def test_what_a_message_names():
     assert missing(["1", "a"], "/tmp/a-1: no", "/tmp/a-1") == ["1", "a"]
 
 
-# --- at random --------------------------------------------------------------------------------------
+# --- at random ------------------------------------------------------------------------------------
 
 ODD = [
     *(

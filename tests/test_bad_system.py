@@ -16,7 +16,7 @@ from engine import cli
 from engine.checkpoint import read_checkpoint
 from engine.run import read_metrics
 
-# --- what the machine refuses -----------------------------------------------------------------------
+# --- what the machine refuses ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, capsys):
         assert not [*folder.glob("*.tmp")]
 
 
-# --- where it is printed ---------------------------------------------------------------------------
+# --- where it is printed --------------------------------------------------------------------------
 
 SHORT = [*DIGITS.split(), "--cuda", "0", "--epochs", "2", "--batch_size", "1297"]
 
