@@ -10,6 +10,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+pytest.register_assert_rewrite("mistakes")
+
 DIGITS = ["--data_name", "digits", "--img_size", "12", "--cuda", "0"]
 
 
@@ -59,3 +61,29 @@ def distil(base, tmp_path):
         return train_kd.main([str(x) for x in [*files, *where, *small, *argv]])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Damaged files and folders: the names that a table may use in braces, and what is there."""
+    import mistakes
+
+    return mistakes.make_places(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def fuzz(request):
+    """Settings for so many examples, ten times as many with --slow."""
+    from hypothesis import HealthCheck, settings
+
+    def make(examples):
+        slow = request.config.getoption("--slow")
+        return settings(
+            max_examples=examples * (10 if slow else 1),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+
+    return make

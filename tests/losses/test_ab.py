@@ -68,7 +68,7 @@ def test_degenerate():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="margin"):
         AB(-1.0)
-    with pytest.raises(ValueError, match="equal shapes"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         AB()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))

@@ -134,11 +134,11 @@ def test_attention_of_vanishing_sigmoids():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="att_f"):
         AFD(4, 0.2)
-    with pytest.raises(ValueError, match="one shape with 3 channels"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="3 channels"):  # not a silent broadcast
         AFD(3)(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))
-    with pytest.raises(ValueError, match="one shape with 3 channels"):
+    with pytest.raises(ValueError, match="3 channels"):
         AFD(3, size=(4, 4))(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
-    with pytest.raises(ValueError, match="built for maps of"):
+    with pytest.raises(ValueError, match=r"\(2, 8\)"):
         AFD(3, size=(4, 4))(torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))

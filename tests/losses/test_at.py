@@ -52,9 +52,9 @@ def test_gradcheck(p):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"\bp\b"):
         AT(0.5)
-    with pytest.raises(ValueError, match="whole if signed"):
+    with pytest.raises(ValueError, match=r"\bp\b"):
         AT(1.5, absolute=False)
-    with pytest.raises(ValueError, match="one batch and size"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="batch"):  # not a silent broadcast
         AT()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))

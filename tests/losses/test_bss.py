@@ -245,18 +245,18 @@ def test_a_batch_without_base_samples():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         BSS(0)
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match="shape"):
         BSS()(torch.zeros(2, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="one weight a sample"):
+    with pytest.raises(ValueError, match="weight"):
         BSS()(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="num_steps"):
         BSSAttacker(num_steps=0)
     net, img, target, attack_class = small()
-    with pytest.raises(ValueError, match="one attack class an image"):
+    with pytest.raises(ValueError, match="attack class"):
         BSSAttacker().attack(net, img, target, attack_class[:1])
-    with pytest.raises(ValueError, match="one batch"):
+    with pytest.raises(ValueError, match="batch"):
         select(torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         select(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))

@@ -138,16 +138,16 @@ def test_half_precision_and_channels_last():
 
 def test_bad_input():
     fm, weight = torch.zeros(2, 3, 4, 4), torch.zeros(5, 3)
-    with pytest.raises(ValueError, match="resolution and top"):
+    with pytest.raises(ValueError, match="resolution"):
         CATKD(resolution=0)
-    with pytest.raises(ValueError, match="resolution and top"):
+    with pytest.raises(ValueError, match="top"):
         CATKD(top=0)
-    with pytest.raises(ValueError, match="linear classifier"):
+    with pytest.raises(ValueError, match="classifier"):
         CATKD()(fm, torch.zeros(5, 4), fm, weight)
-    with pytest.raises(ValueError, match="linear classifier"):
+    with pytest.raises(ValueError, match="classifier"):
         CATKD()(fm, weight, fm[:, :, 0], weight)
     for other, w in ((fm[:1], weight), (fm, weight[:1])):  # not a silent broadcast
-        with pytest.raises(ValueError, match="one batch and as many classes"):
+        with pytest.raises(ValueError, match="classes"):
             CATKD()(fm, weight, other, w)
-    with pytest.raises(ValueError, match="must not exceed the 5 classes"):
+    with pytest.raises(ValueError, match="top"):
         CATKD(top=6)(fm, weight, fm, weight)

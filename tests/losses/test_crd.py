@@ -157,7 +157,7 @@ def test_banks_move_only_in_training():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         toy(labels=torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match="12"):
         toy(labels=torch.arange(5))
@@ -165,7 +165,7 @@ def test_bad_input():
         toy(labels=None)(torch.zeros(2, 3).double(), torch.zeros(2, 6).double(), torch.arange(2))
     with pytest.raises(ValueError, match="nce_t"):
         toy(nce_t=0.0)
-    with pytest.raises(ValueError, match="bank must be device or host, not 'disk'"):
+    with pytest.raises(ValueError, match="bank.*disk"):
         toy(bank="disk")
 
 

@@ -95,13 +95,13 @@ def test_saturated_logits(dtype):
 
 def test_bad_input():
     out = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         CRLD(T=0.0)
     for bad in (dict(tau_w=1.1), dict(tau_s=-0.1)):
-        with pytest.raises(ValueError, match="from 0 to 1"):
+        with pytest.raises(ValueError, match=rf"\b{[*bad][0]}\b"):
             CRLD(**bad)
     for i in range(4):  # not a silent broadcast
         outs = [out] * 4
         outs[i] = out[:1]
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="shape"):
             CRLD()(*outs)

@@ -132,7 +132,7 @@ def test_saturated_logits(dtype):
 
 def test_bad_input():
     for bad in (dict(t_start=0.0), dict(t_end=-1.0), dict(loops=0.0)):
-        with pytest.raises(ValueError, match="above 0"):
+        with pytest.raises(ValueError, match=rf"\b{[*bad][0]}\b"):
             CTKD(**bad)
-    with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         CTKD()(torch.zeros(3, 4), torch.zeros(1, 4), 1)

@@ -111,18 +111,18 @@ def test_two_classes_keep_only_their_order():
 
 def test_one_sample():
     out_s, out_t = torch.randn(1, 4).double(), torch.randn(1, 4).double()
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         DIST()(out_s, out_t)
     assert DIST(gamma=0.0)(out_s, out_t).isfinite()
 
 
 def test_bad_input():
     out = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         DIST(T=0.0)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         DIST()(out, out[:1])
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         DIST()(out[None], out[None])
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         DIST()(out[:, :1], out[:, :1])

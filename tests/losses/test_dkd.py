@@ -88,11 +88,11 @@ def test_saturated_logits(gap, dtype):
 
 def test_bad_input():
     out, target = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         DKD(T=0.0)
-    with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         DKD()(out, out[:1], target)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         DKD()(out, out, target[:, None])
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         DKD()(out[:, :1], out[:, :1], target)

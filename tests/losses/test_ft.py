@@ -288,11 +288,11 @@ def test_initialisation():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="equal shapes"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         FT()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))
-    with pytest.raises(ValueError, match="one batch"):
+    with pytest.raises(ValueError, match="batch"):
         FT("spatial")(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="channels or spatial"):
+    with pytest.raises(ValueError, match="factor"):
         FT("space")
     with pytest.raises(ValueError, match="p1"):  # nan of a negative entry
         FT("spatial", p1=1.5)
@@ -300,7 +300,7 @@ def test_bad_input():
         FT("spatial", p1=0)
     with pytest.raises(ValueError, match="p2"):
         FT("spatial", p2=0.5)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"\bk\b"):
         Paraphraser(4, 0.2)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"\bk\b"):
         Translator(8, 4, 0.2)

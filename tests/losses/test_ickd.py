@@ -148,7 +148,7 @@ def test_bad_input():
         (fm_s[..., 0, 0], fm_t),
         (fm_s, fm_t[..., 0, 0]),
     ):
-        with pytest.raises(ValueError, match="wants maps"):
+        with pytest.raises(ValueError, match="maps"):
             ICKD(3, 4)(s, t)
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         ICKD(3, 4)(fm_s[:1, :, :1, :1], fm_t[:1])

@@ -152,10 +152,10 @@ def test_half_types_and_autocast():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         IRG()(draw(1), draw(1))
-    with pytest.raises(ValueError, match="equal logits"):
+    with pytest.raises(ValueError, match="logits"):
         IRG()(draw(2), draw(3))
     layers = draw(3)
-    with pytest.raises(ValueError, match="one batch"):
+    with pytest.raises(ValueError, match="batch"):
         IRG()([layers[0][:1], *layers[1:]], layers)

@@ -220,19 +220,19 @@ def test_float32_and_autocast(case):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="k must be"):
+    with pytest.raises(ValueError, match=r"\bk\b"):
         KDSVD(0)
-    with pytest.raises(ValueError, match="unfold must be"):
+    with pytest.raises(ValueError, match="unfold"):
         KDSVD(unfold="rows")
     fms = draw(TALL)
-    with pytest.raises(ValueError, match="two or more pairs"):
+    with pytest.raises(ValueError, match="pairs"):
         KDSVD()(fms[:1], fms[:1])
-    with pytest.raises(ValueError, match="two or more pairs"):
+    with pytest.raises(ValueError, match="pairs"):
         KDSVD()(fms, fms[:2])
-    with pytest.raises(ValueError, match="equal width"):
+    with pytest.raises(ValueError, match="width"):
         KDSVD()(fms, [fms[0][..., :1], *fms[1:]])
-    with pytest.raises(ValueError, match="equal channels"):
+    with pytest.raises(ValueError, match="channels"):
         KDSVD(unfold="space")(fms, [fms[0][:, :1], *fms[1:]])
     for one in ([x[:1] for x in fms], [fms[0], fms[1][:1], fms[2]]):
-        with pytest.raises(ValueError, match="one batch"):
+        with pytest.raises(ValueError, match="batch"):
             KDSVD()(fms, one)

@@ -110,13 +110,13 @@ def test_extreme_scales(scale):
 
 def test_bad_input():
     out = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         LSKD(T=0.0)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         LSKD()(out, out[:1])
-    with pytest.raises(ValueError, match="two classes"):  # the deviation of one number is NaN
+    with pytest.raises(ValueError, match="classes"):  # the deviation of one number is NaN
         LSKD()(out[:, :1], out[:, :1])
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         standardise(out[0])
-    with pytest.raises(ValueError, match="logits alone"):
+    with pytest.raises(ValueError, match="logits"):
         LSKD()(out, out, torch.zeros(3, dtype=torch.int64))

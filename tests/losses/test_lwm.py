@@ -174,15 +174,15 @@ def test_half_types_and_autocast(cam):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="cam must be"):
+    with pytest.raises(ValueError, match="cam"):
         LwM("gradcam")
     net_s, net_t = small()
     img, target = torch.randn(2, 2, 3, 3).double(), torch.tensor([0, 1])
     with torch.no_grad():
         without = net_t(img)
-    with pytest.raises(ValueError, match="under no_grad"):
+    with pytest.raises(ValueError, match="no_grad"):
         LwM()(*net_s(img), *without, target)
-    with pytest.raises(ValueError, match="of one batch"):
+    with pytest.raises(ValueError, match="batch"):
         LwM()(*net_s(img), *net_t(img[:1]), target)
-    with pytest.raises(ValueError, match="of one batch"):  # gather would take fewer targets
+    with pytest.raises(ValueError, match="batch"):  # gather would take fewer targets
         LwM()(*net_s(img), *net_t(img), target[:1])

@@ -139,9 +139,9 @@ def test_bad_input():
             MGD(3, 2, lam)
     mgd, fm_s, fm_t = MGD(3, 2), torch.zeros(2, 3, 4, 4), torch.zeros(2, 2, 4, 4)
     for bad in (fm_t[:1], fm_t[:, :1], fm_t[:, :, :1], fm_t[:, :, :2, :2]):  # no silent broadcast
-        with pytest.raises(ValueError, match="one batch and size"):
+        with pytest.raises(ValueError, match="batch"):
             mgd(fm_s, bad)
-    with pytest.raises(ValueError, match="one batch and size"):
+    with pytest.raises(ValueError, match="batch"):
         mgd(fm_t, fm_t)
-    with pytest.raises(ValueError, match="wants rand"):
+    with pytest.raises(ValueError, match="rand"):
         mgd(fm_s, fm_t, torch.rand(2, 3, 1, 1))

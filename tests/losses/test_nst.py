@@ -104,11 +104,11 @@ def test_degenerate(name, kernel, dtype):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="poly, linear or gauss"):
+    with pytest.raises(ValueError, match="kernel"):
         NST("cubic")
-    with pytest.raises(ValueError, match="one batch and size"):
+    with pytest.raises(ValueError, match="batch"):
         NST()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))
-    with pytest.raises(ValueError, match="one batch and size"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="batch"):  # not a silent broadcast
         NST()(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="one batch and size"):  # as many positions, another shape
+    with pytest.raises(ValueError, match="batch"):  # as many positions, another shape
         NST()(torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 4, 4))

@@ -172,7 +172,7 @@ def test_a_batch_of_one():
         return ofa([torch.randn(1, 2, n, n) for n in sizes], out, out, target)
 
     single = OFA([(2, 2, 2), (2, 1, 1)], 2, 4)
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         call(single, 2, 1)
     assert single.state_dict()["heads.0.0.2.num_batches_tracked"] == 0
     assert call(single.eval(), 2, 1).isfinite()
@@ -183,11 +183,11 @@ def test_a_batch_of_one():
 def test_bad_input():
     shapes, target = [(2, 4, 4), (3, 2, 2)], torch.zeros(3, dtype=torch.int64)
     for bad in (dict(T=0.0), dict(eps=0.0), dict(eps=(1.0, 1.0, -1.0))):
-        with pytest.raises(ValueError, match="above 0"):
+        with pytest.raises(ValueError, match=rf"\b{[*bad][0]}\b"):
             OFA(shapes, 4, 4, **bad)
-    with pytest.raises(ValueError, match="eps for each"):
+    with pytest.raises(ValueError, match="eps"):
         OFA(shapes, 4, 4, eps=(1.0, 1.0))
-    with pytest.raises(ValueError, match="at least one stage"):
+    with pytest.raises(ValueError, match="stage"):
         OFA([], 4, 4)
     ofa, out = OFA(shapes, 4, 4), torch.zeros(3, 4)
     fms = torch.zeros(3, 2, 4, 4), torch.zeros(3, 3, 2, 2)
@@ -195,10 +195,10 @@ def test_bad_input():
         with pytest.raises(ValueError, match="channels"):
             ofa(bad, out, out, target)
     for outs in ((out, out[:1]), (out[:, :3], out[:, :3]), (out[:1], out)):
-        with pytest.raises(ValueError, match="wants logits"):
+        with pytest.raises(ValueError, match="logits"):
             ofa(fms, *outs, target)
     assert ofa.state_dict()["heads.0.0.2.num_batches_tracked"] == 0
-    with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         ofa_loss(out, out[:1], target)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         ofa_loss(out, out, target[:, None])

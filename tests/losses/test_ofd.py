@@ -67,7 +67,7 @@ def test_bn_margin():
         expected.append(sum(x * p for x, p in below) / sum(p for _, p in below))
     expected += [-3.0, -0.7, 0.0, 0.0]
     assert bn_margin(bn).tolist() == pytest.approx(expected, abs=2e-3)
-    with pytest.raises(ValueError, match="weight and bias"):
+    with pytest.raises(ValueError, match="weight"):
         bn_margin(nn.BatchNorm2d(3, affine=False))
 
 
@@ -161,10 +161,10 @@ def test_state():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="wants 2 margins"):
+    with pytest.raises(ValueError, match="margins"):
         OFD(3, 2, torch.zeros(3))
     for shape in [(2, 2, 1, 1), (2, 1, 4, 4), (1, 2, 4, 4)]:  # not a silent broadcast
-        with pytest.raises(ValueError, match="OFD wants a teacher's map"):
+        with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\)"):
             OFD(3, 2)(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         OFD(3, 2)(torch.zeros(1, 3, 1, 1), torch.zeros(1, 2, 1, 1))

@@ -110,8 +110,8 @@ def test_one_zero_row():
 
 def test_bad_input():
     feat_s, feat_t = torch.zeros(3, 2), torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="at least one projector"):
+    with pytest.raises(ValueError, match="projector"):
         PEFD(2, 4, 0)
     for s, t in ((feat_s[:1], feat_t), (feat_s, feat_t[:, :1]), (feat_s[:, :1], feat_t)):
-        with pytest.raises(ValueError, match="wants vectors"):
+        with pytest.raises(ValueError, match="vectors"):
             PEFD(2, 4)(s, t)

@@ -195,26 +195,26 @@ def test_bad_input():
         fms_t = [torch.zeros(batch_t, 2, 4, 4), torch.zeros(batch_t, channels_t)]
         return reviewkd(fms_s[:n], fms_t)
 
-    with pytest.raises(ValueError, match="two samples"):
+    with pytest.raises(ValueError, match="samples"):
         call(1, 1)
-    with pytest.raises(ValueError, match="one batch"):
+    with pytest.raises(ValueError, match="batch"):
         call(batch_t=1)
-    with pytest.raises(ValueError, match="student channels"):
+    with pytest.raises(ValueError, match="student"):
         call(channels_s=2)
-    with pytest.raises(ValueError, match="teacher channels"):
+    with pytest.raises(ValueError, match="teacher"):
         call(channels_t=1)
-    with pytest.raises(ValueError, match="student channels"):
+    with pytest.raises(ValueError, match="student"):
         call(n=1)
     # and no batch norm has moved
     assert all(torch.equal(v, state[k]) for k, v in reviewkd.state_dict().items())
     for widths in ([2], [2, 3, 4]):
-        with pytest.raises(ValueError, match="as many widths"):
+        with pytest.raises(ValueError, match="widths"):
             ReviewKD(widths, [2, 4])
-    with pytest.raises(ValueError, match="equal shapes"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         hcl([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 1, 1)])
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match="shape"):
         hcl([torch.zeros(2, 3)], [torch.zeros(2, 3), torch.zeros(2, 3)])
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match="shape"):
         hcl([], [])
 
 

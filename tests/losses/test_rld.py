@@ -122,12 +122,12 @@ def test_saturated_logits(gap, dtype):
 
 def test_bad_input():
     out, target = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    for hyper in (dict(T=0.0), dict(alpha_T=0.0)):
-        with pytest.raises(ValueError, match="temperature"):
-            RLD(**hyper)
-    with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+    for bad in (dict(T=0.0), dict(alpha_T=0.0)):
+        with pytest.raises(ValueError, match=rf"\b{[*bad][0]}\b"):
+            RLD(**bad)
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         RLD()(out, out[:1], target)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         RLD()(out, out, target[:, None])
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         RLD()(out[:, :1], out[:, :1], target)

@@ -183,11 +183,11 @@ def test_bad_input():
         with pytest.raises(ValueError, match="scales"):
             SDD(scales=scales)
     for fm_t, y in ((fm[:1], target), (fm, target[:1])):  # not a silent broadcast
-        with pytest.raises(ValueError, match="one batch"):
+        with pytest.raises(ValueError, match="batch"):
             SDD()(fm, head, fm_t, head, y)
-    with pytest.raises(ValueError, match="linear classifier"):
+    with pytest.raises(ValueError, match="classifier"):
         SDD()(fm, nn.Linear(5, 4), fm, head, target)
-    with pytest.raises(ValueError, match="as many classes"):
+    with pytest.raises(ValueError, match="classes"):
         SDD()(fm, head, fm, nn.Linear(3, 5), target)
-    with pytest.raises(ValueError, match="one loss for each"):
+    with pytest.raises(ValueError, match="inner"):
         SDD(lambda out_s, out_t, target: (out_s - out_t).mean())(fm, head, fm, head, target)

@@ -196,17 +196,17 @@ def test_half_precision():
 
 def test_bad_input():
     for args in (([], [3], 8), ([3], [], 8)):
-        with pytest.raises(ValueError, match="at least one map"):
+        with pytest.raises(ValueError, match="map"):
             SemCKD(*args)
     for batch, soft in ((3, 1.0), (8, 0.0)):
-        with pytest.raises(ValueError, match="at least 4 and soft"):
+        with pytest.raises(ValueError, match="soft"):
             SemCKD([3], [3], batch, soft)
     semckd, fm = SemCKD([3], [3], batch=8), torch.zeros(8, 3, 2, 2)
     for fms_s, fms_t, match in (
-        ([fm, fm], [fm], "student channels"),
-        ([fm], [fm[:, :2]], "teacher channels"),
-        ([fm[:3]], [fm[:3]], "exactly 8 samples"),
-        ([fm], [fm[:1]], "exactly 8 samples"),  # not a silent broadcast
+        ([fm, fm], [fm], "student"),
+        ([fm], [fm[:, :2]], "teacher"),
+        ([fm[:3]], [fm[:3]], r"\b8\b"),
+        ([fm], [fm[:1]], r"\b8\b"),  # not a silent broadcast
     ):
         with pytest.raises(ValueError, match=match):
             semckd(fms_s, fms_t)

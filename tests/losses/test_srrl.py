@@ -171,18 +171,18 @@ def test_nothing_moves_in_eval_mode():
 def test_bad_input():
     fm, feat, feat_t, out = (torch.zeros(2, *x) for x in ((3, 4, 4), (3,), (4,), (5,)))
     fc = nn.Linear(4, 5)
-    with pytest.raises(ValueError, match="forms"):
+    with pytest.raises(ValueError, match="form"):
         SRRL(3, 4, form="maps")
     with pytest.raises(ValueError, match="weight"):
         SRRL(3, 4, weight=-1.0)
     for x_s, t in ((feat, feat_t), (fm[:, :2], feat_t), (fm[:1], feat_t), (fm, feat_t[:, :1])):
-        with pytest.raises(ValueError, match="wants a map of 3 channels"):
+        with pytest.raises(ValueError, match="3 channels"):
             SRRL(3, 4)(x_s, t, out, fc)
-    with pytest.raises(ValueError, match="wants vectors of 3 channels"):
+    with pytest.raises(ValueError, match="3 channels"):
         SRRL(3, 4, form="pooled")(fm, feat_t, out, fc)
     with pytest.raises(ValueError, match="logits"):  # not a silent broadcast
         SRRL(3, 4)(fm, feat_t, out[:, :1], fc)
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         SRRL(3, 4, form="pooled")(feat[:1], feat_t[:1], out[:1], fc)
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         SRRL(3, 4)(fm[:1, :, :1, :1], feat_t[:1], out[:1], fc)

@@ -78,5 +78,5 @@ def test_large_alpha_stays_finite():
 def test_bad_input():
     with pytest.raises(ValueError, match="init_var"):
         VID(3, 4, 2, init_var=0.0)
-    with pytest.raises(ValueError, match="one batch and size"):
+    with pytest.raises(ValueError, match="batch"):
         VID(3, 4, 2)(torch.zeros(2, 3, 4, 4), torch.zeros(2, 2, 1, 1))

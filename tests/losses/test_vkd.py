@@ -183,8 +183,8 @@ def test_equal_to_the_teacher():
 
 def test_bad_input():
     feat_s, feat_t = torch.zeros(3, 2), torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="knows the maps cayley"):
+    with pytest.raises(ValueError, match="qr"):
         VKD(2, 4, "qr")
     for s, t in ((feat_s[:1], feat_t), (feat_s, feat_t[:, :1]), (feat_s[:, :1], feat_t)):
-        with pytest.raises(ValueError, match="wants vectors"):
+        with pytest.raises(ValueError, match="vectors"):
             VKD(2, 4)(s, t)

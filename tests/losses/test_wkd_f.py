@@ -135,20 +135,20 @@ def test_half_precision():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="grid must be"):
+    with pytest.raises(ValueError, match="grid"):
         WKDF((3, 4, 4), (3, 4, 4), grid=5)
-    with pytest.raises(ValueError, match="grid must be"):
+    with pytest.raises(ValueError, match="grid"):
         WKDF((3, 4, 4), (3, 4, 4), grid=0)
-    with pytest.raises(ValueError, match="only to twice"):
+    with pytest.raises(ValueError, match=r"\(8, 8\)"):
         WKDF((3, 2, 2), (3, 8, 8))
     wkd, fm = WKDF((3, 4, 4), (2, 4, 4)), torch.zeros(2, 3, 4, 4)
     for bad in (fm[:1, :2], fm, fm[:, :2, :2]):  # not a silent broadcast
-        with pytest.raises(ValueError, match="was built for"):
+        with pytest.raises(ValueError, match="maps"):
             wkd(fm, bad)
-    with pytest.raises(ValueError, match="was built for"):
+    with pytest.raises(ValueError, match="maps"):
         wkd(fm[:, :2], fm[:, :2])
     wkd = WKDF((3, 2, 2), (2, 1, 1))
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="samples"):
         wkd(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 1, 1))
     assert wkd.bn.num_batches_tracked == 0
     assert wkd.eval()(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 1, 1)).isfinite()

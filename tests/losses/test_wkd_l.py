@@ -171,22 +171,22 @@ def test_extreme_costs(largest, eps):
 def test_bad_input():
     cost, out, target = torch.zeros(4, 4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     for bad in (dict(T=0.0), dict(eps=0.0), dict(iters=0)):
-        with pytest.raises(ValueError, match="above 0"):
+        with pytest.raises(ValueError, match=rf"\b{[*bad][0]}\b"):
             WKDL(cost, **bad)
     for bad in (cost[0], cost[:3], cost.long()):
-        with pytest.raises(ValueError, match="cost matrix"):
+        with pytest.raises(ValueError, match="cost"):
             WKDL(bad)
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="classes"):
         WKDL(cost[:1, :1])
     wkd = WKDL(cost)
     for outs in ((out, out[:1]), (out[:, :3], out[:, :3]), (out[:1], out)):
-        with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+        with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
             wkd(*outs, target)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         wkd(out, out, target[:, None])
-    with pytest.raises(ValueError, match="two features"):
+    with pytest.raises(ValueError, match="features"):
         cka_cost(torch.zeros(4, 1, 3))
-    with pytest.raises(ValueError, match="two features"):
+    with pytest.raises(ValueError, match="features"):
         cka_cost(torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="sharpen"):
         cka_cost(torch.zeros(4, 3, 2), -1.0)

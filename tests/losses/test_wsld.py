@@ -95,9 +95,9 @@ def test_saturated_logits(gap, dtype):
 
 def test_bad_input():
     out, target = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"\bT\b"):
         WSLD(T=0.0)
-    with pytest.raises(ValueError, match="one shape"):  # not a silent broadcast
+    with pytest.raises(ValueError, match="shape"):  # not a silent broadcast
         WSLD()(out, out[:1], target)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         WSLD()(out, out, target[:, None])

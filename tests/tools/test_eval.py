@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mistakes import is_line, missing
 
 import network
 import train_base
@@ -190,7 +191,7 @@ def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsy
     tool.main([str(tmp_path / "student.pth"), *teacher, "--mean_std", "cifar10"])
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and all(line.startswith("warning: ") for line in err)
-    assert "base/checkpoint.pth.tar was trained with mean" in err[0]
+    assert "base/checkpoint.pth.tar" in err[0] and "mean" in err[0]
 
 
 @pytest.mark.slow
@@ -207,43 +208,40 @@ def test_foreign_networks_are_as_in_training(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "argv, names",
     [
-        ([], "required: CHECKPOINT"),
-        (["{tmp}/none.pth"], "none.pth: no such checkpoint"),
-        (["{tmp}"], "is a folder"),
-        (["{tmp}/broken.pth"], "is damaged, cut short"),
-        (["{tmp}/five.pth"], "--data_name is needed: cifar10, "),
-        (
-            ["{tmp}/five.pth", *SMALL],
-            "5 classes are wanted (--num_class or the checkpoint), digits has",
-        ),
-        (["{base}", "--teacher", "{tmp}/five.pth"], "five.pth has 5 classes, digits 10"),
-        (["{base}", "--teacher", "{tmp}/none.pth"], "none.pth: no such checkpoint"),
-        (["{base}", "--teacher_net", "resnet8"], "is nothing without --teacher"),
-        (["{base}", "--net", "resnet8"], "--net resnet8 contradicts"),
-        (["{base}", "--net", "resnet9"], "--net resnet9 contradicts"),
-        (["{base}", "--data_name", "cifar10"], "--data_name cifar10 contradicts the checkpoint"),
-        (["{base}", "--img_size", "16"], "--img_size 16 contradicts the checkpoint"),
-        (["{base}", "--which", "peer"], "holds one network"),
-        (["{base}", "--which", "both"], "invalid choice"),
-        (["{base}", "--epochs", "3"], "unknown flag --epochs"),
-        (["{base}", "--flip", "0"], "unknown flag --flip"),
-        (["{base}", "--batch_size", "0"], "at least 1"),
-        (["{tmp}/mine.pth", *SMALL], "does not say which network it is: give --net"),
-        (["{tmp}/mine.pth", *SMALL, "--net", "resnet8"], "mine.pth is not a resnet8"),
-        (
-            ["{tmp}/five.pth", "--data_name", "imagefolder", "--img_root", "{tmp}"],
-            "no image folder",
-        ),
+        ([], ["CHECKPOINT"]),
+        (["{tmp}/none.pth"], ["{tmp}/none.pth"]),
+        (["{tmp}"], ["{tmp}"]),
+        (["{tmp}/broken.pth"], ["{tmp}/broken.pth"]),
+        (["{tmp}/five.pth"], ["--data_name"]),
+        (["{tmp}/five.pth", *SMALL], ["--num_class", "5", "digits"]),
+        (["{base}", "--teacher", "{tmp}/five.pth"], ["{tmp}/five.pth", "5"]),
+        (["{base}", "--teacher", "{tmp}/none.pth"], ["{tmp}/none.pth"]),
+        (["{base}", "--teacher_net", "resnet8"], ["--teacher_net", "--teacher"]),
+        (["{base}", "--net", "resnet8"], ["--net", "resnet8"]),
+        (["{base}", "--net", "resnet9"], ["--net", "resnet9"]),
+        (["{base}", "--data_name", "cifar10"], ["--data_name", "cifar10"]),
+        (["{base}", "--img_size", "16"], ["--img_size", "16"]),
+        (["{base}", "--which", "peer"], ["--which"]),
+        (["{base}", "--which", "both"], ["--which", "both"]),
+        (["{base}", "--epochs", "3"], ["--epochs"]),
+        (["{base}", "--flip", "0"], ["--flip"]),
+        (["{base}", "--batch_size", "0"], ["--batch_size"]),
+        (["{tmp}/mine.pth", *SMALL], ["{tmp}/mine.pth", "--net"]),
+        (["{tmp}/mine.pth", *SMALL, "--net", "resnet8"], ["{tmp}/mine.pth", "resnet8"]),
+        (["{tmp}/five.pth", "--data_name", "imagefolder", "--img_root", "{tmp}"], ["{tmp}"]),
     ],
 )
-def test_bad_input_is_one_line(runs, mine, tmp_path, capsys, argv, message):
+def test_bad_input_is_one_line(runs, mine, tmp_path, capsys, argv, names):
     (tmp_path / "broken.pth").write_bytes(Path(last(runs / "at")).read_bytes()[:5000])
     torch.save(dict(model=network.build("resnet8", 5).state_dict()), tmp_path / "five.pth")
     capsys.readouterr()
+    places = dict(tmp=tmp_path, base=last(runs / "base"))
     with pytest.raises(SystemExit) as stop:
-        tool.main([x.format(tmp=tmp_path, base=last(runs / "base")) for x in argv])
+        tool.main([x.format(**places) for x in argv])
     assert stop.value.code == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert is_line(captured.err) and captured.out == ""
+    wanted = [x.format(**places) for x in names]
+    assert missing(wanted, captured.err, tmp_path) == [], captured.err
