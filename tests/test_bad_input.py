@@ -35,10 +35,10 @@ from PIL import Image
 
 import network
 import train_base
-import train_det
 import train_kd
 import utils
 import engine.run as run_module
+from detection import train_det
 from engine import cli
 from engine.checkpoint import find_weights, read_checkpoint
 from engine.run import Run

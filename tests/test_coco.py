@@ -14,8 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import coco
 import utils
+from detection import coco
 from utils import UserError
 
 # said by pycocotools' decode, of numpy's ways

@@ -13,8 +13,8 @@ import torchvision
 from test_interruption import assert_same, result
 
 import network
-import train_det
 import utils
+from detection import train_det
 from engine.checkpoint import read_checkpoint
 from engine.run import read_metrics
 from kd_losses.dkd import DKD
@@ -332,7 +332,8 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
     rows = read_metrics(whole["dir"])
     assert [row["step"] for row in rows] == [2, 4] and {"reviewkd", "dkd", "AP50"} <= set(rows[0])
     kill = (
-        "import os, signal, sys, train_det, utils\n"
+        "import os, signal, sys, utils\n"
+        "from detection import train_det\n"
         "add, left = utils.Meter.add, [3]\n"
         "def count(*args):\n"
         "    left[0] -= 1\n"

@@ -17,12 +17,12 @@ import torch
 import toys
 from PIL import Image
 
-import coco
 import coco_like
 import train_base
 import engine.run as run_module
 import train_kd
 import utils
+from detection import coco
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint import save_checkpoint
 from engine import cli

@@ -82,7 +82,7 @@ def detectors(root: Path) -> bool:
     """Whether a distilled detector and its fusion are equal on both."""
     import coco_like
 
-    import train_det
+    from detection import train_det
 
     view = train_det.View((64,), 96, 8, 16)
     if utils.rank() == 0:
@@ -271,9 +271,10 @@ def test_shares_that_cannot_be_equal_are_refused_before_anything_is_written(
     """Of detectors, and where there are too few images for all; as if there were two processes."""
     import coco_like
     import train_base
-    import train_det
     import utils
     from PIL import Image
+
+    from detection import train_det
 
     monkeypatch.setattr(utils, "world", lambda: 2)
     monkeypatch.setattr(utils, "rank", lambda: 0)
