@@ -8,10 +8,10 @@ import coco_like
 import pytest
 import torch
 from coco_files import LARGE, POLYGON, RUNS, SMALL, boxed, content, data, write
+from messages import names, one_line, refused
 from PIL import Image
 
 from detection import coco
-from utils import UserError
 
 # said by pycocotools' decode, of numpy's ways
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -82,137 +82,95 @@ def change(key, value, kind="annotations"):
     return lambda found: found[kind][-1].update({key: value})
 
 
-CASES = [  # what is wrong, what is said, how it comes about
-    ("no images", "there are no 'images'", lambda x: x.pop("images")),
-    ("no annotations", "there are no 'annotations'", lambda x: x.pop("annotations")),
-    ("no categories", "there are no 'categories'", lambda x: x.pop("categories")),
-    ("no image at all", "there are no 'images'", lambda x: x["images"].clear()),
-    ("no box at all", "no image has a box", lambda x: x["annotations"].clear()),
-    (
-        "only a crowd",
-        "no image has a box",
-        lambda x: [a.update(iscrowd=1) for a in x["annotations"]],
-    ),
-    ("no record", "annotations: 'x' is no record", lambda x: x["annotations"].append("x")),
-    ("image twice", "image 1: there are 2 of this id", change("id", 1, "images")),
-    ("annotation twice", "annotation 5: there are 2 of this id", change("id", 5)),
-    ("category twice", "category 7: there are 2 of this id", change("id", 7, "categories")),
-    ("no id", "annotation None: its id is None: a whole number is", change("id", None)),
-    (
-        "no bbox",
-        "annotation 6: its bbox is missing: four",
-        lambda x: x["annotations"][-1].pop("bbox"),
-    ),
-    ("unknown image", "annotation 6: there is no image 99", change("image_id", 99)),
-    ("unknown category", "annotation 6: there is no category 2", change("category_id", 2)),
-    (
-        "background",
-        "category 0: its id is 0: .* above 0, the background",
-        change("id", 0, "categories"),
-    ),
-    ("category -1", "category -1: its id is -1: .* above 0", change("id", -1, "categories")),
-    ("category 1.5", "category 1.5: its id is 1.5: .* above 0", change("id", 1.5, "categories")),
-    ("category True", "category True: its id is True", change("id", True, "categories")),
-    (
-        "three numbers",
-        r"annotation 6: its bbox is \[1, 2, 3\]: four finite",
-        change("bbox", [1, 2, 3]),
-    ),
-    ("nan", r"annotation 6: its bbox is .*nan.*: four finite", change("bbox", [1, 2, math.nan, 4])),
-    ("infinite", "annotation 6: its bbox is .*inf.*: four", change("bbox", [1, 2, 3, math.inf])),
-    ("huge", "annotation 6: its bbox is .*: four finite", change("bbox", [1, 2, 3, 10**400])),
-    ("text", "annotation 6: its bbox is .*: four finite", change("bbox", [1, 2, 3, "4"])),
-    (
-        "negative width",
-        r"annotation 6: its bbox \[9, 9, -5, 5\] has a neg",
-        change("bbox", [9, 9, -5, 5]),
-    ),
-    ("negative height", r"annotation 6: its bbox .* has a neg", change("bbox", [9, 9, 5, -0.5])),
-    (
-        "left",
-        "annotation 6: its bbox .* is not inside .* 160x128 pixels$",
-        change("bbox", [-2, 9, 9, 9]),
-    ),
-    ("above", "annotation 6: its bbox .* is not inside", change("bbox", [9, -1.1, 9, 9])),
-    ("right", "annotation 6: its bbox .* is not inside", change("bbox", [150, 9, 11.1, 9])),
-    ("below", "annotation 6: its bbox .* is not inside", change("bbox", [9, 120, 9, 9.1])),
-    ("iscrowd", "annotation 6: its iscrowd is 2: 0 or 1", change("iscrowd", 2)),
-    ("area", "annotation 6: its area is -1: ", change("area", -1)),
-    ("width 0", "image 2: its width is 0: a whole number above 0", change("width", 0, "images")),
-    ("height -3", "image 2: its height is -3", change("height", -3, "images")),
-    ("file_name", "image 2: its file_name is 5: a name", change("file_name", 5, "images")),
-    (
-        "no such image",
-        r"image 2: there is no file '.*train2017/gone.png'$",
-        change("file_name", "gone.png", "images"),
-    ),
+CASES = [  # what is wrong, what is named beside the file, how it comes about
+    ("no images", ["images"], lambda x: x.pop("images")),
+    ("no annotations", ["annotations"], lambda x: x.pop("annotations")),
+    ("no categories", ["categories"], lambda x: x.pop("categories")),
+    ("no image at all", ["images"], lambda x: x["images"].clear()),
+    ("no box at all", [], lambda x: x["annotations"].clear()),
+    ("only a crowd", [], lambda x: [a.update(iscrowd=1) for a in x["annotations"]]),
+    ("no record", ["annotations", "x"], lambda x: x["annotations"].append("x")),
+    ("image twice", [1], change("id", 1, "images")),
+    ("annotation twice", [5], change("id", 5)),
+    ("category twice", [7], change("id", 7, "categories")),
+    ("no id", ["id", None], change("id", None)),
+    ("no bbox", [6, "bbox"], lambda x: x["annotations"][-1].pop("bbox")),
+    ("unknown image", [6, 99], change("image_id", 99)),
+    ("unknown category", [6, 2], change("category_id", 2)),
+    ("background", ["id", 0], change("id", 0, "categories")),
+    ("category -1", ["id", -1], change("id", -1, "categories")),
+    ("category 1.5", ["id", 1.5], change("id", 1.5, "categories")),
+    ("category True", ["id", True], change("id", True, "categories")),
+    ("three numbers", [6, "bbox", [1, 2, 3]], change("bbox", [1, 2, 3])),
+    ("nan", [6, "bbox", "nan"], change("bbox", [1, 2, math.nan, 4])),
+    ("infinite", [6, "bbox", "inf"], change("bbox", [1, 2, 3, math.inf])),
+    ("huge", [6, "bbox"], change("bbox", [1, 2, 3, 10**400])),
+    ("text", [6, "bbox"], change("bbox", [1, 2, 3, "4"])),
+    ("negative width", [6, "bbox", [9, 9, -5, 5]], change("bbox", [9, 9, -5, 5])),
+    ("negative height", [6, "bbox", [9, 9, 5, -0.5]], change("bbox", [9, 9, 5, -0.5])),
+    ("left", [6, "bbox", [-2, 9, 9, 9]], change("bbox", [-2, 9, 9, 9])),
+    ("above", [6, "bbox", [9, -1.1, 9, 9]], change("bbox", [9, -1.1, 9, 9])),
+    ("right", [6, "bbox", [150, 9, 11.1, 9]], change("bbox", [150, 9, 11.1, 9])),
+    ("below", [6, "bbox", [9, 120, 9, 9.1]], change("bbox", [9, 120, 9, 9.1])),
+    ("iscrowd", [6, "iscrowd", 2], change("iscrowd", 2)),
+    ("area", [6, "area", -1], change("area", -1)),
+    ("width 0", [2, "width", 0], change("width", 0, "images")),
+    ("height -3", [2, "height", -3], change("height", -3, "images")),
+    ("file_name", [2, "file_name", 5], change("file_name", 5, "images")),
+    ("no such image", [2, "gone.png"], change("file_name", "gone.png", "images")),
 ]
 
 
-@pytest.mark.parametrize("message, how", [x[1:] for x in CASES], ids=[x[0] for x in CASES])
-def test_bad_annotations(tmp_path, message, how):
+@pytest.mark.parametrize("names, how", [x[1:] for x in CASES], ids=[x[0] for x in CASES])
+def test_bad_annotations(tmp_path, names, how):
     found = content([boxed(5, 1, 1, SMALL), boxed(6, 1, 1, LARGE)])
     write(tmp_path, found)
     coco.load(tmp_path)  # nothing is wrong yet
     how(found)
     write(tmp_path, found, images=False)
-    with pytest.raises(UserError, match=message) as error:
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    with refused(file) as said:
         coco.load(tmp_path)
-    assert str(tmp_path / "annotations" / "instances_train2017.json") in str(error.value)
-    assert "\n" not in str(error.value)
+    one_line(said[0].replace(str(file), ""), *names)
 
 
 def half(path):
     path.write_text(path.read_text()[:-9])
 
 
+def away(path):
+    path.rename(path.with_name("x"))
+
+
+TRAIN, VAL = (f"annotations/instances_{split}2017.json" for split in ("train", "val"))
+
+
 @pytest.mark.parametrize(
-    "name, how, message",
+    "name, how, named",
     [
-        (
-            "train2017",
-            lambda x: x.rename(x.with_name("x")),
-            "train2017: No such file or dir.*needed$",
-        ),
-        ("val2017", lambda x: x.rename(x.with_name("x")), "val2017: No such file or directory"),
-        ("annotations", lambda x: x.rename(x.with_name("x")), "instances_train2017.json: No such"),
-        (
-            "annotations/instances_val2017.json",
-            lambda x: x.unlink(),
-            "instances_val2017.json: No such",
-        ),
-        (
-            "annotations/instances_val2017.json",
-            lambda x: (x.unlink(), os.mkfifo(x)),
-            "instances_val2017.json is no file",
-        ),
-        ("annotations/instances_val2017.json", half, r"val2017.json: no valid JSON \(.*line 1"),
-        (
-            "annotations/instances_val2017.json",
-            lambda x: x.write_bytes(b"\xff"),
-            "val2017.json: no valid JSON",
-        ),
-        (
-            "annotations/instances_val2017.json",
-            lambda x: x.write_text("[]"),
-            "there are no 'images'",
-        ),
+        ("train2017", away, "train2017"),
+        ("val2017", away, "val2017"),
+        ("annotations", away, TRAIN),
+        (VAL, lambda x: x.unlink(), VAL),
+        (VAL, lambda x: (x.unlink(), os.mkfifo(x)), VAL),
+        (VAL, half, VAL),
+        (VAL, lambda x: x.write_bytes(b"\xff"), VAL),
+        (VAL, lambda x: x.write_text("[]"), VAL),
     ],
 )
-def test_bad_folders(tmp_path, name, how, message):
+def test_bad_folders(tmp_path, name, how, named):
     write(tmp_path, content([boxed(1, 1, 1, SMALL)]))
     coco.load(tmp_path)
     how(tmp_path / name)
-    with pytest.raises(UserError, match=message) as error:
+    with refused(tmp_path / named):
         coco.load(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_images_that_are_missing(tmp_path):
     write(tmp_path, content([boxed(1, 1, 1, SMALL)], n=3))
     for name in "12":
         (tmp_path / "val2017" / f"{name}.png").unlink()
-    with pytest.raises(UserError, match=r"image 1: there is no file '.*1.png' \(and 1 more\)$"):
+    with refused(tmp_path / "val2017" / "1.png"):
         coco.load(tmp_path)
 
 
@@ -220,9 +178,8 @@ def test_images_that_are_missing(tmp_path):
 def test_the_splits_have_the_same_categories(tmp_path, key, value):
     train, val = (content([boxed(1, 1, 1, SMALL)]) for _ in range(2))
     val["categories"][0][key] = value
-    with pytest.raises(UserError, match=r"not in both is the category 7 \(dog\), .") as error:
+    with refused(7, "dog", value):
         coco.load(write(tmp_path, train, val))
-    assert str(value) in str(error.value)
 
 
 def test_images_that_cannot_be_read(tmp_path):
@@ -230,47 +187,49 @@ def test_images_that_cannot_be_read(tmp_path):
     path = tmp_path / "val2017" / "1.png"
     path.write_bytes(path.read_bytes()[:60])
     Image.new("RGB", (128, 160)).save(tmp_path / "val2017" / "2.png")
-    two = r"2.png: 128x160 pixels, instances_val2017.json says 160x128: mend or remove it$"
-    for i, message in ((0, "1.png: not a readable image"), (1, two)):
-        with pytest.raises(UserError, match=message):
-            found[i]
+    with refused(path):
+        found[0]
+    with refused(tmp_path / "val2017" / "2.png", "128x160", "160x128"):
+        found[1]
     for workers in (0, 2):  # a line, not a worker's traceback
         for batches in (
             coco.val_batches(found, 1, workers=workers),
             coco.train_batches(found, 1, 0, 0, 4, workers=workers),
         ):
-            with pytest.raises(UserError, match="not a readable image|says 160x128") as error:
+            with refused() as said:
                 list(batches)
-            assert "\n" not in str(error.value)
+            assert any(names(said[0], tmp_path / "val2017" / x) for x in ("1.png", "2.png"))
 
 
 @pytest.mark.parametrize(
-    "shape, message",
+    "shape",
     [
-        (None, "polygons, or run"),
-        ([], "three or more points"),
-        ([[1, 2, 3, 4]], "three or more points"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "three or more points"),
-        ([[1, 2, 3, 4, 5, 1e8]], "three or more points"),
-        ([1, 2, 3, 4, 5, 6], "three or more points"),
-        (dict(RUNS, size=[160, 128]), r"of size \[128, 160\]"),
-        (dict(RUNS, counts=[3, 4]), "do not make up the image"),
-        (dict(RUNS, counts=[-1, 128 * 160 + 1]), "do not make up the image"),
-        (dict(size=[128, 160]), "do not make up the image"),
+        None,
+        [],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, 1e8]],
+        [1, 2, 3, 4, 5, 6],
+        dict(RUNS, size=[160, 128]),
+        dict(RUNS, counts=[3, 4]),
+        dict(RUNS, counts=[-1, 128 * 160 + 1]),
+        dict(size=[128, 160]),
     ],
 )
-def test_bad_masks(tmp_path, shape, message):
+def test_bad_masks(tmp_path, shape):
     root = write(tmp_path, content([boxed(4, 1, 1, SMALL, segmentation=shape)]))
     coco.load(root)  # boxes alone do not need them
-    with pytest.raises(UserError, match=f"annotation 4: its segmentation: .*{message}"):
+    file = root / "annotations" / "instances_train2017.json"
+    with refused(file) as said:
         coco.load(root, masks=True)
+    one_line(said[0].replace(str(file), ""), 4, "segmentation")
 
 
 def test_pycocotools_is_missing(tmp_path, monkeypatch):
     found = data(tmp_path, [boxed(1, 1, 1, SMALL, segmentation=POLYGON)])
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     for needs in (lambda: coco.Evaluation(found), lambda: coco.load(tmp_path, masks=True)):
-        with pytest.raises(UserError, match="pip install pycocotools$"):
+        with refused("pip install pycocotools"):
             needs()
     coco.load(tmp_path)
 
@@ -362,7 +321,7 @@ def test_shares_make_up_the_batch(drawn):
     for whole, *parts in zip(train(drawn, batch_size=6), *shares, strict=True):
         assert [len(imgs) for imgs, _ in parts] == [2, 2, 2]
         assert same(whole, [sum(column, []) for column in zip(*parts)])
-    with pytest.raises(UserError, match="--batch_size 7: 3 process.* multiple of 3"):
+    with refused("--batch_size", 7, 3):
         train(drawn, batch_size=7, share=(0, 3))
 
 
