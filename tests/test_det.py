@@ -379,10 +379,16 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
             "--t_pretrained {t}",
         ),
         ("--kd_mode dkd --t_model {t}x --s_name fasterrcnn_resnet18", "{t}x"),
-        ("--kd_mode dkd --t_model {t} --s_name fasterrcnn_resnet18 --lambda_kd 1,2", "--lambda_kd 1"),
+        (
+            "--kd_mode dkd --t_model {t} --s_name fasterrcnn_resnet18 --lambda_kd 1,2",
+            "--lambda_kd 1",
+        ),
         ("--kd_mode dkd --t_model {t} --s_name fasterrcnn_resnet18 --T 0", "--T 0"),
         ("--kd_mode none --s_name fasterrcnn_resnet18 --img_root {root}/nowhere", "{root}/nowhere"),
-        ("--kd_mode none --s_name fasterrcnn_resnet18 --min_size 900 --max_size 800", "--min_size 900 --max_size 800"),
+        (
+            "--kd_mode none --s_name fasterrcnn_resnet18 --min_size 900 --max_size 800",
+            "--min_size 900 --max_size 800",
+        ),
         ("--kd_mode none --s_init {t} --anchor 16", "--anchor 16 --s_init 8"),
         ("--kd_mode none --s_init {digits}", "resnet8"),
         (

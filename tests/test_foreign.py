@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from messages import ends, names, one_line, refused
 from torch import nn
 
 import network
@@ -289,8 +290,9 @@ class Functional(nn.Module):
 
     def __init__(self, num_class=10):
         super().__init__()
-        self.one, self.two = nn.Sequential(nn.Conv2d(3, 8, 3, 2)), nn.Sequential(
-            nn.Conv2d(8, 8, 3, 2)
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(3, 8, 3, 2)),
+            nn.Sequential(nn.Conv2d(8, 8, 3, 2)),
         )
         self.a, self.b = nn.Identity(), nn.Identity()
         self.head = nn.Linear(8, num_class)
