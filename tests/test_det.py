@@ -376,7 +376,7 @@ def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
         ),
         (
             "--kd_mode dkd --t_model {t} --t_pretrained --s_name fasterrcnn_resnet18",
-            "--t_pretrained {t}",
+            "--t_model {t}",
         ),
         ("--kd_mode dkd --t_model {t}x --s_name fasterrcnn_resnet18", "{t}x"),
         (

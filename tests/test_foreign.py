@@ -512,7 +512,10 @@ def test_a_transformer_teaches(teachers, file, mode, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["--kd_mode", "ofd", "--t_name", "{file}:vit", "--s_name", "resnet8"], "{file}:vit"),
+        (
+            ["--kd_mode", "ofd", "--t_name", "{file}:vit", "--s_name", "resnet8"],
+            "VisionTransformer",
+        ),
         (["--kd_mode", "lwm", "--t_name", "{file}:vit", "--s_name", "resnet8"], "--kd_mode lwm"),
         (["--kd_mode", "at", "--s_name", "resnet8"], "--t_name {file}:vit"),
         (
@@ -521,7 +524,7 @@ def test_a_transformer_teaches(teachers, file, mode, tmp_path, capsys):
         ),
         (
             ["--kd_mode", "at", "--t_name", "{file}:vit", "--s_name", "resnet8", "--t_pretrained"],
-            "--t_pretrained",
+            "--t_model {teacher}",
         ),
         (["--kd_mode", "at", "--t_name", "{file}:build", "--s_name", "resnet8"], "{teacher}"),
     ],
