@@ -239,7 +239,9 @@ class Run:
 
     def _same_flags(self, saved: dict) -> None:
         now = self._flags()
-        scripts = dict(net_name="train_base.py", iters="train_det.py", kd_mode="train_kd.py")
+        scripts = dict(
+            net_name="train_base.py", iters="detection/train_det.py", kd_mode="train_kd.py"
+        )
         other, own = (
             next((x for key, x in scripts.items() if key in f), None) for f in (saved, now)
         )

@@ -17,7 +17,7 @@ from mistakes import META
 
 import network
 import train_base
-import train_det
+from detection import train_det
 from engine import cli
 from engine.checkpoint import check_weights, find_weights
 from utils import UserError

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from fill import image
+from messages import refused
 from torch import nn
 
 import network
 from engine import foreign
 from engine.checkpoint import find_weights, load_weights, read_checkpoint, read_weights
-from utils import UserError
 from engine import console
 
 DATA = Path(__file__).parent / "data"
@@ -121,14 +121,14 @@ def test_safetensors(tmp_path):
     )
     _same_weights(path, "resnet8", 7, net.state_dict())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="x.safetensors is damaged, cut short"):
+    with refused("x.safetensors"):
         read_checkpoint(path)
 
 
 def test_safetensors_without_the_library(tmp_path, monkeypatch):
     (tmp_path / "x.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
+    with refused("x.safetensors", "pip install safetensors"):
         read_checkpoint(tmp_path / "x.safetensors")
 
 
@@ -152,12 +152,10 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch):
     state = network.build("resnet8", 10).state_dict()
     for name, payload in {"evil": Evil(), "numpy": np.float64(3.0), "net": nn.Linear(2, 2)}.items():
         torch.save({"model": state, "accuracy": payload}, f"{name}.pth")
-        with pytest.raises(
-            UserError, match=f"{name}.pth holds more than tensors .*convert it once"
-        ):
+        with refused(f"{name}.pth"):
             find_weights(None, f"{name}.pth", "t_name", "t_model")
     torch.save(network.build("resnet8", 10), "whole.pth")
-    with pytest.raises(UserError, match="whole.pth holds more than tensors"):
+    with refused("whole.pth"):
         find_weights(None, "whole.pth", "t_name", "t_model")
     assert not Path("ran").exists()
 
@@ -178,8 +176,9 @@ def test_the_conversion_that_is_proposed_works(whole, name, tmp_path, monkeypatc
         state = net.state_dict()
     else:
         torch.save({"model": state, "accuracy": np.float64(3.0)}, f"{name}.pth")
-    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as printed:
+    with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as printed:
         console.command(lambda argv: read_checkpoint(f"{name}.pth"))([])
+    assert stop.value.code == 2
     line = printed.getvalue()
     assert line.count("\n") == 1 and line[:-1].isprintable()
     command = "printf %s " + line.partition("python -c ")[2]
@@ -212,7 +211,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
             archive.filelist[-1].filename = f"x/data/{i}"
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was unpacked"))
     for file in (large, overlaid):
-        with pytest.raises(UserError, match=f"{file.name} is not read: its .* bytes unpack to"):
+        with refused(file):
             read_checkpoint(file)
 
 
@@ -222,20 +221,20 @@ def test_a_file_cut_short(share, tmp_path):
     torch.save({"model": network.build("resnet8", 10).state_dict()}, path)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(UserError, match="x.pth is damaged, cut short, or not a checkpoint"):
+    with refused(path):
         find_weights(None, path, "t_name", "t_model")
 
 
 def test_no_checkpoint_at_all(tmp_path):
     for content in (b"hello", b"\x80\x04N."):
         (tmp_path / "x.pth").write_bytes(content)
-        with pytest.raises(UserError, match="x.pth is damaged"):
+        with refused("x.pth"):
             read_checkpoint(tmp_path / "x.pth")
     torch.save({"epoch": 3, "lr": [0.1]}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth holds no weights, only: epoch, lr"):
+    with refused("x.pth", "epoch", "lr"):
         find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
     torch.save(torch.ones(2), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="holds a Tensor"):
+    with refused("x.pth", "Tensor"):
         find_weights(None, tmp_path / "x.pth", "t_name", "t_model")
 
 
@@ -244,43 +243,42 @@ def test_names_and_files_that_contradict(tmp_path):
     state = network.build("resnet8", 10).state_dict()
     state["fc.wait"] = state.pop("fc.weight")
     torch.save(state, path)
-    with pytest.raises(UserError, match="x.pth does not say which network it is: give --t_name"):
+    with refused(path, "--t_name"):
         find_weights(None, path, "t_name", "t_model")
     found = find_weights("resnet8", path, "t_name", "t_model")
-    wrong = r"is not a resnet8: entries 1 missing \(fc.weight\), 1 unknown \(fc.wait\)"
-    with pytest.raises(UserError, match=wrong):
+    with refused(path, "resnet8", "fc.weight", "fc.wait"):
         found.build(10, 0, 32)
     torch.save({"net": state, "meta": {"network": "resnet8"}}, path)
-    with pytest.raises(UserError, match="--t_name resnet14 contradicts .*holds a resnet8"):
+    with refused("--t_name", "resnet14", "resnet8", path):
         find_weights("resnet14", path, "t_name", "t_model")
     torch.save({"net": state, "meta": {"network": "evil.py:build"}}, path)
-    with pytest.raises(UserError, match="say so with --t_name evil.py:build"):
+    with refused(path, "--t_name", "evil.py:build"):
         find_weights(None, path, "t_name", "t_model")
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    "spoil, name",
     [
-        (lambda state: state.pop("fc.bias"), r"1 missing \(fc.bias\)"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
+        (lambda state: state.pop("fc.bias"), "fc.bias"),
+        (lambda state: state.update(extra=torch.zeros(1)), "extra"),
         (
             lambda state: state.update({"fc.bias": torch.zeros(3)}),
-            r"1 of another shape \(fc.bias\)",
+            "fc.bias",
         ),
-        (lambda state: state.clear(), "missing"),
+        (lambda state: state.clear(), "resnet8"),
     ],
 )
-def test_nothing_is_loaded_by_halves(spoil, message):
+def test_nothing_is_loaded_by_halves(spoil, name):
     net = network.build("resnet8", 10)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     state = network.build("resnet8", 10).state_dict()
     spoil(state)
-    with pytest.raises(UserError, match=message):
+    with refused("x.pth", name):
         load_weights(net, state, "x.pth", "resnet8")
     torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
 
 
 def test_the_network_that_fits_is_named():
     state = network.build("resnet14", 100).state_dict()
-    with pytest.raises(UserError, match="fits resnet14 with 100 classes"):
+    with refused("x.pth", "resnet14", 100):
         load_weights(network.build("resnet8", 100), state, "x.pth", "resnet8")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from messages import ends, names, one_line, refused
 from torch import nn
 
 import network
@@ -13,7 +14,6 @@ import train_base
 import train_kd
 from engine import foreign
 from engine.find_taps import ensure_taps
-from utils import UserError
 
 
 def img(size, n=2):
@@ -184,7 +184,7 @@ def test_tokens_of_a_transformer_become_maps(layers, blocks):
     found, _ = taps(net)
     assert found["stages"] == [f"encoder.layers.encoder_layer_{i}" for i in blocks]
     assert found["stem"] == "conv_proj"
-    with pytest.raises(UserError, match="tokens have no activation"):
+    with refused("VisionTransformer"):
         network.Tapped(net, ("preacts",))
     with torch.no_grad():
         s = network.Tapped(net, ("stem", "stages", "feat"))(img(32))
@@ -229,13 +229,13 @@ def test_timm():
     net = foreign.build("timm/resnet10t", 10, 64)
     found, _ = taps(net, 64)
     assert found["stages"] == [f"layer{i}" for i in (1, 2, 3, 4)]
-    with pytest.raises(UserError, match="did you mean"):
+    with refused("resnet10x", "resnet10t"):
         foreign.build("timm/resnet10x", 10)
 
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(UserError, match="pip install timm"):
+    with refused("pip install timm"):
         foreign.build("timm/resnet10t", 10)
 
 
@@ -266,19 +266,19 @@ def test_hand_named_taps_of_our_own_networks():
 
 
 @pytest.mark.parametrize(
-    "stages, message",
+    "stages, name",
     [
-        (("layer9",), "no module in ResNet called 'layer9': did you mean layer"),
-        (("layer1", "fc"), "fc is not a feature map, it gives \\(2, 10\\)"),
-        (("layer1#2",), "layer1#2 is not a feature map: it is called 1 times"),
-        (("layer1#x",), "a tap is MODULE"),
-        (("layer1:out",), "a tap is MODULE, MODULE#2"),
-        (("layer2.0.bn2",), "layer2.0.bn2 gives is changed in place later"),  # the block's sum
+        (("layer9",), "layer9"),
+        (("layer1", "fc"), "fc"),
+        (("layer1#2",), "layer1#2"),
+        (("layer1#x",), "layer1#x"),
+        (("layer1:out",), "layer1:out"),
+        (("layer2.0.bn2",), "layer2.0.bn2"),  # changed in place later: the block's sum
     ],
 )
-def test_wrong_taps(stages, message):
+def test_wrong_taps(stages, name):
     net = foreign.build("torchvision/resnet18", 10, 32)
-    with pytest.raises(UserError, match=message):
+    with refused(name):
         taps(net, stages=stages)
 
 
@@ -306,25 +306,23 @@ def test_a_functional_relu_has_no_before():
     net = Functional()
     found, lines = taps(net)
     assert found["stages"] == ["a", "b"] and "preacts" not in found
-    assert any("without preacts: no activation module gives its map at" in line for line in lines)
+    assert any(names(line, "preacts") for line in lines)
     network.Tapped(net, ("stages", "feat"))
-    with pytest.raises(
-        UserError, match="Functional does not serve this method: no activation module"
-    ):
+    with refused("Functional"):
         network.Tapped(net, ("preacts",))
 
 
 @pytest.mark.parametrize(
-    "net, message",
+    "net, named",
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "no feature maps were found"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7)), r"gives \(2, 7\) for two images, not"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), "does not take 32-pixel images"),
-        (nn.LSTM(32, 4), "does not take 32-pixel images"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), ["Sequential"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 7)), ["Sequential", (2, 7)]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), ["Sequential", 32]),
+        (nn.LSTM(32, 4), ["LSTM", 32]),
     ],
 )
-def test_what_is_no_network_for_images(net, message):
-    with pytest.raises(UserError, match=message):
+def test_what_is_no_network_for_images(net, named):
+    with refused(*named):
         taps(net)
 
 
@@ -362,23 +360,24 @@ def file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "name, named",
     [
-        ("{dir}/none.py:build", "no such file"),
-        ("{file}:bild", "did you mean build?"),
-        ("{file}:fails", r"fails\(10\) failed \(OSError: no such weights\)"),
-        ("{file}:nothing", "nothing returns a str, not an nn.Module"),
-        ("{dir}/broken.py:build", "cannot be imported \\(SyntaxError"),
-        ("torchvision/resnet19", "no network of torchvision 'resnet19': did you mean resnet"),
-        ("torchvision/", "no network 'torchvision/'"),
-        ("torchvision/fasterrcnn_resnet50_fpn", "no network of torchvision"),
-        ("resnet21", "did you mean resnet"),
+        ("{dir}/none.py:build", "{dir}/none.py"),
+        ("{file}:bild", "{file} bild build"),
+        ("{file}:fails", "{file} fails OSError"),
+        ("{file}:nothing", "{file} nothing str"),
+        ("{dir}/broken.py:build", "{dir}/broken.py SyntaxError"),
+        ("torchvision/resnet19", "torchvision resnet19 resnet18"),
+        ("torchvision/", "torchvision/"),
+        ("torchvision/fasterrcnn_resnet50_fpn", "torchvision fasterrcnn_resnet50_fpn"),
+        ("resnet21", "resnet21 resnet20"),
     ],
 )
-def test_names_without_a_network(file, name, message):
+def test_names_without_a_network(file, name, named):
     (file.parent / "broken.py").write_text("def build(:\n")
-    with pytest.raises(UserError, match=message):
-        foreign.build(name.format(dir=file.parent, file=file), 10)
+    places = dict(dir=file.parent, file=file)
+    with refused(*named.format(**places).split()):
+        foreign.build(name.format(**places), 10)
 
 
 def test_file_names():
@@ -431,9 +430,9 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
         raise OSError("<urlopen error [Errno -2] Name or service not known>")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match="weights of resnet18 cannot be had .*checkpoints"):
+    with refused("resnet18", tmp_path / "hub" / "checkpoints"):
         foreign.build("torchvision/resnet18", 10, 64, pretrained=True)
-    with pytest.raises(UserError, match="has no weights of its own"):
+    with refused("resnet20"):
         foreign.build("resnet20", 10, 32, pretrained=True)
 
 
@@ -462,8 +461,7 @@ def test_offline_a_script_says_one_line(script, flags, file, tmp_path, monkeypat
     *others, line = capfd.readouterr().err.splitlines()
     assert all(other.startswith("Downloading: ") for other in others), "torch's own"
     assert wanted == [file] and stop.value.code == 2 and not (tmp_path / "runs").exists()
-    reason = f"error: the weights of {name} cannot be had (no route to host): a network connection"
-    assert line.startswith(reason) and line.endswith(str(tmp_path / "cache/hub/checkpoints"))
+    one_line(line, name, "no route to host", tmp_path / "cache/hub/checkpoints")
 
 
 # --- through the scripts ---------------------------------------------------------------------------
@@ -512,36 +510,28 @@ def test_a_transformer_teaches(teachers, file, mode, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "argv, named",
     [
-        (["--kd_mode", "ofd", "--t_name", "{file}:vit", "--s_name", "resnet8"], "tokens have no"),
-        (["--kd_mode", "lwm", "--t_name", "{file}:vit", "--s_name", "resnet8"], "--kd_mode lwm: "),
-        (["--kd_mode", "at", "--s_name", "resnet8"], "say so with --t_name {file}:vit"),
+        (
+            ["--kd_mode", "ofd", "--t_name", "{file}:vit", "--s_name", "resnet8"],
+            "VisionTransformer",
+        ),
+        (["--kd_mode", "lwm", "--t_name", "{file}:vit", "--s_name", "resnet8"], "--kd_mode lwm"),
+        (["--kd_mode", "at", "--s_name", "resnet8"], "--t_name {file}:vit"),
         (
             ["--kd_mode", "at", "--t_name", "{file}:vit", "--s_name", "resnet8", "--t_taps", "fc"],
-            "no module in",
+            "fc",
         ),
         (
             ["--kd_mode", "at", "--t_name", "{file}:vit", "--s_name", "resnet8", "--t_pretrained"],
-            "has weights of its own",
+            "--t_model {teacher}",
         ),
-        (["--kd_mode", "at", "--t_name", "{file}:build", "--s_name", "resnet8"], "is not a"),
+        (["--kd_mode", "at", "--t_name", "{file}:build", "--s_name", "resnet8"], "{teacher}"),
     ],
 )
-def test_one_line_for_what_does_not_fit(teachers, file, argv, message, tmp_path, capsys):
+def test_one_line_for_what_does_not_fit(teachers, file, argv, named, tmp_path, capsys):
     filled = [str(x).format(file=file) for x in argv]
-    with pytest.raises(SystemExit) as stop:
-        train_kd.main(
-            [
-                *filled,
-                "--t_model",
-                str(teachers["vit"]),
-                "--save_root",
-                str(tmp_path / "runs"),
-                *QUICK,
-            ]
-        )
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert message.format(file=file) in err and err.count("\n") == 1, err
+    teacher, runs = str(teachers["vit"]), str(tmp_path / "runs")
+    with ends(capsys, *named.format(file=file, teacher=teacher).split()):
+        train_kd.main([*filled, "--t_model", teacher, "--save_root", runs, *QUICK])
     assert not (tmp_path / "runs").exists()

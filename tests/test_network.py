@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fill import fill_network, image
+from messages import refused
 from reference import agree, agree_grads, cases
 from torch import nn
 from toys import Toy
@@ -12,7 +13,6 @@ from toys import Toy
 import network
 from engine import foreign
 from engine.adapter import Adapter, Regressor, align, count_macs
-from utils import UserError
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "networks.json").read_text())
 UNRECORDED = ("ResNet34", "ResNet101", "ResNet152")  # in no public table of models
@@ -190,7 +190,7 @@ def test_multiply_adds_of_a_transposed_convolution():
 
 
 def test_unknown_network():
-    with pytest.raises(UserError, match="resnet20"):
+    with refused("resnet21", "resnet20"):
         network.build("resnet21", 10)
 
 
@@ -238,9 +238,9 @@ def test_align():
     assert align(shallow, deep, (1, -1)) == (-3, -1)
     assert align(deep, shallow, (2,)) == (-3,)
     for stages in ((4,), (-4,), (0,)):
-        with pytest.raises(UserError, match="no stage"):
+        with refused("--stages", *stages):
             align(shallow, deep, stages)
-    with pytest.raises(UserError, match="no stage 1"):
+    with refused("--stages", 1):
         align(deep, shallow, (1,))  # the teacher has nothing beside the deep one's first
 
 
@@ -292,7 +292,7 @@ def test_regressor_of_the_crd_benchmark(case):
 
 
 def test_no_regressor_to_an_odd_size():
-    with pytest.raises(UserError, match="no regressor"):
+    with refused("4x4", "7x7", "--adapter channels+size"):
         Regressor(torch.Size([1, 3, 4, 4]), torch.Size([1, 3, 7, 7]), relu=False)
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # torchrun starts this file
 
 import utils  # noqa: E402
+from messages import ends, one_line  # noqa: E402
 from engine import distributed, stream  # noqa: E402
 from engine.checkpoint import save_checkpoint  # noqa: E402
 from engine.distiller import Distiller  # noqa: E402
@@ -85,7 +86,7 @@ def detectors(root: Path) -> bool:
     """Whether a distilled detector and its fusion are equal on both."""
     import coco_like
 
-    import train_det
+    from detection import train_det
 
     view = train_det.View((64,), 96, 8, 16)
     if utils.rank() == 0:
@@ -214,7 +215,13 @@ def test_goes_on_with_another_number_of_processes(found, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["epoch"] for row in read_metrics(tmp_path / "r")] == [1, 2]
     again = torchrun("train_kd.py", *argv, timeout=300)
-    assert again.returncode and again.stderr.count("holds another run") == 1
+    assert again.returncode
+    one_line(errors(again), tmp_path / "r")
+
+
+def errors(done: subprocess.CompletedProcess) -> str:
+    """What the processes said of mistakes."""
+    return "\n".join(x for x in done.stderr.splitlines() if x.startswith("error: "))
 
 
 def alone(how: str, root: str) -> None:
@@ -239,11 +246,7 @@ def alone(how: str, root: str) -> None:
 
 @pytest.mark.parametrize(
     "how, line",
-    [
-        ("mistake", "error: a.png is none"),
-        ("killed", "error: another process has ended ("),
-        ("defect", "TypeError: a.png is none"),
-    ],
+    [("mistake", "error: a.png is none"), ("killed", "error: "), ("defect", "TypeError: a.png")],
 )
 def test_one_process_fails_and_one_speaks(how, line, tmp_path):
     done = torchrun(str(Path(__file__)), how, str(tmp_path), timeout=120)
@@ -255,18 +258,14 @@ def test_one_process_fails_and_one_speaks(how, line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, line",
-    [
-        ("--epochs x", "error: argument --epochs: a whole number"),
-        ("--batch_size 2", "error: --batch_size 2, 1297 training images: 2 processes need two"),
-    ],
+    "argv, named", [("--epochs x", ["--epochs", "x"]), ("--batch_size 2", ["--batch_size", 2])]
 )
-def test_all_make_the_same_mistake_and_one_says_it(argv, line, tmp_path):
+def test_all_make_the_same_mistake_and_one_says_it(argv, named, tmp_path):
     small = ["--net_name", "resnet8", "--data_name", "digits", "--img_size", "12", "--cuda", "0"]
     argv = [*small, *argv.split(), "--save_root", str(tmp_path / "runs")]
     done = torchrun("train_base.py", *argv, timeout=120)
-    said = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert done.returncode and len(said) == 1 and said[0].startswith(line), done.stderr
+    assert done.returncode
+    one_line(errors(done), *named)
     assert not (tmp_path / "runs").exists()
 
 
@@ -276,9 +275,10 @@ def test_shares_that_cannot_be_equal_are_refused_before_anything_is_written(
     """Of detectors, and where there are too few images for all; as if there were two processes."""
     import coco_like
     import train_base
-    import train_det
     import utils
     from PIL import Image
+
+    from detection import train_det
 
     monkeypatch.setattr(utils, "world", lambda: 2)
     monkeypatch.setattr(utils, "rank", lambda: 0)
@@ -292,14 +292,12 @@ def test_shares_that_cannot_be_equal_are_refused_before_anything_is_written(
         f"--kd_mode none --s_name fasterrcnn_resnet18 --img_root {tmp_path}/coco --batch_size 3"
     )
     classify = f"--net_name resnet8 --data_name imagefolder --img_root {tmp_path}/img"
-    for main, argv, line in (
-        (train_det.main, detect, "--batch_size 3: 2 process(es) need a multiple of 2"),
-        (train_base.main, classify, "2 training images: 2 processes need two images each"),
+    for main, argv, named in (
+        (train_det.main, detect, ["--batch_size", 3, 2]),
+        (train_base.main, classify, ["--batch_size", 2]),
     ):
-        with pytest.raises(SystemExit) as stop:
+        with ends(capsys, *named):
             main([*argv.split(), "--cuda", "0", "--save_root", str(tmp_path / "runs")])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and line in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

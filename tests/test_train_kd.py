@@ -2,12 +2,14 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import toys
+from messages import ends, names
 
 import network
 import train_base
@@ -312,7 +314,7 @@ def test_compile_both_networks_or_say_why_not(mode, compiled, distil, monkeypatc
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: calls.append(net))
     distil(mode, *FEW, "--compile")
     assert len(calls) == compiled
-    assert ("not compiled: the method needs second" in capsys.readouterr().out) == (not compiled)
+    assert ("not compiled" in capsys.readouterr().out) == (not compiled)
 
 
 @pytest.mark.slow
@@ -420,9 +422,10 @@ def test_weight_by_number_of_classes():
 
 def test_equal_learners_are_refused(base, tmp_path, capsys):
     same_file = str(base / "resnet8" / "initial_r8.pth.tar")
-    with pytest.raises(SystemExit):
-        train_kd.main(["--kd_mode", "dml", "--t_model", same_file, "--s_init", same_file])
-    assert "stay equal" in capsys.readouterr().err
+    argv = ["--kd_mode", "dml", "--t_model", same_file, "--cuda", "0", "--dry_run"]
+    with ends(capsys):
+        train_kd.main([*argv, "--s_init", same_file])
+    train_kd.main([*argv, "--s_name", "resnet8", "--seed", "5"])  # nothing else is wrong
 
 
 def test_two_fresh_learners_differ(tmp_path):
@@ -478,10 +481,8 @@ def test_help_of_a_mode_shows_its_flags(capsys):
 
 
 def test_a_diverging_run_stops_with_the_term(distil, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with ends(capsys, "--lr"):
         distil("fitnet", *FEW, "--lr", "1e30", "--print_freq", "1")
-    assert stop.value.code == 2
-    assert "is not finite" in capsys.readouterr().err
 
 
 # --- what goes wrong is said -------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def warnings(capsys):
 
 def test_a_teacher_no_better_than_chance_is_said(distil, capsys):
     distil("st", "--epochs", "1")
-    assert "warning: the teacher is no better than chance on the test images" in warnings(capsys)
+    assert any(names(line, "teacher") for line in warnings(capsys))
 
 
 @pytest.mark.parametrize(
@@ -506,7 +507,7 @@ def test_chance(top1, n, classes, says):
 def test_an_initial_student_that_is_trained_is_said(base, distil, capsys):
     trained = base / "resnet8" / "model_best.pth.tar"
     distil("st", "--epochs", "1", "--s_init", trained)
-    assert f"warning: --s_init {trained} is no start: trained for 1 epoch(s)" in warnings(capsys)
+    assert any(names(line, "--s_init", trained, 1) for line in warnings(capsys))
     distil("st", "--epochs", "1", note="other")
     assert "s_init" not in " ".join(warnings(capsys))
 
@@ -514,12 +515,9 @@ def test_an_initial_student_that_is_trained_is_said(base, distil, capsys):
 def test_a_term_that_drowns_the_cross_entropy_is_said_once(distil, capsys):
     argv = ["--epochs", "2", "--lr", "1e-9", "--print_freq", "2"]
     distil("st", *argv, "--lambda_kd", "1e6")
-    drowned = [line for line in warnings(capsys) if "a thousand times the cross-entropy" in line]
-    assert drowned == [
-        "warning: kd times its weight is more than a thousand times the cross-entropy"
-    ]
+    assert len([line for line in warnings(capsys) if names(line, "kd")]) == 1
     distil("st", *argv, note="other")
-    assert "thousand" not in " ".join(warnings(capsys))
+    assert not [line for line in warnings(capsys) if names(line, "kd")]
 
 
 @pytest.fixture
@@ -536,7 +534,8 @@ def broken(monkeypatch):
 
 def test_steps_without_a_number_can_be_left_out(broken, distil, capsys):
     folder = distil("st", "--epochs", "2", "--on_nan", "skip")["dir"]
-    assert capsys.readouterr().out.count("a step without finite gradients is left out") >= 6
+    lines = Counter(capsys.readouterr().out.splitlines())
+    assert max(lines.values()) >= 6, "each step that is left out is said"
     for row in read_metrics(folder):
         assert all(value == value for value in row.values()) and row["kd"] > 0
     saved = read_checkpoint(f"{folder}/checkpoint.pth.tar")
@@ -544,11 +543,8 @@ def test_steps_without_a_number_can_be_left_out(broken, distil, capsys):
 
 
 def test_steps_without_a_number_stop_the_run(broken, distil, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with ends(capsys, "distil", 1, 2, "kd", "--lr"):
         distil("st", "--epochs", "2", "--print_freq", "1")
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("error: distil epoch 1, step 2: kd is not finite") and "\n" not in line
     assert not (tmp_path / "r" / "checkpoint.pth.tar").exists()
 
 
@@ -557,9 +553,8 @@ def test_no_number_at_all_stops_the_run_that_leaves_them_out(distil, monkeypatch
         return s.sum() * float("nan" if s.requires_grad else 1)  # not when it is rehearsed
 
     monkeypatch.setattr("kd_losses.st.SoftTarget.forward", broken)
-    with pytest.raises(SystemExit):
+    with ends(capsys, "--lr"):
         distil("st", "--epochs", "1", "--on_nan", "skip", "--print_freq", "100")
-    assert "every step was left out" in capsys.readouterr().err
 
 
 def test_a_fresh_student_is_the_baseline_of_its_seed(base):

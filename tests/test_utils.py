@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
+from messages import refused
 from torch import nn
 
 import utils
@@ -50,7 +51,7 @@ def test_the_checkpoint_s_word_on_the_data():
     assert recipe.mean_std == ((0.1,) * 3, (0.2,) * 3)
     assert cli.resolve(flags("--mean_std", "measured"), "x", knows).mean_std is None
     assert cli.resolve(flags("--mean_std", "cifar10"), "x", knows).mean_std == published.CIFAR10
-    with pytest.raises(UserError, match="--data_name cifar10 contradicts"):
+    with refused("--data_name", "cifar10", "digits"):
         cli.resolve(flags("--data_name", "cifar10"), "x", knows)
 
 
@@ -62,26 +63,25 @@ def test_flags_stay_as_they_were_given():
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "argv, named",
     [
-        (["--epochs", "0"], "--epochs: a whole number of at least 1 is wanted, not '0'"),
-        (["--epochs", "1.5"], "'1.5'"),
-        (["--lr", "nan"], "--lr: a number above 0 is wanted, not 'nan'"),
-        (["--lr", "0"], "above 0"),
-        (["--batch_size", "1"], "at least 2"),
-        (["--momentum", "2"], "at most 1"),
-        (["--mean_std", "1,2,3"], "six numbers"),
-        (["--mean_std", "0,0,0,1,1,0"], "above 0"),
-        (["--protocol", "mine"], "kdzoo"),
-        (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs?"),
-        (["--zzz"], "unknown flag --zzz: see --help"),
-        (["stray"], "unknown flag stray"),
+        (["--epochs", "0"], ["--epochs", 0]),
+        (["--epochs", "1.5"], ["--epochs", 1.5]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "0"], ["--lr", 0]),
+        (["--batch_size", "1"], ["--batch_size", 1]),
+        (["--momentum", "2"], ["--momentum", 2]),
+        (["--mean_std", "1,2,3"], ["--mean_std", "1,2,3"]),
+        (["--mean_std", "0,0,0,1,1,0"], ["--mean_std", "0,0,0,1,1,0"]),
+        (["--protocol", "mine"], ["mine", "kdzoo"]),
+        (["--epoch", "3"], ["--epoch", "--epochs"]),
+        (["--zzz"], ["--zzz"]),
+        (["stray"], ["stray"]),
     ],
 )
-def test_wrong_flags(argv, message):
-    with pytest.raises(UserError) as error:
+def test_wrong_flags(argv, named):
+    with refused(*named):
         flags(*argv)
-    assert message in str(error.value)
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys):
@@ -117,7 +117,7 @@ def test_scaled():
 def test_cuda_is_never_replaced_silently(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.machine(None, "off").device.type == utils.machine(0, "off").device.type == "cpu"
-    with pytest.raises(UserError, match="--cuda 1"):
+    with refused("--cuda", 1):
         utils.machine(1, "off")
 
 
@@ -165,7 +165,7 @@ def test_top5_with_few_classes():
 
 def test_check_finite_names_the_term():
     check_finite(dict(ce=1.0), "here")
-    with pytest.raises(UserError, match="epoch 3: kd is not finite"):
+    with refused("epoch 3", "kd", "--lr"):
         check_finite(dict(ce=1.0, kd=float("nan")), "epoch 3")
 
 
@@ -218,9 +218,8 @@ def bad_checkpoint(path, kind):
 def test_bad_checkpoints(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     path = bad_checkpoint(tmp_path / "x.pth", kind)
-    with pytest.raises(UserError, match="x.pth") as error:
+    with refused(path):
         read_checkpoint(path)
-    assert "\n" not in str(error.value)
     assert not os.path.exists("pwned"), "a checkpoint must not run code"
 
 
@@ -259,7 +258,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device.*--resume"):
+    with refused(tmp_path / "r", "No space left on device", "--resume"):
         run.epoch(row, 1.0, dict(weights=dict(net={"a": torch.zeros(2)})))
     saved = read_checkpoint(tmp_path / "r" / "checkpoint.pth.tar")
     assert saved["epoch"] == 1 and saved["net"]["a"].tolist() == [1, 1]
@@ -293,7 +292,7 @@ def test_resume_refuses_other_flags(tmp_path):
     again.resume, again.print_freq = True, 7
     assert Run(again, "r", ["x"]).saved["epoch"] == 1
     again.lr = 0.2
-    with pytest.raises(UserError, match="--lr is 0.2, the run was started with 0.1"):
+    with refused("--lr", 0.2, 0.1):
         Run(again, "r", ["x"])
 
 

@@ -318,8 +318,7 @@ def check_places(args: argparse.Namespace, count: int) -> None:
 
 def boxes(args: argparse.Namespace):
     """Boxes in validation images: the annotated ones, and those that detectors find."""
-    import coco
-    import train_det
+    from detection import coco, train_det
 
     machine = utils.machine(args.cuda, args.amp)
     found = [train_det.find(None, path, "s") for path in args.what]

@@ -12,13 +12,12 @@ import torch
 from mistakes import is_line, missing
 from PIL import Image
 
-import coco
 import network
 import train_base
-import train_det
 import train_kd
 import engine.run as run_module
 import utils
+from detection import coco, train_det
 from engine import foreign, stream
 from engine.checkpoint import read_checkpoint, read_weights, save_checkpoint
 from engine.run import read_metrics

@@ -1,9 +1,9 @@
 """Distil an object detector into another on COCO: ReviewKD on the levels of the feature pyramid,
 DKD on the class logits of the regions, or both.
 
-    python train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note r101
-    python train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
-                        --s_name fasterrcnn_resnet18 --s_pretrained
+    python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note r101
+    python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
+                                  --s_name fasterrcnn_resnet18 --s_pretrained
 
 The first trains a teacher, or a baseline. The detectors are torchvision's. What a checkpoint knows
 need not be said again. `--kd_mode MODE --help` lists the flags of a mode.
@@ -11,30 +11,39 @@ need not be said again. `--kd_mode MODE --help` lists the flags of a mode.
 
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import detection
+from torchvision.models import detection as detectors
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-import coco
-import utils
-from engine import cli, console, distributed, foreign, published
-from engine.checkpoint import check_meta, check_weights, find_weights, load_weights, sha256
-from engine.run import Run
-from kd_losses.dkd import DKD
-from kd_losses.reviewkd import ReviewKD
-from utils import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils  # noqa: E402
+from detection import coco  # noqa: E402
+from engine import cli, console, distributed, foreign, published  # noqa: E402
+from engine.checkpoint import (  # noqa: E402
+    check_meta,
+    check_weights,
+    find_weights,
+    load_weights,
+    sha256,
+)
+from engine.run import Run  # noqa: E402
+from kd_losses.dkd import DKD  # noqa: E402
+from kd_losses.reviewkd import ReviewKD  # noqa: E402
+from utils import UserError  # noqa: E402
 
 # --- detectors ------------------------------------------------------------------------------------
 
 KINDS = dict(
-    fasterrcnn=detection.FasterRCNN, maskrcnn=detection.MaskRCNN, retinanet=detection.RetinaNet
+    fasterrcnn=detectors.FasterRCNN, maskrcnn=detectors.MaskRCNN, retinanet=detectors.RetinaNet
 )
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v2")
 DETECTORS = {f"{kind}_{name}": (kind, name) for kind in KINDS for name in BACKBONES}
@@ -78,7 +87,7 @@ def build(
     if weights == "detector":
         if name not in TRAINED:
             raise UserError(f"torchvision has no trained {name}, only {', '.join(TRAINED)}")
-        make = getattr(detection, f"{name}_fpn")
+        make = getattr(detectors, f"{name}_fpn")
         trained = dict(weights="COCO_V1", weights_backbone=None)
         return foreign.downloaded(lambda: make(**trained, **sizes), f"{name}_fpn")
     known = dict(weights="IMAGENET1K_V1" if weights == "backbone" else None)
@@ -394,7 +403,7 @@ def parse(argv: list[str]):
     mode = first.parse_known_args(argv)[0].kd_mode
     parts = {} if mode is None else {p: PARTS[p] for p in utils.named(MODES, mode, "--kd_mode")}
 
-    parser = cli.Parser(prog="train_det.py", description=__doc__)
+    parser = cli.Parser(prog="detection/train_det.py", description=__doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_mode", required=True, metavar="MODE", help="one of " + ", ".join(MODES))
     file = dict(type=cli.filled, metavar="FILE")
@@ -516,7 +525,7 @@ def main(argv: list[str] | None = None) -> dict:
     coco.check_shares(recipe.batch_size, utils.world())
     names = [found.name for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, *names])
-    run = Run(recipe, note, ["train_det.py", *argv], loss="loss", score="AP")
+    run = Run(recipe, note, ["detection/train_det.py", *argv], loss="loss", score="AP")
     masks = found_s.name.startswith("maskrcnn")
     data = coco.load(recipe.img_root, masks=masks)
     coco.Evaluation(data.val)  # or say what to install, before anything is written
