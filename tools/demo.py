@@ -2,8 +2,10 @@
 
     python tools/demo.py            (or `make demo`, which installs what is needed first)
 
-On scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and the same resnet8 from
-the same initial weights distilled with several methods. Prints the comparison and the path of a figure.
+On scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and the same \
+resnet8 from
+the same initial weights distilled with several methods. Prints the comparison and the path \
+of a figure.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""What a checkpoint is worth on the test images: accuracy, loss, size, speed, agreement with a teacher.
+"""What a checkpoint is worth on the test images: accuracy, loss, size, speed, \
+agreement with a teacher.
 
-    python tools/eval.py runs/at-c10-r20/model_best.pth.tar --teacher runs/base-c10/model_best.pth.tar
+    python tools/eval.py runs/at-c10-r20/model_best.pth.tar --teacher \
+runs/base-c10/model_best.pth.tar
 
 Top-1, top-5 and loss are those that training printed: the same function, images and precision. What
 the checkpoint knows (network, dataset, normalisation) need not be said again.
@@ -24,12 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import network  # noqa: E402
 import utils  # noqa: E402
-from engine import stream  # noqa: E402
-from engine import (
-    console,
-    cli,  # noqa: E402
-    published,  # noqa: E402
-)
+from engine import cli, console, published, stream  # noqa: E402
 from engine.adapter import count_macs  # noqa: E402
 from engine.checkpoint import (  # noqa: E402
     Weights,
@@ -83,7 +80,8 @@ def find_peer(name: str | None, path: str) -> Weights:
 
 
 def build(found: Weights, data, device) -> nn.Module:
-    """The network with its weights as training evaluates it. Raises UserError where it does not fit."""
+    """The network with its weights as training evaluates it. Raises UserError where they do not
+    fit."""
     num_class, size = data.train.num_class, data.train.size
     known = found.meta.get("num_class", num_class)
     if known != num_class:
@@ -96,7 +94,8 @@ def build(found: Weights, data, device) -> nn.Module:
 
 
 def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
-    """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first batch."""
+    """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first
+    batch."""
     first, answers, divergence = [], [], []
 
     def look(net, args, out):
@@ -180,7 +179,8 @@ def lines(r: dict) -> list[str]:
     """The result, aligned."""
     rows = dict(
         checkpoint=r["checkpoint"],
-        network=f"{r['network']}, {r['parameters']:,} parameters, {r['macs']:,} multiply-adds an image",
+        network=f"{r['network']}, {r['parameters']:,} parameters, "
+        f"{r['macs']:,} multiply-adds an image",
         data=f"{r['data_name']}, {r['test_images']} test images of {r['img_size']} pixels, "
         f"{r['num_class']} classes",
         normalised=f"mean {r['mean']}, std {r['std']}",

@@ -5,7 +5,8 @@
 
 Of a distilled checkpoint it is the student, without adapters. The file is read back and its logits
 are compared with the checkpoint's before it gets its name. Images are normalised before they enter:
-mean and std are printed, and stand with classes and image size in the file's metadata ('meta', JSON).
+mean and std are printed, and stand with classes and image size in the file's metadata \
+('meta', JSON).
 `train_kd.py --t_model` and `tools/eval.py` take a .safetensors file as it is.
 """
 
@@ -209,7 +210,8 @@ def quiet():
 
 @torch.no_grad()
 def difference(net: nn.Module, other, img: Tensor) -> float:
-    """Largest difference of two networks' logits, relative to the largest logit where that is above 1."""
+    """Largest difference of two networks' logits, relative to the largest logit where that is
+    above 1."""
     want, got = net(img), other(img)
     if want.shape != got.shape:
         return float("inf")

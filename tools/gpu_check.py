@@ -1,9 +1,11 @@
-"""What the day with a GPU is for: captured against plain steps, their times, an epoch, rows of a table.
+"""What the day with a GPU is for: captured against plain steps, their times, an epoch, \
+rows of a table.
 
     tools/gpu_check.sh                              # all parts, at most six minutes, with a summary
     python tools/gpu_check.py steps --seconds 100   # every method: plain against captured step
     python tools/gpu_check.py runs                  # every method trains two epochs on digits
-    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours beside a plain public-style loop
+    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours beside a plain \
+public-style loop
     python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
     python tools/gpu_check.py summary               # what the parts wrote, as Markdown
 
@@ -23,21 +25,18 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
-import bench  # noqa: E402
+# bench before torch, whose profiler reads at the import what bench sets
+from tools import bench, bench_data, bench_flags, bench_meter, bench_steps  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import train_kd  # noqa: E402
 import utils  # noqa: E402
-from engine import (
-    console,
-    cli,  # noqa: E402
-    foreign,  # noqa: E402
-    stream,  # noqa: E402
-)
+from engine import cli, console, foreign, stream  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -56,9 +55,9 @@ def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
             size = 8 if args.tiny else batch_size
             sizes = dict(teacher=teacher, student=student, batch_size=size, num_class=100)
             flags = argparse.Namespace(samples=4 * size if args.tiny else 4096, **sizes)
-            images = bench.random_images(flags.samples, flags.num_class)
-            nets = bench.pair(flags, images)
-            bare = bench.bare_step(flags, machine, images, *nets, False)
+            images = bench_steps.random_images(flags.samples, flags.num_class)
+            nets = bench_steps.pair(flags, images)
+            bare = bench_steps.bare_step(flags, machine, images, *nets, False)
             bare_ms = 1000 * per_call(bare, args.steps, machine)
             head = dict(pair=f"{teacher} -> {student}", batch=size)
             for mode in args.modes:
@@ -79,7 +78,7 @@ def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
 
 
 def one_mode(mode: str, flags, machine, images, nets, count: int) -> dict:
-    """Times and kernels of a plain step of `mode`, and of a captured one where the row allows it."""
+    """Times and kernels of a plain step of `mode`, and of a captured one where the row allows."""
     plain = Stepper(mode, flags, machine, images, nets, train_kd.train_step)
     losses, weights = plain.compared()
     row = dict(step_ms=1000 * per_call(plain, count, machine))
@@ -95,11 +94,12 @@ def one_mode(mode: str, flags, machine, images, nets, count: int) -> dict:
 
 
 class Stepper:
-    """Steps of `mode` on a few batches in turn, from the same weights and draws each time it is made."""
+    """Steps of `mode` on a few batches in turn, from the same weights and draws each time it is
+    made."""
 
     def __init__(self, mode: str, flags, machine, images, nets, step):
         torch.manual_seed(0)
-        self.job, self.phase, self.optimizer, images = bench.distillation(
+        self.job, self.phase, self.optimizer, images = bench_steps.distillation(
             mode, flags, machine, images, *nets
         )
         self.job.learners(self.phase)
@@ -109,7 +109,7 @@ class Stepper:
         batches = stream.train_batches(images, flags.batch_size, 2, 1, two_views=self.job.strong)
         self.batches = [train_kd.Batch(*batch) for _, batch in zip(range(4), batches)]
         self.step, self.machine, self.taken = step, machine, 0
-        self.weights = train_kd.kd_weights(self.job, self.phase, 0.5, bench.recipe())
+        self.weights = train_kd.kd_weights(self.job, self.phase, 0.5, bench_steps.recipe())
 
     def __call__(self) -> dict:
         batch = self.batches[self.taken % len(self.batches)]
@@ -126,8 +126,8 @@ class Stepper:
 
 def per_call(call, count: int, machine: utils.Machine) -> float:
     """Seconds of a call: the median of three blocks of `count` calls, after six to warm up."""
-    bench.seconds(call, 6, machine.device)
-    return median(bench.seconds(call, count, machine.device) / count for _ in range(3))
+    bench_meter.seconds(call, 6, machine.device)
+    return median(bench_meter.seconds(call, count, machine.device) / count for _ in range(3))
 
 
 def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
@@ -170,7 +170,8 @@ def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
         if mode in args.modes
     ]
     failed = dict.fromkeys(args.modes, "not run")
-    # processes that take one method after another: to start Python for each takes longer than to train
+    # processes that take one method after another: to start Python for each takes longer than to
+    # train
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(args.jobs) as pool:
         for mode, error in pool.imap_unordered(one_run, jobs):
@@ -200,7 +201,7 @@ def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
     return mode, ""
 
 
-# --- epoch: ours beside a plain public-style loop --------------------------------------------------
+# --- epoch: ours beside a plain public-style loop -------------------------------------------------
 
 
 def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
@@ -248,7 +249,7 @@ def public_loop(args, machine, name: str, workers: int) -> dict:
     tnet.eval(), snet.train()
     optimizer = torch.optim.SGD(snet.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     loader = torch.utils.data.DataLoader(
-        bench.InMemory(train), 128, shuffle=True, num_workers=workers, pin_memory=True
+        bench_data.InMemory(train), 128, shuffle=True, num_workers=workers, pin_memory=True
     )
     total = images = 0
     began, warm, limit = time.perf_counter(), 20, 2 if args.tiny else 20
@@ -273,7 +274,7 @@ def public_loop(args, machine, name: str, workers: int) -> dict:
     return dict(img_per_s=images / (time.perf_counter() - began), images=images)
 
 
-# --- rows: KD-Zoo's CIFAR-10 protocol --------------------------------------------------------------
+# --- rows: KD-Zoo's CIFAR-10 protocol -------------------------------------------------------------
 
 
 def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
@@ -401,7 +402,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("part", choices=PARTS)
     add("--out", type=Path, default=Path("results/gpu/here"), metavar="DIR")
-    add("--modes", type=bench.some(METHODS), default=tuple(METHODS), metavar="M,M")
+    add("--modes", type=bench_flags.some(METHODS), default=tuple(METHODS), metavar="M,M")
     add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
     add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help="(default 100)")
     add("--steps", type=cli.number(int, 1), default=10, metavar="N", help="a block (default 10)")
@@ -411,7 +412,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
     add("--tiny", action="store_true", help="small sizes, to try the script")
-    bench.add_amp(parser)
+    bench_flags.add_amp(parser)
     return parser.parse_args(argv)
 
 

@@ -31,13 +31,7 @@ sys.path.insert(0, str(ROOT))
 import dataset  # noqa: E402
 import network  # noqa: E402
 import utils  # noqa: E402
-from engine import (
-    console,
-    cli,  # noqa: E402
-    foreign,  # noqa: E402
-    published,  # noqa: E402
-    stream,  # noqa: E402
-)
+from engine import cli, console, foreign, published, stream  # noqa: E402
 from engine.checkpoint import Weights, find_weights  # noqa: E402
 from engine.find_taps import ensure_taps  # noqa: E402
 from engine.run import read_metrics  # noqa: E402
@@ -67,7 +61,7 @@ MANY = 20  # classes whose names stand at an axis
 LEGEND = 100  # names in one
 
 
-# --- what all figures share ------------------------------------------------------------------------
+# --- what all figures share -----------------------------------------------------------------------
 
 
 def colors(count: int) -> np.ndarray:
@@ -165,7 +159,7 @@ def look(net: nn.Module, name: str, images, machine: utils.Machine, tap: str) ->
     return parts
 
 
-# --- the figures -----------------------------------------------------------------------------------
+# --- the figures ----------------------------------------------------------------------------------
 
 
 def rows_of(folder: str) -> list[dict]:

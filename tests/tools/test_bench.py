@@ -1,7 +1,9 @@
+import copy
 import json
 import math
 from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import utils
 from engine.checkpoint import Weights, read_checkpoint
 from engine.run import read_metrics
 from kd_losses import METHODS, crd
-from tools import bench
+from tools import bench, bench_data, bench_loss, bench_meter, bench_steps, plain_losses
 
 CPU = torch.device("cpu")
 TINY = ["--cuda", "0", "--rounds", "1"]
@@ -24,17 +26,19 @@ DATA = ["data", *TINY, "--samples", "24", "--images", "12", "--batch_size", "4",
 DATA += ["--img_size", "97", "--batches", "3"]
 
 
-REAL = bench.quick_or_slow
+REAL = bench_meter.quick_or_slow
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setattr(
-        bench, "quick_or_slow", lambda calls, rounds, device: bench.take_turns(calls, 1, 1, device)
+        bench_loss,
+        "quick_or_slow",
+        lambda calls, rounds, device: bench_meter.take_turns(calls, 1, 1, device),
     )
     # CRD's flag for as few negatives as there are samples
     flags = dict(METHODS["crd"].flags, nce_n=32)
-    monkeypatch.setitem(METHODS, "crd", bench.replace(METHODS["crd"], flags=flags))
+    monkeypatch.setitem(METHODS, "crd", replace(METHODS["crd"], flags=flags))
 
 
 def tables(text):
@@ -56,7 +60,7 @@ def same(text, result, columns):
     return table
 
 
-# --- the commands ----------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def test_step(tmp_path, capsys):
@@ -94,7 +98,7 @@ def test_loss(capsys):
     assert without == ["sobolev", "bss", "lwm"]
     for row in result["rows"]:
         assert row["mode"] in without or row["memory_mb"] >= row["state_mb"]
-        assert ("faster" in row) == (row["mode"] in bench.BROADCAST)
+        assert ("faster" in row) == (row["mode"] in plain_losses.BROADCAST)
         assert row.get("difference", 0) < 1e-4
 
 
@@ -138,7 +142,7 @@ def test_loaders_take_turns(monkeypatch, capsys):
         order.append(type(batches).__name__)
         return next(speeds)
 
-    monkeypatch.setattr(bench, "throughput", throughput)
+    monkeypatch.setattr(bench_data, "throughput", throughput)
     rows = bench.main([*DATA, "--rounds", "3"])["rows"]
     assert order == ["generator", "DataLoader"] * 9
     assert [(row["ratio"], row["img_per_s"], row["met"]) for row in rows[::2]] == [
@@ -165,8 +169,8 @@ def test_epoch(capsys):
 def test_what_an_epoch_writes(tmp_path):
     """Both checkpoints with all that training puts in them, and 201 rows."""
     args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
-    images, machine = bench.random_images(40, 4), utils.machine(0, "off")
-    write = bench.writing(args, machine, images, bench.pair(args, images), tmp_path, 1000)
+    images, machine = bench_steps.random_images(40, 4), utils.machine(0, "off")
+    write = bench.writing(args, machine, images, bench_steps.pair(args, images), tmp_path, 1000)
     write()
     saved = read_checkpoint(tmp_path / "run/checkpoint.pth.tar")
     assert {"snet", "kd", "optimizer", "rng", "history"} <= saved.keys()
@@ -218,11 +222,11 @@ def test_bad_input_is_one_line(argv, message, capsys):
 
 
 def test_a_step_is_that_of_training(monkeypatch):
-    """The learners, batches and weights of train_kd.py; bss with its weight on, attacking; mlkd with
-    two views."""
-    images = bench.random_images(40, 4)
+    """The learners, batches and weights of train_kd.py; bss with its weight on, attacking; mlkd
+    with two views."""
+    images = bench_steps.random_images(40, 4)
     args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
-    nets = bench.pair(args, images)
+    nets = bench_steps.pair(args, images)
     seen = []
     step = train_kd.train_step
 
@@ -234,7 +238,7 @@ def test_a_step_is_that_of_training(monkeypatch):
     monkeypatch.setattr(train_kd, "train_step", look)
     count = dict(bss=2 + 10 + 2, mlkd=4)  # the attack takes all its steps
     for mode in ("bss", "reviewkd", "fsp", "mlkd"):
-        call, _ = bench.full_step(mode, args, utils.machine(0, "off"), images, *nets)
+        call, _ = bench_steps.full_step(mode, args, utils.machine(0, "off"), images, *nets)
         with passes() as runs:
             call()
         assert len(runs) == count.get(mode, 2)
@@ -244,12 +248,12 @@ def test_a_step_is_that_of_training(monkeypatch):
 
 
 def test_the_bare_step_runs_the_teacher_without_gradient():
-    images = bench.random_images(40, 4)
+    images = bench_steps.random_images(40, 4)
     args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
-    nets = bench.pair(args, images)
+    nets = bench_steps.pair(args, images)
     assert all(net.bn1.running_var.isfinite().all() and net.bn1.momentum == 0.1 for net in nets)
     for alone, grads in ((True, [True]), (False, [False, True])):
-        call = bench.bare_step(args, utils.machine(0, "off"), images, *nets, alone)
+        call = bench_steps.bare_step(args, utils.machine(0, "off"), images, *nets, alone)
         with passes() as runs:
             call()
         assert [out.requires_grad for out in runs] == grads
@@ -272,7 +276,9 @@ def passes():
 def test_turns():
     """a b a b in each round, after two calls of each to warm up."""
     order = []
-    found = bench.take_turns([lambda: order.append("a"), lambda: order.append("b")], 3, 2, CPU)
+    found = bench_meter.take_turns(
+        [lambda: order.append("a"), lambda: order.append("b")], 3, 2, CPU
+    )
     assert "".join(order) == "aabb" + 3 * "abab"
     assert [len(times) for times in found] == [3, 3]
 
@@ -281,10 +287,10 @@ def test_rounds_suit_what_is_measured(monkeypatch):
     """(calls a round, rounds) by the seconds of a call; of seven rounds a slow one has three."""
     found = []
     monkeypatch.setattr(
-        bench, "take_turns", lambda _, rounds, steps, __: found.append((steps, rounds))
+        bench_meter, "take_turns", lambda _, rounds, steps, __: found.append((steps, rounds))
     )
     for once in (1e-5, 0.005, 0.01, 1, 10, 30):
-        monkeypatch.setattr(bench, "seconds", lambda *_: once)  # noqa: B023
+        monkeypatch.setattr(bench_meter, "seconds", lambda *_: once)  # noqa: B023
         REAL([None, None], 7, CPU)
     assert found == [(50, 7), (5, 7), (2, 7), (1, 7), (1, 3), (1, 3)]
 
@@ -323,7 +329,7 @@ def nets():
     ],
 )
 def test_budgets_of_memory(mode, words, limit):
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "contiguous", 6)
+    loss = bench_loss.Loss(mode, nets(), 32, 5, 40, "contiguous", 6)
     s, t, _ = loss.features(6, CPU)
     inputs = loss.inputs(s, t)
     size = sum(x.numel() * 4 for x in inputs)
@@ -344,17 +350,17 @@ def test_memory_meter():
         c = there[:3000].clone()
         return b, c
 
-    assert bench.peak_bytes(call, CPU) == 6000
-    assert bench.peak_bytes(lambda: None, CPU) == 0
+    assert bench_meter.peak_bytes(call, CPU) == 6000
+    assert bench_meter.peak_bytes(lambda: None, CPU) == 0
     x = torch.ones(1000, requires_grad=True)
     # x^2, its sum and the gradients of both; that of x is among them
-    assert 4000 < bench.peak_bytes(lambda: (x * x).sum().backward(), CPU) <= 3 * 4000 + 64
+    assert 4000 < bench_meter.peak_bytes(lambda: (x * x).sum().backward(), CPU) <= 3 * 4000 + 64
 
 
 @pytest.mark.parametrize("mode", [m for m in METHODS if m not in ("sobolev", "bss", "lwm")])
 def test_inputs_are_what_the_comparison_reads(mode):
     """All of the student's have a part in the loss; the teacher's are constants, but for dml."""
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last", 4)
+    loss = bench_loss.Loss(mode, nets(), 32, 5, 40, "channels_last", 4)
     s, t, batch = loss.features(4, CPU)
     loss.call(loss.part, s, t, batch)()
     both = loss.inputs(s, t)
@@ -366,18 +372,18 @@ def test_inputs_are_what_the_comparison_reads(mode):
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in both if x.ndim == 4)
     if mode in ("catkd", "sdd"):
         assert s.classifier.weight.grad.isfinite().all()
-    if mode in bench.HEADS:
+    if mode in bench_loss.HEADS:
         assert t.classifier.weight.grad is None
 
 
 # --- the broadcast versions -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", bench.BROADCAST)
+@pytest.mark.parametrize("mode", plain_losses.BROADCAST)
 def test_broadcast_versions_are_the_same_losses(mode):
     """In value, and in what the student learns from them; crd in a second step too."""
-    loss = bench.Loss(mode, nets(), 32, 5, 40, "channels_last", 6)
-    parts = bench.copy.deepcopy(loss.part).double(), loss.broadcast().double()
+    loss = bench_loss.Loss(mode, nets(), 32, 5, 40, "channels_last", 6)
+    parts = copy.deepcopy(loss.part).double(), loss.broadcast().double()
     results = []
     for part in parts:
         results.append([])
@@ -406,14 +412,14 @@ def double(features):
             values[kind] = leaf(value)
         elif value:
             values[kind] = [leaf(x) for x in value]
-    return bench.replace(features, **values)
+    return replace(features, **values)
 
 
 def test_broadcast_versions_fit(monkeypatch):
     """Fewer samples where the largest tensor would be too large, never fewer than three."""
-    loss = bench.Loss("nst", nets(), 32, 5, 40, "contiguous", 16)
+    loss = bench_loss.Loss("nst", nets(), 32, 5, 40, "contiguous", 16)
     largest = 4 * 256 * 256 * 64  # bytes a sample
-    monkeypatch.setattr(bench, "FIT", 12 * largest)
+    monkeypatch.setattr(bench_loss, "FIT", 12 * largest)
     assert (loss.fitting(12), loss.fitting(16)) == (12, 12)
-    monkeypatch.setattr(bench, "FIT", 1)
+    monkeypatch.setattr(bench_loss, "FIT", 1)
     assert loss.fitting(16) == 3

@@ -65,7 +65,7 @@ def last(folder):
     return str(folder / "checkpoint.pth.tar")
 
 
-# --- the figures -----------------------------------------------------------------------------------
+# --- the figures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_warm_up_is_not_timed(monkeypatch):
     assert tool.speed(torch.nn.Identity(), torch.zeros(10, 3), cpu) == 5
 
 
-# --- what is printed -------------------------------------------------------------------------------
+# --- what is printed ------------------------------------------------------------------------------
 
 
 def test_lines_for_people(runs, capsys):
@@ -158,7 +158,7 @@ def test_json_is_all_there_is_on_stdout(mine, capsys):
     assert (result["mean"], result["std"]) == tuple(map(list, published.CIFAR10))
 
 
-# --- other people's files --------------------------------------------------------------------------
+# --- other people's files -------------------------------------------------------------------------
 
 
 def test_public_checkpoints(runs, tmp_path):
@@ -204,7 +204,7 @@ def test_foreign_networks_are_as_in_training(tmp_path, name):
     assert [result[k] for k in ("top1", "loss")] == [row["test_top1"], row["test_loss"]]
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def assert_same_logits(path, checkpoint, name="resnet8", size=12, batches=(1, 3,
     return json.loads(meta)
 
 
-# --- the files -------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +179,7 @@ def test_tied_weights_and_a_network_of_ones_own(tmp_path):
     assert found.meta["num_class"] == 7
 
 
-# --- the check -------------------------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [*KINDS[::2], pytest.param("onnx", marks=pytest.mark.slow)])
@@ -244,7 +244,7 @@ def test_the_longest_name(student):
     assert run(student, "--out", out)["path"] == str(out) and out.exists()
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, module", [("safetensors", "safetensors"), ("onnx", "onnxscript")])

@@ -78,7 +78,7 @@ def alone(net, split):
         return torch.cat([net(img) for img, *_ in stream.test_batches(split, 1)])
 
 
-# --- curves ----------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def test_curves_are_the_runs_metrics(runs, out):
@@ -115,7 +115,7 @@ def test_many_colors_differ():
         assert found.shape == (count, 3) and len({tuple(color) for color in found}) == count
 
 
-# --- features --------------------------------------------------------------------------------------
+# --- features -------------------------------------------------------------------------------------
 
 
 def test_look_gives_the_network_s_own_numbers(runs):
@@ -175,7 +175,7 @@ def test_tsne_is_seeded(runs, tmp_path):
     assert first.shape == (30, 2) and not np.array_equal(first, other)
 
 
-# --- correlation -----------------------------------------------------------------------------------
+# --- correlation ----------------------------------------------------------------------------------
 
 
 def by_hand(logits):
@@ -218,11 +218,12 @@ def test_correlation_is_student_less_teacher(runs, out):
     assert [text.get_text() for text in first.get_xticklabels()] == images().classes
 
 
-# --- attention -------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def test_attention_maps_by_hand():
-    """Mean of squares; enlarged, a pixel's value is mixed of the four map pixels around its centre."""
+    """Mean of squares; enlarged, a pixel's value is mixed of the four map pixels around its
+    centre."""
     fm, size = torch.randn(2, 3, 4, 4), 8
     found = tool.attention_maps(fm, size)
     assert found.shape == (2, size, size)
@@ -280,7 +281,7 @@ def test_streamed_images_can_be_picked(tmp_path):
     assert img.shape == (2, 3, 100, 100) and img[0].min() > img[1].max() and len(target) == 2
 
 
-# --- boxes ------------------------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +311,7 @@ def test_boxes(detector, out):
     assert not draw(out, *strict)[1].lines
 
 
-# --- files and networks from elsewhere ---------------------------------------------------------------
+# --- files and networks from elsewhere ------------------------------------------------------------
 
 
 def test_a_bare_file_and_a_network_of_one_s_own(runs, tmp_path, out):
@@ -337,7 +338,7 @@ def test_the_first_that_knows_says_which_images(runs, tmp_path):
         assert tool.load(args)[2].size == size
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 LONG = "x" * 300
 SHOWN = "x" * 40 + "*"  # what a message must show of it, at least

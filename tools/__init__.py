@@ -1,0 +1,1 @@
+"""Scripts that are run as they are, `python tools/NAME.py`, and what they share."""

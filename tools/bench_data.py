@@ -1,0 +1,169 @@
+"""`bench.py data`: the images' way to the device, ours beside plain loaders."""
+
+import argparse
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+import dataset
+import utils
+from engine import cli, published, stream
+from tools.bench_flags import add_amp, add_numbers, add_rounds
+from tools.bench_meter import spread, take_turns
+from tools.bench_steps import bare_step, pair, random_images
+from utils import UserError
+
+
+def data_flags(parser: cli.Parser) -> None:
+    add_numbers(
+        parser,
+        batch_size=(2, 128, ""),
+        samples=(2, 50_000, "of 32 pixels "),
+        images=(2, 1024, "JPEG files "),
+        img_size=(97, 224, ""),
+        batches=(2, 40, "of each epoch "),
+        workers=(0, 2, "reading processes "),
+    )
+    parser.set_defaults(student="resnet20", teacher="resnet20", num_class=100)
+    add_rounds(parser)
+    add_amp(parser)
+
+
+def data(args: argparse.Namespace, machine: utils.Machine):
+    """Yield two rows for each way in which images come: ours and a plain DataLoader, in turns."""
+    device = machine.device
+    images = random_images(args.samples, args.num_class)
+    bare = bare_step(args, machine, images, *pair(args, images), alone=True)
+    step_s = median(take_turns([bare], args.rounds, 5, device)[0])
+    resident = images.to(device)
+    larger = replace(resident, img_size=args.img_size, autoaugment=True)
+    with tempfile.TemporaryDirectory() as root:
+        kilobytes = write_jpegs(Path(root), args.images)
+        folder = stream.load(
+            "imagefolder", root, published.IMAGENET, args.img_size, workers=args.workers
+        )
+        turns = (  # name, images and processes of ours; name and images of the plain loader
+            ("resident", resident, 0, "plain DataLoader", InMemory(images)),
+            (
+                "resident, 32 enlarged, AutoAugment",
+                larger,
+                0,
+                "plain DataLoader, the same",
+                InMemory(larger.to("cpu")),
+            ),
+            (
+                f"streamed, JPEG of {kilobytes:.0f} kB",
+                folder.train.to(device),
+                args.workers,
+                "plain DataLoader, the same files",
+                on_disk(root, args.img_size),
+            ),
+        )
+        for name, own, processes, other, plain in turns:
+            rounds = []
+            for _ in range(args.rounds):
+                batches = stream.train_batches(own, args.batch_size, 2, 1)
+                speed = throughput(batches, processes, args.batches, device)
+                batches = plain_loader(plain, args)
+                rounds.append((speed, throughput(batches, args.workers, args.batches, device)))
+            ratios = [a / b for a, b in rounds]
+            found = dict(spread("ratio", ratios), met="yes" if median(ratios) >= 1 else "no")
+            rows = [dict(loader=name, workers=processes) | found]
+            rows += [dict(loader=other, workers=args.workers)]
+            for row, speeds in zip(rows, zip(*rounds)):
+                speed = median(speeds)
+                row |= dict(pixels=own.size, img_per_s=speed)
+                row["batch_ms"] = 1000 * args.batch_size / speed
+                if own.size == 32:
+                    row |= dict(step_ms=1000 * step_s, share=row["batch_ms"] / (10 * step_s))
+                yield row
+
+
+def throughput(batches, workers: int, count: int, device: torch.device) -> float:
+    """Images a second of the first `count` batches, on the device, from the arrival of each
+    worker's first one on. Raises UserError where nothing is left to measure."""
+    skip, images, began = max(1, workers), 0, time.perf_counter()
+    for i, (img, *_) in enumerate(itertools.islice(batches, count), 1):
+        img.to(device, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if i == skip:
+            began = now
+        elif i > skip:
+            images += len(img)
+            spent = now - began
+    if not images:
+        raise UserError(f"{skip} batch(es) warm the loader up, and there are no more: --images N")
+    return images / spent
+
+
+def write_jpegs(root: Path, count: int) -> float:
+    """Write `count` pictures of 500x375 pixels into root/train and two into root/test. Returns the
+    kilobytes of one, on average.
+
+    Soft patches and some noise: their files are as large as those of photographs.
+    """
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, n in (("train", count), ("test", 2)):
+        for label in "ab":
+            (root / split / label).mkdir(parents=True)
+        for i in range(n):
+            coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+            picture = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(float)
+            picture += rng.normal(0, 12, (375, 500, 1))
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(
+                root / split / "ab"[i % 2] / f"{i}.jpg", quality=90
+            )
+    sizes = [path.stat().st_size for path in (root / "train").rglob("*.jpg")]
+    return sum(sizes) / len(sizes) / 1000
+
+
+class InMemory(torch.utils.data.Dataset):
+    """Small images one by one through PIL, as torchvision's CIFAR does it."""
+
+    def __init__(self, images: dataset.Images):
+        from torchvision import transforms
+        from torchvision.transforms import v2
+
+        self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
+        size = images.size
+        if images.enlarged:
+            steps = [v2.Resize(round(size * 256 / 224)), v2.RandomCrop(size)]
+            steps += [v2.RandomHorizontalFlip(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
+        else:
+            steps = [transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+            steps += [transforms.RandomHorizontalFlip()]
+        steps += [transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+def on_disk(root: str, size: int):
+    """torchvision's own folder of images, with ImageNet's usual augmentation."""
+    from torchvision import datasets, transforms
+
+    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(*published.IMAGENET)]
+    return datasets.ImageFolder(f"{root}/train", transforms.Compose(steps))
+
+
+def plain_loader(images, args: argparse.Namespace):
+    return torch.utils.data.DataLoader(
+        images, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True
+    )

@@ -1,0 +1,315 @@
+"""`bench.py loss`: time and memory of every loss alone, between random features."""
+
+import argparse
+import copy
+import functools
+import math
+import time
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+import dataset
+import network
+import train_kd
+import utils
+from engine import cli
+from engine.adapter import align
+from engine.checkpoint import Weights
+from kd_losses import METHODS, crd
+from tools.bench_flags import add_rounds, some
+from tools.bench_meter import peak_bytes, quick_or_slow
+from tools.bench_steps import longest, rows_of
+from tools.plain_losses import BROADCAST
+from utils import UserError
+
+PAIRS = dict(  # teacher, student, batch
+    cifar=(("resnet20", "resnet20", 128), ("resnet32x4", "resnet8x4", 64)),
+    imagenet=(("torchvision/resnet50", "torchvision/resnet18", 64),),
+)
+SIZES = dict(
+    cifar=(32, 100, 50_000), imagenet=(224, 1000, 200_000)
+)  # pixels, classes, crd's samples
+READS = dict(  # what a comparison reads of student and teacher, where it is not all that it wants
+    reviewkd=(("stages", "feat"), ("preacts", "feat")),
+    srrl=(("last",), ("feat", "out")),
+    catkd=(("last",), ("last",)),
+    sdd=(("last",), ("last",)),
+    ofa=(("stages", "out"), ("out",)),
+)
+HEADS = "srrl catkd sdd".split()  # read classifiers too
+MAPS = {"stem", "stages", "preacts", "last"}
+FIT = 1.1e9  # bytes: a broadcast version whose largest tensor would be larger gets fewer samples
+MB = 1e6
+VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the inputs
+PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores: what GATHER says
+
+
+def loss_flags(parser: cli.Parser) -> None:
+    add = parser.add_argument
+    add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help="(default all)")
+    add("--size", choices=PAIRS, default="cifar", help="whose feature maps (default cifar)")
+    add("--student", metavar="NAME", help="another pair of networks, for their shapes")
+    add("--teacher", metavar="NAME", help="the same")
+    add("--batch_size", type=cli.number(int, 3), metavar="N", help="(default: the size's)")
+    add(
+        "--n_data",
+        type=cli.number(int, 4),
+        metavar="N",
+        help="samples in the banks of crd (default: cifar 50000, imagenet 200000)",
+    )
+    add(
+        "--layout",
+        choices=("channels_last", "contiguous"),
+        default="channels_last",
+        help="of the maps (default channels_last, as training has them)",
+    )
+    add(
+        "--crd_paths",
+        action="store_true",
+        help="crd twice: rows of the banks gathered, then products with whole banks, in turns",
+    )
+    add("--memory", action="store_true", help="memory alone, no times")
+    add_rounds(parser)
+    parser.set_defaults(amp="off")
+
+
+def loss(args: argparse.Namespace, machine: utils.Machine):
+    """Yield a row for each mode and pair of networks: its loss alone, forward and backward."""
+    size, num_class, n_data = SIZES[args.size]
+    pairs = PAIRS[args.size]
+    if args.student or args.teacher:
+        if not (args.student and args.teacher):
+            raise UserError("--student and --teacher go together")
+        pairs = [(args.teacher, args.student, pairs[0][2])]
+    for teacher, student, batch_size in pairs:
+        nets = [Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
+        for mode in args.modes:
+            how = args.batch_size or batch_size, 0 if args.memory else args.rounds, machine.device
+            bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout, how[0])
+            # a name's last part tells torchvision's networks apart
+            names = " -> ".join(x.split("/")[-1] for x in (teacher, student))
+            if mode == "crd" and args.crd_paths:
+                measured = {f"crd, {path}": found for path, found in bench.paths(*how).items()}
+            else:
+                measured = {mode: bench.measure(*how)}
+            for name, found in measured.items():
+                yield dict(mode=name, pair=names, batch=how[0], **found)
+
+
+class Loss:
+    """One mode between random features of the networks' shapes."""
+
+    def __init__(
+        self,
+        mode: str,
+        nets: list,
+        size: int,
+        num_class: int,
+        n_data: int,
+        layout: str,
+        batch_size: int,
+    ):
+        self.mode, self.num_class, self.n_data, self.layout = mode, num_class, n_data, layout
+        (self.row,) = rows_of(mode, num_class, batch_size).values()
+        self.alone = self.row.teacher != "grad" and mode != "bss"
+        if not self.alone:
+            return
+        self.phase = longest(self.row.phases)
+        self.reads = READS.get(mode, (self.row.compare.wants,) * 2)
+        stages = align(*nets, self.row.stages)
+        dry = torch.zeros(2, 3, size, size)
+        with torch.no_grad():
+            # a loss may be built from more than its comparison reads
+            wants = [{*reads, *self.row.compare.wants} for reads in self.reads]
+            self.shapes = [network.Tapped(x, r, stages)(dry) for x, r in zip(nets, wants)]
+        heads = mode in HEADS
+        self.shapes = [replace(x, net=Head(x.classifier) if heads else None) for x in self.shapes]
+        classes = [str(i) for i in range(num_class)]
+        labels = torch.arange(n_data) % num_class
+        train = dataset.Images(dry, labels, classes, (0.5,) * 3, (0.25,) * 3)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            self.part = train_kd.Part(mode, self.row, range(len(stages)), *self.shapes, train)
+        self.part.eval().requires_grad_(False)
+        for name in self.phase.learns:
+            head, _, inner = name.partition(".")
+            if head == "kd":
+                module = self.part.loss.get_submodule(inner) if inner else self.part
+                module.train().requires_grad_(True)
+
+    def features(self, batch_size: int, device: torch.device):
+        """Random features of both networks and a batch of the training set."""
+        generator = torch.Generator().manual_seed(1)
+        learn = (True, "teacher" in self.phase.learns)
+        both = []
+        for shapes, reads, grad in zip(self.shapes, self.reads, learn):
+
+            def draw(x: Tensor, kind: str) -> Tensor:
+                x = torch.randn(batch_size, *x.shape[1:], generator=generator)
+                if kind not in ("out", "preacts"):
+                    x = x.relu()
+                if x.ndim == 4 and self.layout == "channels_last":
+                    x = x.contiguous(memory_format=torch.channels_last)
+                return x.to(device).requires_grad_(grad)
+
+            found = {}
+            for kind in reads:
+                value = getattr(shapes, kind)
+                one = torch.is_tensor(value)
+                found[kind] = draw(value, kind) if one else [draw(x, kind) for x in value]
+            if shapes.net is not None:
+                found["net"] = copy.deepcopy(shapes.net).to(device).requires_grad_(grad)
+            if self.row.strong:
+                found["strong"] = replace(shapes, out=draw(shapes.out, "out"))
+            both.append(replace(shapes, **dict(out=None) | found))
+        index = torch.randperm(self.n_data, generator=generator)[:batch_size].to(device)
+        return *both, train_kd.Batch(None, index % self.num_class, index)
+
+    def inputs(self, s, t) -> list[Tensor]:
+        """The tensors that the comparison reads."""
+        values = [getattr(x, kind) for x, reads in zip((s, t), self.reads) for kind in reads]
+        values += [x.strong.out for x in (s, t) if x.strong]
+        return [x for value in values for x in ([value] if torch.is_tensor(value) else value)]
+
+    def broadcast(self) -> train_kd.Part:
+        """The same part with the straightforward version of its loss in the place of its own."""
+        f, part = BROADCAST[self.mode][0], copy.deepcopy(self.part)
+        many = isinstance(part.loss, nn.ModuleList)
+        part.loss = nn.ModuleList(Plain(x, f) for x in part.loss) if many else Plain(part.loss, f)
+        return part
+
+    def call(self, part: train_kd.Part, s, t, batch):
+        """A function that computes loss and gradients afresh and returns the loss."""
+        heads = [p for x in (s, t) if x.net is not None for p in x.net.parameters()]
+        leaves = [x for x in (*self.inputs(s, t), *part.parameters(), *heads) if x.requires_grad]
+
+        def run():
+            for x in leaves:
+                x.grad = None
+            value = part(part.comparison(self.phase), s, t, batch)
+            value.backward()
+            return value.detach()
+
+        return run
+
+    def budget(self, inputs: list[Tensor], batch_size: int) -> tuple[str, float]:
+        """What the memory is allowed to be, in words and in bytes."""
+        if isinstance(self.part.loss, crd.CRD):
+            bank = sum(x.nbytes for x in self.part.loss.buffers())
+            board = 4 * batch_size * self.n_data
+            return f"2 x banks + 5 x ({batch_size}, {self.n_data})", 2 * bank + 5 * board
+        if not MAPS & {kind for reads in self.reads for kind in reads}:
+            return f"{VECTORS / MB:.0f} MB", VECTORS
+        learns = next(self.part.parameters(), None) is not None
+        factor = NET_MAPS if learns else BARE_MAPS
+        return f"{factor} x inputs", factor * sum(x.nbytes for x in inputs)
+
+    def measure(self, batch_size: int, rounds: int, device: torch.device) -> dict:
+        """Time, memory, and both against the broadcast version where there is one; without rounds
+        memory alone."""
+        if not self.alone:
+            return dict(budget="needs networks: see step")
+        part = copy.deepcopy(self.part).to(device)
+        features = self.features(batch_size, device)
+        run, inputs = self.call(part, *features), self.inputs(*features[:2])
+        found = {}
+        if rounds:
+            if self.mode in BROADCAST:
+                found = self.against_broadcast(batch_size, rounds, device)
+            (own,) = quick_or_slow([run], rounds, device)
+            found["ms"] = 1000 * median(own)
+        else:
+            run()  # what is made at the first call alone is not counted
+        return found | self.memory(run, part, inputs, batch_size, device)
+
+    def paths(self, batch_size: int, rounds: int, device: torch.device) -> dict[str, dict]:
+        """For each of PATHS what `measure` says of crd, without the broadcast version."""
+        part = copy.deepcopy(self.part).to(device)
+        features = self.features(batch_size, device)
+        run, inputs = self.call(part, *features), self.inputs(*features[:2])
+
+        cpu = [[] for _ in PATHS]
+
+        def along(limit: float, spent: list[float]):
+            crd.GATHER = limit
+            began = time.process_time()
+            run()
+            spent.append(1000 * (time.process_time() - began))
+
+        calls = [functools.partial(along, *x) for x in zip(PATHS.values(), cpu)]
+        before = crd.GATHER
+        try:
+            times = quick_or_slow(calls, rounds, device) if rounds else [[]] * len(calls)
+            found = [dict(ms=1000 * median(own)) if own else {} for own in times]
+            for call, one, spent in zip(calls, found, cpu):
+                if rounds and device.type == "cpu":
+                    one["cpu_ms"] = median(spent)
+                call()
+                one |= self.memory(call, part, inputs, batch_size, device)
+        finally:
+            crd.GATHER = before
+        return dict(zip(PATHS, found))
+
+    def memory(self, run, part, inputs: list[Tensor], batch_size: int, device) -> dict:
+        """What a call of `run` needs and what `part` holds, against the budget."""
+        for x in (*inputs, *part.parameters()):
+            x.grad = None
+        memory = peak_bytes(run, device)
+        state = sum(x.nbytes for x in (*part.parameters(), *part.buffers()))
+        words, limit = self.budget(inputs, batch_size)
+        total = sum(x.nbytes for x in inputs)
+        return dict(
+            memory_mb=(memory + state) / MB,
+            state_mb=state / MB,
+            inputs_mb=total / MB,
+            multiple=(memory + state) / total,
+            budget=words,
+            budget_mb=limit / MB,
+            met="yes" if memory + state <= limit else "no",
+        )
+
+    def against_broadcast(self, batch_size: int, rounds: int, device: torch.device) -> dict:
+        """Loss and broadcast version in turns, and how far their values are apart, relatively."""
+        fewer = self.fitting(batch_size)
+        features = self.features(fewer, device)
+        parts = copy.deepcopy(self.part).to(device), self.broadcast().to(device)
+        calls, values = [self.call(part, *features) for part in parts], []
+        for call in calls:
+            torch.manual_seed(0)  # of crd's draws
+            values.append(call().item())
+        fast, slow = quick_or_slow(calls, rounds, device)
+        return dict(
+            broadcast_ms=1000 * median(slow),
+            broadcast_batch=fewer,
+            faster=median(b / a for a, b in zip(fast, slow)),
+            difference=abs(values[0] - values[1]) / abs(values[0]),
+        )
+
+    def fitting(self, batch_size: int) -> int:
+        """`batch_size`, or fewer where the broadcast version would have a tensor above FIT."""
+        largest = BROADCAST[self.mode][1]
+        while largest and batch_size > 3 and 4 * largest(self, batch_size) > FIT:
+            batch_size = max(3, batch_size * 3 // 4)
+        return batch_size
+
+
+class Head(nn.Module):
+    """What is left of a network whose classifier alone is read."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier, self.taps = copy.deepcopy(classifier), dict(feat="classifier:in")
+
+
+class Plain(nn.Module):
+    """A loss computed by `f(loss, ...)`, with the settings and the parameters of `loss`."""
+
+    def __init__(self, loss: nn.Module, f):
+        super().__init__()
+        self.loss, self.f = loss, f
+
+    def forward(self, *args):
+        return self.f(self.loss, *args)

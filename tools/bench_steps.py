@@ -1,0 +1,158 @@
+"""The training steps that bench.py measures, on random images, and the networks that they train."""
+
+import argparse
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dataset
+import train_base
+import train_kd
+import utils
+from engine import published, stream
+from engine.checkpoint import Weights
+
+BASE = "train_base"
+
+
+def random_images(n: int, num_class: int) -> dataset.Images:
+    pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
+    names = [str(i) for i in range(num_class)]
+    return dataset.Images(pixels, torch.arange(n) % num_class, names, (0.5,) * 3, (0.25,) * 3)
+
+
+def recipe() -> argparse.Namespace:
+    """KD-Zoo's at a rate of 0: the arithmetic is that of any other, random labels spoil nothing."""
+    protocol = vars(published.PROTOCOLS["kdzoo"])
+    return argparse.Namespace(**protocol | dict(protocol="kdzoo", lr=0.0))
+
+
+def pair(args: argparse.Namespace, images: dataset.Images) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher with fresh weights, on the CPU."""
+    names = (args.student, args.teacher)
+    nets = [Weights(x).build(args.num_class, i, 32) for i, x in enumerate(names)]
+    img, *_ = next(stream.test_batches(images, 64))
+    for net in nets:
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:  # that have seen no image: a deep network runs away in eval mode
+            norm.momentum = 1.0
+        with torch.no_grad():
+            net.train()(img)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+    return tuple(nets)
+
+
+def bare_step(args, machine, images, snet, tnet, alone: bool):
+    """A function that takes the student's step and, unless `alone`, runs the teacher: no hooks,
+    no loader, one batch."""
+    device = machine.device
+    nets = [
+        copy.deepcopy(net).to(device, memory_format=torch.channels_last) for net in (snet, tnet)
+    ]
+    snet, tnet = nets[0].train().requires_grad_(True), nets[1].eval().requires_grad_(False)
+    optimizer = utils.sgd(snet.parameters(), recipe())
+    img, target, _ = next(stream.train_batches(images, args.batch_size, 0, 1))
+    img, target = img.to(device), target.to(device)
+
+    def call():
+        with machine.autocast():
+            if not alone:  # first: the student then works in the memory it has left
+                with torch.no_grad():
+                    tnet(img)
+            out = snet(img)
+        loss = F.cross_entropy(out.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return call
+
+
+def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False):
+    """A function that takes a step as the training scripts do, loader (`fixed`: one batch instead)
+    and meter included, and what to call its phase: the longest of those that have the method's
+    loss, half-way through."""
+    settings, meter, device = recipe(), utils.Meter(), machine.device
+    torch.manual_seed(0)
+    if mode == BASE:
+        net = copy.deepcopy(snet).to(device, memory_format=torch.channels_last)
+        optimizer = utils.sgd(net.train().requires_grad_(True).parameters(), settings)
+        batches = endless(images.to(device), args.batch_size, settings, fixed)
+
+        def call():
+            img, target, _ = next(batches)
+            out, loss = train_base.train_step(net, optimizer, img, target, machine)
+            meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
+
+        return call, "no teacher"
+
+    job, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
+    batches = endless(images.to(device), args.batch_size, settings, fixed, job.strong)
+
+    def call():
+        batch = train_kd.Batch(*next(batches))
+        weights = train_kd.kd_weights(job, phase, 0.5, settings)
+        terms = train_kd.train_step(job, phase, optimizer, batch, weights, machine)
+        meter.add(terms, len(batch.target))
+
+    return call, phase.name + ("" if phase.ce else ", its loss alone")
+
+
+def distillation(mode: str, args, machine, images, snet, tnet):
+    """The job of `mode` on the device, its longest phase, the optimizer and the images."""
+    snet, tnet = copy.deepcopy((snet, tnet))
+    if "bss" in mode.split("+"):
+        images = attackable(images, snet, tnet)
+    rows = rows_of(mode, args.num_class, args.batch_size)
+    job = train_kd.Distillation(snet, tnet, rows, images)
+    job.to(machine.device)
+    phase = longest(job.phases)
+    return job, phase, utils.sgd(job.groups(phase), recipe(), phase.nesterov), images
+
+
+def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
+    """Batches of one epoch after another, or the first for ever; `strong`: with a second view."""
+    epochs = (
+        stream.train_batches(
+            images, batch_size, 2, epoch, padding=settings.padding, two_views=strong
+        )
+        for epoch in itertools.count(1)
+    )
+    batches = itertools.chain.from_iterable(epochs)
+    return itertools.repeat(next(batches)) if fixed else batches
+
+
+def attackable(images: dataset.Images, *nets) -> dataset.Images:
+    """All of class 0, and networks that answer 0 whatever they see: bss attacks as many images as
+    it may and none gets away, so that it takes all its steps. On random labels it takes none."""
+    for net in nets:
+        classifier = net.get_submodule(net.taps["feat"].removesuffix(":in"))
+        with torch.no_grad():
+            classifier.bias[0] += 20
+    return replace(images, labels=torch.zeros_like(images.labels))
+
+
+def flags_of(mode: str) -> tuple[argparse.Namespace, dict]:
+    """What train_kd.py makes of `--kd_mode mode` alone: its flags and the methods' rows."""
+    return train_kd.parse(["--kd_mode", mode, "--t_model", "none"])
+
+
+def rows_of(mode: str, num_class: int, batch_size: int) -> dict:
+    """The methods' rows, made to suit the number of classes and the batch."""
+    _, rows = flags_of(mode)
+    rows = train_kd.sized(rows, batch_size)
+    return {
+        m: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
+        for m, row in rows.items()
+    }
+
+
+def longest(phases):
+    return max((p for p in phases if p.kd), key=lambda phase: phase.epochs or math.inf)

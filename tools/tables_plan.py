@@ -1,0 +1,296 @@
+"""The tables, and the trainings that each consists of: their commands, folders and recipes."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shlex
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dataset
+import train_base
+import train_kd
+import utils
+from engine import cli, published
+from engine.checkpoint import sha256
+from kd_losses import METHODS
+from tools.tables_files import read_json
+from utils import UserError
+
+BASE = "baseline"
+SIDES = ("teacher", "student")
+NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """protocol: None where its recipe is not there. teacher: the epoch of the teacher that teaches,
+    'best' or 'last', as its authors have it, or 'library': its weights are those of its library.
+    rows: what it consists of, (teacher, student, mode), where nothing is published; else they are
+    those of published.csv. names: networks of published.csv that have another name here. budget:
+    what published methods spend beyond the protocol. pretrained: whether teachers and students
+    start from their library's weights."""
+
+    title: str
+    protocol: str | None
+    teacher: str = "best"
+    data: tuple[str, ...] = ("cifar100",)
+    rows: tuple[tuple[str, str, str], ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    budget: dict[str, str] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+CIFAR = ("cifar10", "cifar100")
+LIBRARY = {
+    theirs: f"torchvision/{name}"
+    for theirs, name in (
+        ("ResNet18", "resnet18"),
+        ("ResNet34", "resnet34"),
+        ("ResNet50", "resnet50"),
+        ("ResNet152", "resnet152"),
+        ("ResNeXt101_32x8d", "resnext101_32x8d"),
+        ("MobileNetV2", "mobilenet_v2"),
+    )
+}
+REUSED = "deploys projector and teacher's classifier"
+BUDGET = {  # the first by the README that has its figures; its authors' files say 240 to 960 epochs
+    "MLKD": "480 epochs, 2 views: 2 to 4 times",
+    "MLKD+LS": "480 epochs (ShuffleNet 960), 2 views",
+    "MLKD+LS, last epoch of one run": "480 epochs (ShuffleNet 960), 2 views",
+    **{f"SimKD{factor}": REUSED for factor in ("", ", factor 2", ", factor 8")},
+}
+SMALL = tuple(("resnet20", "resnet8", mode) for mode in (BASE, *METHODS))
+TABLES = {
+    "kdzoo-r20-r20": Table("KD-Zoo: resnet20 -> resnet20", "kdzoo", data=CIFAR),
+    "kdzoo-r110-r20": Table("KD-Zoo: resnet110 -> resnet20", "kdzoo", data=CIFAR),
+    "kdzoo-r110-r110": Table("KD-Zoo: resnet110 -> resnet110", "kdzoo", data=CIFAR),
+    "kdzoo-dml": Table("KD-Zoo: deep mutual learning", "kdzoo", data=CIFAR),
+    "crd": Table("the CRD benchmark (RepDistiller)", "crd", "last"),
+    "mdistiller": Table("MDistiller on CIFAR-100: KD and DKD", "crd", "last"),
+    "reviewkd": Table("ReviewKD on CIFAR-100", "reviewkd", "last"),
+    "sota": Table("CIFAR-100: the newer methods", "crd", "last", budget=BUDGET),
+    "knowledgereview": Table(
+        "KnowledgeReview: CIFAR-100 at 224 pixels",
+        "knowledgereview",
+        names=LIBRARY,
+        pretrained=True,
+    ),
+    "imagenet-r34-r18": Table(
+        "ImageNet: ResNet34 -> ResNet18",
+        "mdistiller-imagenet",
+        "library",
+        data=("imagenet",),
+        names=LIBRARY,
+    ),
+    "imagenet-r50-mv1": Table(
+        "ImageNet: ResNet50 -> MobileNetV1",
+        "mdistiller-imagenet",
+        "library",
+        data=("imagenet",),
+        names=LIBRARY,
+    ),
+    "tiny-imagenet": Table("MDistiller on Tiny-ImageNet", None, data=("tiny-imagenet",)),
+    "small": Table("resnet20 -> resnet8, nothing published", "kdzoo", data=(), rows=SMALL),
+}
+
+
+def figures_of(name: str) -> list[dict]:
+    """The published figures of a table; one may be published by several sources."""
+    own, spent = TABLES[name].names, TABLES[name].budget
+    with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == name]
+    rows = [row | dict(budget=spent.get(row["method"], "")) for row in rows]
+    return [row | {side: own.get(row[side], row[side]) for side in SIDES} for row in rows]
+
+
+def short(net: str) -> str:
+    """A network's name without its library."""
+    return net.rsplit("/", 1)[-1]
+
+
+def label(t: str, s: str) -> str:
+    """A pair of networks, as --pairs and the folders name it."""
+    return f"{short(t)}-{short(s)}"
+
+
+def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | None) -> list[tuple]:
+    """(teacher, student, mode) of what the table consists of, or of what is asked for."""
+    table = TABLES[name]
+    home = data if data in table.data else next(iter(table.data), None)
+    found = list(table.rows)
+    for f in figures_of(name):
+        if f["data"] == home and f["value"] != "N/A" and f["mode"] not in ("", "teacher"):
+            found.append((f["teacher"], f["student"], f["mode"].split(":")[0]))
+    there = {label(t, s): (t, s) for t, s, _ in found if t}
+    for pair in pairs or []:
+        utils.named(there, pair, f"pair of {name}")
+    for mode in modes or []:
+        utils.named({BASE: None, **METHODS}, mode, "method")
+    wanted = [there[pair] for pair in pairs or there]
+    if modes:
+        return [(*pair, mode) for pair in wanted for mode in modes]
+    students = {s for _, s in wanted}
+    found = dict.fromkeys(found)
+    return [(t, s, m) for t, s, m in found if ((t, s) in wanted if t else s in students)]
+
+
+# --- what is to be run ----------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One training: its script and flags, the folder that it fills, the epochs it takes, the folder
+    of the teacher that it waits for, and its recipe in a line."""
+
+    script: str
+    argv: list[str]
+    folder: Path
+    epochs: int
+    needs: Path | None
+    recipe: str
+
+    def __str__(self) -> str:
+        return shlex.join(["python", self.script, *self.argv])
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there and can be read; one that was damaged is written again."""
+        try:
+            return bool(read_json(self.folder / "result.json"))
+        except ValueError:
+            return False
+
+
+def setting(args, table: Table) -> str:
+    """The folder for runs under the same settings. An image folder goes by its name and by what is
+    in it, wherever it lies."""
+    data = args.data
+    if data == "imagefolder":
+        root = Path(args.img_root)
+        name = re.sub(r"[^\w.-]", "_", root.resolve().name)[:60]
+        data = f"{name}-{fingerprint(dataset.folder_identity(root))}"
+    epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
+    parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
+    parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
+    if args.teacher:
+        parts.append(f"teacher{sha256(args.teacher)[:8]}")
+    return "-".join(parts)
+
+
+def same_images(home: Path, root: str | None) -> None:
+    """Raise UserError where the runs of a setting are of another imagenet than that in `root`."""
+    root, now = Path(root or "./datasets"), None
+    for path in sorted(home.glob("**/args.json")):
+        try:
+            before = read_json(path)["sources"]["data"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        now = now or dataset.folder_identity(root, dataset.VALIDATED)
+        if before != now:
+            raise UserError(
+                f"{home} holds runs of other images than those in {root}: give another --runs"
+            )
+        return
+
+
+def fingerprint(identity: dict) -> str:
+    """Eight digits that tell one folder of images from another."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
+    """The trainings of the rows, teachers first, then seed by seed."""
+    home = Path(args.runs) / table.protocol / setting(args, table)
+    common = ["--data_name", args.data, "--protocol", table.protocol]
+    for flag in ("img_root", "img_size", "epochs", "cuda", "workers"):
+        if getattr(args, flag) is not None:
+            common += [f"--{flag}", str(getattr(args, flag))]
+    common += ["--amp", args.amp] if args.amp != "auto" else []
+    jobs = {}
+
+    def base(net: str, seed: int) -> Path:
+        folder = home / f"base-{short(net)}-{seed}"
+        argv = ["--net_name", net, *["--pretrained"] * table.pretrained, *common]
+        argv += place(folder, seed)
+        recipe = train_base.resolve(train_base.parse(argv))
+        jobs.setdefault(
+            folder, Job("train_base.py", argv, folder, recipe.epochs, None, plain(recipe))
+        )
+        return folder
+
+    def distil(t: str, s: str, mode: str, seed: int) -> None:
+        folder = home / label(t, s) / f"{mode}-{seed}"
+        argv = ["--kd_mode", mode, "--t_name", t, "--s_name", s]
+        argv += ["--s_pretrained"] * table.pretrained
+        needs, teacher = None, args.teacher
+        if not teacher and table.teacher == "library":
+            argv.append("--t_pretrained")
+        elif METHODS[mode].teacher != "trained":
+            if not teacher:
+                needs = base(t, 1)
+                teacher = needs / dict(best="model_best", last="checkpoint")[table.teacher]
+                teacher = f"{teacher}.pth.tar"
+            argv += ["--t_model", teacher]
+        argv += [*common, *place(folder, seed)]
+        flags, rows = train_kd.parse(argv, t, s)
+        row = rows[mode]
+        recipe = train_kd.resolve(flags, rows, s, {})
+        phases = train_kd.planned(row.phases, recipe)
+        jobs[folder] = Job(
+            "train_kd.py",
+            argv,
+            folder,
+            sum(epochs for _, epochs in phases),
+            needs,
+            f"{plain(recipe)}; {compared(row, phases, args.data)}",
+        )
+
+    distilled = [row for row in rows if row[2] != BASE]
+    if not args.teacher and table.teacher != "library":
+        for t in dict.fromkeys(t for t, _, mode in distilled if METHODS[mode].teacher != "trained"):
+            base(t, 1)
+    for seed in range(1, args.seeds + 1):
+        for t, s, mode in rows:
+            base(s, seed) if mode == BASE else distil(t, s, mode, seed)
+    return list(jobs.values())
+
+
+def place(folder: Path, seed: int) -> list[str]:
+    """The flags of a training's seed and folder."""
+    return ["--seed", str(seed), "--save_root", str(folder.parent), "--note", folder.name]
+
+
+def plain(recipe) -> str:
+    """A training's recipe in a line, without what its method adds."""
+    small = recipe.img_size is None or recipe.img_size < 100
+    return f"{recipe.epochs} epochs, {cli.describe_recipe(recipe, small)}"
+
+
+def compared(row, phases: list[tuple], data: str) -> str:
+    """A method's weights and flags, in a line."""
+    weight = row.lambda_kd
+    if callable(weight):
+        weight = weight(NUM_CLASS[data]) if data in NUM_CLASS else "by the number of classes"
+    what = dict(lambda_kd=weight, lambda_ce=row.lambda_ce, **row.flags)
+    if {"stages", "preacts"} & set(row.compare.wants):
+        what |= dict(stages=row.stages or "all", reduce=row.reduce)
+    if len(phases) > 1:
+        what["phases"] = " + ".join(f"{phase.name} {epochs}" for phase, epochs in phases)
+    return ", ".join(f"{key} {value}" for key, value in what.items())
+
+
+def check(job: Job) -> None:
+    """A wrong flag or missing data is said before anything starts."""
+    if job.folder.exists():
+        return
+    script = train_base if job.script == "train_base.py" else train_kd
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        # a first job has no teacher to wait for, or one that is there
+        script.main([*job.argv, "--dry_run"])

@@ -1,0 +1,211 @@
+"""Records of finished runs: read from their folders, and remembered in a table's .runs.csv."""
+
+import csv
+import io
+import os
+import re
+import reprlib
+import sys
+from pathlib import Path
+
+from kd_losses import METHODS
+from tools.tables_files import read_json, read_text, shown, write_csv
+from tools.tables_plan import BASE
+from utils import UserError
+
+RECORD = "protocol setting data teacher student mode seed epochs last best seconds added precision"
+CHECKS = {
+    "a name": lambda x: isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable(),
+    "a name or nothing": lambda x: x == "" or CHECKS["a name"](x),
+    "a whole number of at least 0": lambda x: type(x) is int and 0 <= x <= 2**53,
+    "a whole number of at least 1": lambda x: type(x) is int and 1 <= x <= 2**53,
+    "a number from 0 to 100": lambda x: type(x) in (int, float) and 0 <= x <= 100,
+    "a number of at least 0": lambda x: type(x) in (int, float) and 0 <= x <= 1e15,
+}
+NAME, NAME_OR_NOTHING, COUNT, AT_LEAST_1, PERCENT, NUMBER = CHECKS
+FIELDS = dict.fromkeys(RECORD.split(), NAME) | dict(
+    teacher=NAME_OR_NOTHING,
+    seed=COUNT,
+    epochs=AT_LEAST_1,
+    last=PERCENT,
+    best=PERCENT,
+    seconds=NUMBER,
+    added=COUNT,
+)
+
+
+def checked(key: str, value):
+    """`value`, or a ValueError that says what a record's `key` has to be."""
+    if not CHECKS[FIELDS[key]](value):
+        raise ValueError(f"its {key} is {reprlib.repr(value)}, {FIELDS[key]} is wanted")
+    return value
+
+
+# --- folders of runs ------------------------------------------------------------------------------
+
+
+def collect(runs: Path, protocol: str) -> list[dict]:
+    """A record of every finished run of a protocol; mutual learning gives one for each network.
+    What cannot be read is named, in a line, and left out."""
+    records, homes = [], {}
+
+    def left_out(folder, reason) -> None:
+        print(f"warning: {shown(folder)} is left out: {reason}", file=sys.stderr, flush=True)
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            left_out(error.filename, error.strerror)
+
+    for folder in finished_runs(runs / protocol, unreadable):
+        try:
+            found = records_of(folder, runs / protocol)
+            same = homes.get(_key(found[0]))
+            if same:
+                raise ValueError(f"it is a copy of {shown(same)}")
+        except ValueError as error:
+            left_out(folder, error)
+            continue
+        homes[_key(found[0])] = folder
+        records += found
+    return records
+
+
+def finished_runs(home: Path, unreadable) -> list[Path]:
+    """The folders with a result below those of the settings, which may be links."""
+    found = []
+    try:
+        settings = sorted(entry.path for entry in os.scandir(home) if entry.is_dir())
+    except OSError as error:
+        unreadable(error)
+        return []
+    for where in settings:
+        for folder, _, names in os.walk(where, onerror=unreadable):
+            found += [Path(folder)] if "result.json" in names else []
+    return sorted(found)
+
+
+def records_of(folder: Path, home: Path) -> list[dict]:
+    """The records of the run in a folder. Raises ValueError, one line, where it is damaged or a
+    copy."""
+    result, args = read_json(folder / "result.json"), read_json(folder / "args.json")
+
+    def said(*keys: str):
+        value = args
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"args.json does not say its {' '.join(keys)}")
+            value = value[key]
+        return value
+
+    recipe, place = said("recipe"), folder.relative_to(home)
+    mode, _, seed = folder.name.rpartition("-")
+    base = mode.startswith("base-")
+    if not re.fullmatch("[0-9]{1,10}", seed) or not (base or mode in METHODS):
+        raise ValueError("its name is not METHOD-SEED or base-NETWORK-SEED")
+    common = dict(
+        protocol=home.name,
+        setting=place.parts[0],
+        data=said("recipe", "data_name"),
+        teacher="",
+        student=said("meta", "network"),
+        mode=BASE,
+        seed=int(seed),
+        epochs=said("recipe", "epochs"),
+        last=result.get("last"),
+        best=result.get("best"),
+        seconds=result.get("seconds"),
+        added=args.get("added", 0),
+        precision="bf16" if "bfloat16" in str(said("machine")) else "fp32",
+    )
+    if not base:
+        # the trained network may be the student with parts of the teacher
+        student = recipe.get("s_name") or common["student"]
+        common |= dict(mode=mode, teacher=said("teacher", "network"), student=student)
+    for key in RECORD.split():
+        checked(key, common[key])
+    if not base:
+        checked("student", common["teacher"])
+    # what the run itself says of its place: a copied folder says another
+    says = dict(kd_mode=None if base else mode, protocol=home.name, seed=int(seed))
+    for key, value in dict(says, note=folder.name).items():
+        if value is not None and recipe.get(key, value) != value:
+            raise ValueError(f"args.json says its {key} is {reprlib.repr(recipe[key])}: a copy?")
+    root = recipe.get("save_root")
+    inner = place.parent.parts
+    if not inner:
+        raise ValueError("it is in no folder of a setting")
+    if isinstance(root, str) and Path(root).parts[-len(inner) :] != inner:
+        raise ValueError(f"args.json says its save_root is {reprlib.repr(root)}: a copy?")
+    common["seconds"] = round(common["seconds"])
+    records = [common]
+    if {"peer_last", "peer_best"} & set(result):
+        peer = {key: checked(key, result.get(f"peer_{key}")) for key in ("last", "best")}
+        records.append(common | peer | dict(mode=f"{mode}:net1"))
+    return records
+
+
+# --- what is remembered of them -------------------------------------------------------------------
+
+
+def remembered(path: Path) -> tuple[list[str], list[dict]]:
+    """The columns and records of a .runs.csv, also of one that a spreadsheet saved (a byte order
+    mark, semicolons or tabs, decimal commas, columns of its own). Raises UserError, which names the
+    line, where it holds anything else: what it remembers may be nowhere else."""
+    if not (path.exists() or path.is_symlink()):
+        return RECORD.split(), []
+    line = None
+    try:
+        text = read_text(path)
+        head = text.split("\n", 1)[0]
+        cut = max(",;\t", key=head.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=cut, strict=True)
+        columns, records = next(reader, []), []
+        while columns and not columns[-1].strip():
+            columns.pop()
+        lacks = [key for key in RECORD.split() if key not in columns]
+        if lacks:
+            raise ValueError(f"there is no column {', '.join(lacks)}")
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have one name")
+        for row in reader:
+            line = reader.line_num
+            if not any(cell.strip() for cell in row):
+                continue
+            if any(cell.strip() for cell in row[len(columns) :]):
+                raise ValueError(f"{len(row)} cells, {len(columns)} columns")
+            row = dict(zip(columns, row + [""] * len(columns)))
+            records.append(row | {key: parsed(key, row[key], cut) for key in RECORD.split()})
+    except (ValueError, csv.Error) as error:
+        where = f"{shown(path)}{f', line {line}' if line else ''}"
+        raise UserError(f"{where}: {error}: mend or remove it, it is left as it is") from error
+    return columns, records
+
+
+def parsed(key: str, cell: str, cut: str):
+    """A cell of a record as what it is. Raises ValueError."""
+    kind, text = FIELDS[key], cell.strip()
+    if kind in (NAME, NAME_OR_NOTHING):
+        return checked(key, text)
+    number = text.replace(",", ".") if cut == ";" else text
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?(e[-+][0-9]{1,2})?", number):
+        return checked(key, text)
+    value = float(number)
+    whole = number.isdigit() or kind in (COUNT, AT_LEAST_1) and value % 1 == 0
+    return checked(key, int(value) if whole else value)
+
+
+def merge(path: Path, records: list[dict]) -> list[dict]:
+    """The records with those that the file remembers of runs that are not here, and back into
+    it."""
+    columns, before = remembered(path)
+    known = {_key(record): record for record in before}
+    for record in records:
+        known[_key(record)] = known.get(_key(record), {}) | record
+    records = [known[key] for key in sorted(known)]
+    if records:
+        write_csv(path, records, columns)
+    return records
+
+
+def _key(record: dict) -> tuple:
+    return tuple(record[k] for k in ("setting", "teacher", "student", "mode", "seed"))
