@@ -24,7 +24,7 @@ from engine.distiller import Batch, Distiller
 from engine.find_taps import check_trainable
 from engine.run import Run
 from engine.schedule import learning_rate, loss_weights, remaining_phases, schedule
-from engine.settings import Settings, batch_size, settings
+from engine.settings import Settings
 from engine.summary import recorded_settings, summary
 from kd_losses import METHODS, Phase
 from utils import UserError
@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
     found_t, found_s = find_networks(args, modes)
-    knows = found_t.meta or found_s.meta
-    cfg = cli.resolve(args, found_s.name, knows, batch_size(modes, args.protocol))
+    cfg = kd_cli.resolve(args, found_s.name, found_t.meta or found_s.meta)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
     check_flags(args, modes, machine)
     names = [foreign.file_name(found.name) for found in (found_t, found_s)]
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
         cfg, args.note or "-".join([args.kd_mode, cfg.data_name, *names]), ["train_kd.py", *argv]
     )
     data = cli.load_data(cfg, args.batch_size)
-    chosen = choose_settings(args, modes, found_t, found_s, data, cfg)
+    chosen = choose_settings(args, found_t, found_s, data, cfg)
     distiller = build(args, chosen, found_t, found_s, data, cfg)
     phases = schedule(distiller.phases, cfg)
     meta = dict(network=distiller.deployed_name(found_s.name), **cli.describe_data(cfg, data))
@@ -299,23 +298,13 @@ def check_flags(args, modes: list[str], machine: utils.Machine) -> None:
             raise UserError("--cuda_graph does not work with --on_nan skip, which reads every loss")
 
 
-def choose_settings(args, modes: list[str], found_t, found_s, data, cfg) -> list[Settings]:
+def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
     """The settings of each method; and the taps that a protocol has for these networks."""
-    given = kd_cli.given_flags(args, modes)
-    ranks = 1 if args.gather else utils.world()
-    chosen = [
-        settings(
-            mode,
-            args.protocol,
-            found_t.name,
-            found_s.name,
-            data.train.num_class,
-            given[mode],
-            composed=len(modes) > 1,
-            micro_batch=cfg.batch_size // cfg.accumulate // ranks,
-        )
-        for mode in modes
-    ]
+    processes = 1 if args.gather else utils.world()
+    micro_batch = cfg.batch_size // cfg.accumulate // processes
+    num_class = data.train.num_class
+    chosen = kd_cli.settings_of(args, found_t.name, found_s.name, num_class, micro_batch)
+    chosen = list(chosen.values())
     for found in (found_t, found_s):
         published = [x.taps[found.name] for x in chosen if found.name in x.taps]
         found.taps = found.taps or next(iter(published), None)

@@ -69,6 +69,22 @@ def given_flags(args: Namespace, modes: list[str]) -> dict[str, dict]:
     return given
 
 
+def settings_of(
+    args: Namespace, teacher: str, student: str, num_class: int, micro_batch: int | None = None
+) -> dict[str, Settings]:
+    """{mode: its settings} between two networks, as these flags have them."""
+    modes = modes_of(args.kd_mode)
+    given, composed = given_flags(args, modes), len(modes) > 1
+    where = args.protocol, teacher, student, num_class
+    return {mode: settings(mode, *where, given[mode], composed, micro_batch) for mode in modes}
+
+
+def resolve(args: Namespace, student: str, knows: dict) -> Namespace:
+    """`cli.resolve`, with the batch size that the protocol has for the methods."""
+    own = batch_size(modes_of(args.kd_mode), args.protocol)
+    return cli.resolve(args, student, knows, own)
+
+
 def _first_pass(argv: list[str]) -> Namespace:
     parser = cli.Parser(add_help=False)
     for name in ("kd_mode", "t_name", "s_name", "t_model", "s_init"):

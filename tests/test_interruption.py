@@ -71,7 +71,7 @@ def teacher(tmp_path_factory):
 
 
 def command(mode, teacher, root, note, epochs=2):
-    argv = ["--kd_mode", mode, *NETS, *SMALL, *toys._small(mode), "--epochs", str(epochs)]
+    argv = ["--kd_mode", mode, *NETS, *SMALL, *toys.small_flags(mode), "--epochs", str(epochs)]
     argv += ["--t_model", teacher] if mode != "dml" else []
     return [*argv, "--save_root", str(root), "--note", note]
 

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dataset
-from engine import cli, kd_cli
+from engine import kd_cli
 from engine.distiller import Batch, Distiller
-from engine.settings import batch_size, settings
 
 BATCH = 8
 SMALL = dict(crd=["--nce_n", "16", "--feat_dim", "8"])  # flags that keep a toy small
@@ -58,18 +57,12 @@ def images(n=20, num_class=5, size=8):
 def parse(argv, teacher="", student="", num_class=10, batch=None):
     """(flags, {mode: Settings}) of a command line of train_kd.py."""
     args = kd_cli.parse(argv, "")
-    modes = kd_cli.modes_of(args.kd_mode)
-    given, composed = kd_cli.given_flags(args, modes), len(modes) > 1
-    pair = args.protocol, teacher, student, num_class
-    return args, {
-        m: settings(m, *pair, given[m], composed, args.batch_size or batch) for m in modes
-    }
+    return args, kd_cli.settings_of(args, teacher, student, num_class, args.batch_size or batch)
 
 
-def cfg(args, student, knows=None):
+def cfg(args, student):
     """The flags with everything filled in."""
-    own = batch_size(kd_cli.modes_of(args.kd_mode), args.protocol)
-    return cli.resolve(args, student, knows or {}, own)
+    return kd_cli.resolve(args, student, {})
 
 
 def distiller(mode, student=None, teacher=None, train=None, argv=()):

@@ -55,7 +55,7 @@ from tools.bench_steps import (  # noqa: E402
     full_step,
     pair,
     random_images,
-    rows_of,
+    settings_of,
 )
 from utils import UserError  # noqa: E402
 
@@ -213,7 +213,7 @@ def evaluation(net: nn.Module, test: dataset.Images, machine: utils.Machine) -> 
 def writing(args, machine, images, nets, root: str, steps: int):
     """A function that writes what a late epoch of `steps` does: log lines, CSV files and both
     checkpoints, each epoch being the best. The optimizer's state is that after a step."""
-    flags, _ = flags_of("st")
+    flags = flags_of("st")
     run = Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
     run.start(machine, {})
     job, phase, optimizer, _ = distillation("st", args, machine, images, *nets)
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"--json {path} cannot be written: a folder, or in none that is there")
     if args.profile and args.profile != BASE:
         # an unknown mode is an error at once
-        rows_of(args.profile, args.num_class, args.batch_size)
+        settings_of(args.profile, args.num_class, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
     machine = utils.machine(args.cuda, args.amp)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 import dataset
 import network
-import train_kd
 import utils
 from engine import cli
 from engine.adapter import align
 from engine.checkpoint import Weights
+from engine.distiller import Batch, Criterion
 from kd_losses import METHODS, crd
 from tools.bench_flags import add_rounds, some
 from tools.bench_meter import peak_bytes, quick_or_slow
-from tools.bench_steps import longest, rows_of
+from tools.bench_steps import longest, settings_of
 from tools.plain_losses import BROADCAST
 from utils import UserError
 
@@ -113,17 +113,17 @@ class Loss:
         batch_size: int,
     ):
         self.mode, self.num_class, self.n_data, self.layout = mode, num_class, n_data, layout
-        (self.row,) = rows_of(mode, num_class, batch_size).values()
-        self.alone = self.row.teacher != "grad" and mode != "bss"
+        (self.settings,) = settings_of(mode, num_class, batch_size).values()
+        self.alone = self.settings.method.teacher != "grad" and mode != "bss"
         if not self.alone:
             return
-        self.phase = longest(self.row.phases)
-        self.reads = READS.get(mode, (self.row.compare.wants,) * 2)
-        stages = align(*nets, self.row.stages)
+        self.phase = longest(self.settings.phases)
+        self.reads = READS.get(mode, (self.settings.inputs.reads,) * 2)
+        stages = align(*nets, self.settings.stages)
         dry = torch.zeros(2, 3, size, size)
         with torch.no_grad():
-            # a loss may be built from more than its comparison reads
-            wants = [{*reads, *self.row.compare.wants} for reads in self.reads]
+            # a loss may be built from more than it is fed
+            wants = [{*reads, *self.settings.inputs.reads} for reads in self.reads]
             self.shapes = [network.Tapped(x, r, stages)(dry) for x, r in zip(nets, wants)]
         heads = mode in HEADS
         self.shapes = [replace(x, net=Head(x.classifier) if heads else None) for x in self.shapes]
@@ -132,18 +132,19 @@ class Loss:
         train = dataset.Images(dry, labels, classes, (0.5,) * 3, (0.25,) * 3)
         torch.manual_seed(0)
         with torch.no_grad():
-            self.part = train_kd.Part(mode, self.row, range(len(stages)), *self.shapes, train)
-        self.part.eval().requires_grad_(False)
-        for name in self.phase.learns:
+            ids = list(range(len(stages)))
+            self.criterion = Criterion(self.settings, ids, *self.shapes, train)
+        self.criterion.eval().requires_grad_(False)
+        for name in self.phase.trainable:
             head, _, inner = name.partition(".")
             if head == "kd":
-                module = self.part.loss.get_submodule(inner) if inner else self.part
+                module = self.criterion.loss.get_submodule(inner) if inner else self.criterion
                 module.train().requires_grad_(True)
 
     def features(self, batch_size: int, device: torch.device):
         """Random features of both networks and a batch of the training set."""
         generator = torch.Generator().manual_seed(1)
-        learn = (True, "teacher" in self.phase.learns)
+        learn = (True, "teacher" in self.phase.trainable)
         both = []
         for shapes, reads, grad in zip(self.shapes, self.reads, learn):
 
@@ -162,34 +163,39 @@ class Loss:
                 found[kind] = draw(value, kind) if one else [draw(x, kind) for x in value]
             if shapes.net is not None:
                 found["net"] = copy.deepcopy(shapes.net).to(device).requires_grad_(grad)
-            if self.row.strong:
+            if self.settings.method.two_views:
                 found["strong"] = replace(shapes, out=draw(shapes.out, "out"))
             both.append(replace(shapes, **dict(out=None) | found))
         index = torch.randperm(self.n_data, generator=generator)[:batch_size].to(device)
-        return *both, train_kd.Batch(None, index % self.num_class, index)
+        clock = torch.tensor(1.0, device=device), torch.tensor(240.0, device=device)
+        return *both, Batch(None, index % self.num_class, index, None, *clock)
 
     def inputs(self, s, t) -> list[Tensor]:
-        """The tensors that the comparison reads."""
+        """The tensors that the loss is fed."""
         values = [getattr(x, kind) for x, reads in zip((s, t), self.reads) for kind in reads]
         values += [x.strong.out for x in (s, t) if x.strong]
         return [x for value in values for x in ([value] if torch.is_tensor(value) else value)]
 
-    def broadcast(self) -> train_kd.Part:
-        """The same part with the straightforward version of its loss in the place of its own."""
-        f, part = BROADCAST[self.mode][0], copy.deepcopy(self.part)
-        many = isinstance(part.loss, nn.ModuleList)
-        part.loss = nn.ModuleList(Plain(x, f) for x in part.loss) if many else Plain(part.loss, f)
-        return part
+    def broadcast(self) -> Criterion:
+        """The same criterion with the straightforward version of its loss in the place of its own."""
+        f, criterion = BROADCAST[self.mode][0], copy.deepcopy(self.criterion)
+        many = isinstance(criterion.loss, nn.ModuleList)
+        criterion.loss = (
+            nn.ModuleList(Plain(x, f) for x in criterion.loss) if many else Plain(criterion.loss, f)
+        )
+        return criterion
 
-    def call(self, part: train_kd.Part, s, t, batch):
+    def call(self, criterion: Criterion, s, t, batch):
         """A function that computes loss and gradients afresh and returns the loss."""
         heads = [p for x in (s, t) if x.net is not None for p in x.net.parameters()]
-        leaves = [x for x in (*self.inputs(s, t), *part.parameters(), *heads) if x.requires_grad]
+        leaves = [
+            x for x in (*self.inputs(s, t), *criterion.parameters(), *heads) if x.requires_grad
+        ]
 
         def run():
             for x in leaves:
                 x.grad = None
-            value = part(part.comparison(self.phase), s, t, batch)
+            value = criterion(s, t, batch, self.phase.inputs)
             value.backward()
             return value.detach()
 
@@ -197,13 +203,13 @@ class Loss:
 
     def budget(self, inputs: list[Tensor], batch_size: int) -> tuple[str, float]:
         """What the memory is allowed to be, in words and in bytes."""
-        if isinstance(self.part.loss, crd.CRD):
-            bank = sum(x.nbytes for x in self.part.loss.buffers())
+        if isinstance(self.criterion.loss, crd.CRD):
+            bank = sum(x.nbytes for x in self.criterion.loss.buffers())
             board = 4 * batch_size * self.n_data
             return f"2 x banks + 5 x ({batch_size}, {self.n_data})", 2 * bank + 5 * board
         if not MAPS & {kind for reads in self.reads for kind in reads}:
             return f"{VECTORS / MB:.0f} MB", VECTORS
-        learns = next(self.part.parameters(), None) is not None
+        learns = next(self.criterion.parameters(), None) is not None
         factor = NET_MAPS if learns else BARE_MAPS
         return f"{factor} x inputs", factor * sum(x.nbytes for x in inputs)
 
@@ -212,9 +218,9 @@ class Loss:
         memory alone."""
         if not self.alone:
             return dict(budget="needs networks: see step")
-        part = copy.deepcopy(self.part).to(device)
+        criterion = copy.deepcopy(self.criterion).to(device)
         features = self.features(batch_size, device)
-        run, inputs = self.call(part, *features), self.inputs(*features[:2])
+        run, inputs = self.call(criterion, *features), self.inputs(*features[:2])
         found = {}
         if rounds:
             if self.mode in BROADCAST:
@@ -223,13 +229,13 @@ class Loss:
             found["ms"] = 1000 * median(own)
         else:
             run()  # what is made at the first call alone is not counted
-        return found | self.memory(run, part, inputs, batch_size, device)
+        return found | self.memory(run, criterion, inputs, batch_size, device)
 
     def paths(self, batch_size: int, rounds: int, device: torch.device) -> dict[str, dict]:
         """For each of PATHS what `measure` says of crd, without the broadcast version."""
-        part = copy.deepcopy(self.part).to(device)
+        criterion = copy.deepcopy(self.criterion).to(device)
         features = self.features(batch_size, device)
-        run, inputs = self.call(part, *features), self.inputs(*features[:2])
+        run, inputs = self.call(criterion, *features), self.inputs(*features[:2])
 
         cpu = [[] for _ in PATHS]
 
@@ -248,17 +254,17 @@ class Loss:
                 if rounds and device.type == "cpu":
                     one["cpu_ms"] = median(spent)
                 call()
-                one |= self.memory(call, part, inputs, batch_size, device)
+                one |= self.memory(call, criterion, inputs, batch_size, device)
         finally:
             crd.GATHER = before
         return dict(zip(PATHS, found))
 
-    def memory(self, run, part, inputs: list[Tensor], batch_size: int, device) -> dict:
-        """What a call of `run` needs and what `part` holds, against the budget."""
-        for x in (*inputs, *part.parameters()):
+    def memory(self, run, criterion, inputs: list[Tensor], batch_size: int, device) -> dict:
+        """What a call of `run` needs and what `criterion` holds, against the budget."""
+        for x in (*inputs, *criterion.parameters()):
             x.grad = None
         memory = peak_bytes(run, device)
-        state = sum(x.nbytes for x in (*part.parameters(), *part.buffers()))
+        state = sum(x.nbytes for x in (*criterion.parameters(), *criterion.buffers()))
         words, limit = self.budget(inputs, batch_size)
         total = sum(x.nbytes for x in inputs)
         return dict(
@@ -275,8 +281,8 @@ class Loss:
         """Loss and broadcast version in turns, and how far their values are apart, relatively."""
         fewer = self.fitting(batch_size)
         features = self.features(fewer, device)
-        parts = copy.deepcopy(self.part).to(device), self.broadcast().to(device)
-        calls, values = [self.call(part, *features) for part in parts], []
+        parts = copy.deepcopy(self.criterion).to(device), self.broadcast().to(device)
+        calls, values = [self.call(criterion, *features) for criterion in parts], []
         for call in calls:
             torch.manual_seed(0)  # of crd's draws
             values.append(call().item())

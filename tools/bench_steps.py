@@ -14,8 +14,10 @@ import dataset
 import train_base
 import train_kd
 import utils
-from engine import published, stream
+from engine import kd_cli, published, stream
 from engine.checkpoint import Weights
+from engine.distiller import Distiller
+from engine.schedule import loss_weights
 
 BASE = "train_base"
 
@@ -93,28 +95,29 @@ def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False)
 
         return call, "no teacher"
 
-    job, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
-    batches = endless(images.to(device), args.batch_size, settings, fixed, job.strong)
+    distiller, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
+    batches = endless(images.to(device), args.batch_size, settings, fixed, distiller.two_views)
 
     def call():
-        batch = train_kd.Batch(*next(batches))
-        weights = train_kd.kd_weights(job, phase, 0.5, settings)
-        terms = train_kd.train_step(job, phase, optimizer, batch, weights, machine)
+        batch = distiller.batch(*next(batches))
+        weights = loss_weights(distiller, phase, 0.5, settings)
+        terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, machine)
         meter.add(terms, len(batch.target))
 
     return call, phase.name + ("" if phase.ce else ", its loss alone")
 
 
 def distillation(mode: str, args, machine, images, snet, tnet):
-    """The job of `mode` on the device, its longest phase, the optimizer and the images."""
+    """The distiller of `mode` on the device, its longest phase, the optimizer and the images."""
     snet, tnet = copy.deepcopy((snet, tnet))
     if "bss" in mode.split("+"):
         images = attackable(images, snet, tnet)
-    rows = rows_of(mode, args.num_class, args.batch_size)
-    job = train_kd.Distillation(snet, tnet, rows, images)
-    job.to(machine.device)
-    phase = longest(job.phases)
-    return job, phase, utils.sgd(job.groups(phase), recipe(), phase.nesterov), images
+    chosen = settings_of(mode, args.num_class, args.batch_size)
+    distiller = Distiller(snet, tnet, list(chosen.values()), images)
+    distiller.to(machine.device)
+    phase = longest(distiller.phases)
+    optimizer = utils.sgd(distiller.param_groups(phase), recipe(), phase.nesterov)
+    return distiller, phase, optimizer, images
 
 
 def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
@@ -139,19 +142,14 @@ def attackable(images: dataset.Images, *nets) -> dataset.Images:
     return replace(images, labels=torch.zeros_like(images.labels))
 
 
-def flags_of(mode: str) -> tuple[argparse.Namespace, dict]:
-    """What train_kd.py makes of `--kd_mode mode` alone: its flags and the methods' rows."""
-    return train_kd.parse(["--kd_mode", mode, "--t_model", "none"])
+def flags_of(mode: str) -> argparse.Namespace:
+    """The flags of `train_kd.py --kd_mode mode` alone."""
+    return kd_cli.parse(["--kd_mode", mode, "--t_model", "none"], "")
 
 
-def rows_of(mode: str, num_class: int, batch_size: int) -> dict:
-    """The methods' rows, made to suit the number of classes and the batch."""
-    _, rows = flags_of(mode)
-    rows = train_kd.sized(rows, batch_size)
-    return {
-        m: replace(row, lambda_kd=row.lambda_kd(num_class)) if callable(row.lambda_kd) else row
-        for m, row in rows.items()
-    }
+def settings_of(mode: str, num_class: int, batch_size: int) -> dict:
+    """{method: its settings}, for the number of classes and the batch."""
+    return kd_cli.settings_of(flags_of(mode), "", "", num_class, batch_size)
 
 
 def longest(phases):

@@ -37,6 +37,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 import train_kd  # noqa: E402
 import utils  # noqa: E402
 from engine import cli, console, foreign, stream  # noqa: E402
+from engine.cuda_graph import CapturedStep  # noqa: E402
+from engine.schedule import loss_weights  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -83,8 +85,10 @@ def one_mode(mode: str, flags, machine, images, nets, count: int) -> dict:
     losses, weights = plain.compared()
     row = dict(step_ms=1000 * per_call(plain, count, machine))
     if machine.device.type == "cuda":
-        if METHODS[mode].graph:
-            captured = Stepper(mode, flags, machine, images, nets, train_kd.Captured())
+        if METHODS[mode].capturable:
+            captured = Stepper(
+                mode, flags, machine, images, nets, CapturedStep(train_kd.train_step)
+            )
             others, other_weights = captured.compared()
             row["loss_difference"] = relative(losses, others)
             row["weight_difference"] = relative(weights, other_weights)
@@ -99,22 +103,26 @@ class Stepper:
 
     def __init__(self, mode: str, flags, machine, images, nets, step):
         torch.manual_seed(0)
-        self.job, self.phase, self.optimizer, images = bench_steps.distillation(
+        self.distiller, self.phase, self.optimizer, images = bench_steps.distillation(
             mode, flags, machine, images, *nets
         )
-        self.job.learners(self.phase)
+        self.distiller.set_trainable(self.phase)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3
         images = images.to(machine.device)
-        batches = stream.train_batches(images, flags.batch_size, 2, 1, two_views=self.job.strong)
-        self.batches = [train_kd.Batch(*batch) for _, batch in zip(range(4), batches)]
+        batches = stream.train_batches(
+            images, flags.batch_size, 2, 1, two_views=self.distiller.two_views
+        )
+        self.batches = [self.distiller.batch(*batch) for _, batch in zip(range(4), batches)]
         self.step, self.machine, self.taken = step, machine, 0
-        self.weights = train_kd.kd_weights(self.job, self.phase, 0.5, bench_steps.recipe())
+        self.weights = loss_weights(self.distiller, self.phase, 0.5, bench_steps.recipe())
 
     def __call__(self) -> dict:
         batch = self.batches[self.taken % len(self.batches)]
         self.taken += 1
-        return self.step(self.job, self.phase, self.optimizer, batch, self.weights, self.machine)
+        return self.step(
+            self.distiller, self.phase, self.optimizer, batch, self.weights, self.machine
+        )
 
     def compared(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The terms of the first steps and the weights after them, as two vectors."""
@@ -165,7 +173,10 @@ def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
     files += ["--s_init", str(root / "resnet8" / "initial_r8.pth.tar")]
     graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
     jobs = [
-        (mode, ["--kd_mode", mode, *files, *data, "--note", mode, *(graph if row.graph else [])])
+        (
+            mode,
+            ["--kd_mode", mode, *files, *data, "--note", mode, *(graph if row.capturable else [])],
+        )
         for mode, row in METHODS.items()
         if mode in args.modes
     ]
@@ -297,7 +308,7 @@ def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
     graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
     jobs = [
         ["train_kd.py", "--kd_mode", mode, "--s_name", net, "--t_model", str(teacher), *same]
-        + ["--note", mode, "--seed", "1", *(graph if METHODS[mode].graph else [])]
+        + ["--note", mode, "--seed", "1", *(graph if METHODS[mode].capturable else [])]
         for mode in modes
     ]
     together(jobs, root, args.jobs, end)

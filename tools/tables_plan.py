@@ -14,8 +14,10 @@ import dataset
 import train_base
 import train_kd
 import utils
-from engine import cli, published
+from engine import cli, kd_cli, published
 from engine.checkpoint import sha256
+from engine.schedule import schedule
+from engine.settings import Settings
 from kd_losses import METHODS
 from tools.tables_files import read_json
 from utils import UserError
@@ -239,17 +241,17 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
                 teacher = f"{teacher}.pth.tar"
             argv += ["--t_model", teacher]
         argv += [*common, *place(folder, seed)]
-        flags, rows = train_kd.parse(argv, t, s)
-        row = rows[mode]
-        recipe = train_kd.resolve(flags, rows, s, {})
-        phases = train_kd.planned(row.phases, recipe)
+        flags = kd_cli.parse(argv, "")
+        recipe = kd_cli.resolve(flags, s, {})
+        settings = kd_cli.settings_of(flags, t, s, NUM_CLASS.get(args.data, 100))[mode]
+        phases = schedule(settings.phases, recipe)
         jobs[folder] = Job(
             "train_kd.py",
             argv,
             folder,
             sum(epochs for _, epochs in phases),
             needs,
-            f"{plain(recipe)}; {compared(row, phases, args.data)}",
+            f"{plain(recipe)}; {compared(settings, phases, args.data in NUM_CLASS)}",
         )
 
     distilled = [row for row in rows if row[2] != BASE]
@@ -273,14 +275,14 @@ def plain(recipe) -> str:
     return f"{recipe.epochs} epochs, {cli.describe_recipe(recipe, small)}"
 
 
-def compared(row, phases: list[tuple], data: str) -> str:
+def compared(settings: Settings, phases: list[tuple], classes_known: bool) -> str:
     """A method's weights and flags, in a line."""
-    weight = row.lambda_kd
-    if callable(weight):
-        weight = weight(NUM_CLASS[data]) if data in NUM_CLASS else "by the number of classes"
-    what = dict(lambda_kd=weight, lambda_ce=row.lambda_ce, **row.flags)
-    if {"stages", "preacts"} & set(row.compare.wants):
-        what |= dict(stages=row.stages or "all", reduce=row.reduce)
+    weight = settings.lambda_kd
+    if not classes_known and settings.origin["lambda_kd"].endswith(" classes"):
+        weight = "by the number of classes"
+    what = dict(lambda_kd=weight, lambda_ce=settings.lambda_ce, **settings.flags)
+    if settings.compares_stages:
+        what |= dict(stages=settings.stages or "all", reduce=settings.reduce)
     if len(phases) > 1:
         what["phases"] = " + ".join(f"{phase.name} {epochs}" for phase, epochs in phases)
     return ", ".join(f"{key} {value}" for key, value in what.items())

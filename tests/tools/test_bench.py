@@ -11,6 +11,7 @@ import torch
 import network
 import train_kd
 import utils
+from engine import kd_cli
 from engine.checkpoint import Weights, read_checkpoint
 from engine.run import read_metrics
 from kd_losses import METHODS, crd
@@ -37,7 +38,7 @@ def fast(monkeypatch):
         lambda calls, rounds, device: bench_meter.take_turns(calls, 1, 1, device),
     )
     # CRD's flag for as few negatives as there are samples
-    flags = dict(METHODS["crd"].flags, nce_n=32)
+    flags = dict({k: f.default for k, f in METHODS["crd"].flags.items()}, nce_n=32)
     monkeypatch.setitem(METHODS, "crd", replace(METHODS["crd"], flags=flags))
 
 
@@ -178,7 +179,7 @@ def test_what_an_epoch_writes(tmp_path):
     assert (tmp_path / "run/model_best.pth.tar").exists()
     assert len(read_metrics(tmp_path / "run")) == 201
     lines = (tmp_path / "run/log.txt").read_text().splitlines()
-    assert len(lines) == 1 + 1000 // train_kd.parse(["--kd_mode", "st"])[0].print_freq
+    assert len(lines) == 1 + 1000 // kd_cli.parse(["--kd_mode", "st"], "").print_freq
 
 
 def test_verdict_of_a_share():
@@ -243,7 +244,7 @@ def test_a_step_is_that_of_training(monkeypatch):
             call()
         assert len(runs) == count.get(mode, 2)
     weights, sizes, terms = zip(*seen)
-    assert weights == ([0.75], [1.0], [1.0], [0.09]) and sizes == (8, 8, 8, 8)
+    assert [x["kd"] for x in weights] == [0.75, 1.0, 1.0, 0.09] and sizes == (8, 8, 8, 8)
     assert all(term["kd"].isfinite() for term in terms)
 
 

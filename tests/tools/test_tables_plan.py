@@ -2,13 +2,13 @@ import json
 import shutil
 
 import pytest
+import toys
 from PIL import Image
 
 import dataset
 import train_base
-import train_kd
 import utils
-from engine import cli, published
+from engine import cli, kd_cli, published, schedule
 from tools import tables, tables_plan
 
 
@@ -197,18 +197,18 @@ def test_knowledgereview_s_recipes(row, parts, capsys):
 def test_protocols_at_224_pixels():
     """ReviewKD's ImageNet scripts; the rule for the rate; sizes, constants, no ramp of the loss."""
     argv = ["--kd_mode", "reviewkd", "--protocol", "reviewkd-imagenet", "--data_name", "imagenet"]
-    args, rows = train_kd.parse(argv, "torchvision/resnet50", "MobileNetV1")
-    recipe = train_kd.resolve(args, rows, "MobileNetV1", {})
+    args, rows = toys.parse(argv, "torchvision/resnet50", "MobileNetV1")
+    recipe = toys.cfg(args, "MobileNetV1")
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.img_size) == (0.1, 256, 100, 224)
     assert recipe.mean_std == published.IMAGENET
     row = rows["reviewkd"]
     assert (row.lambda_kd, row.flags["mid_channel"], row.ramp(1, 100)) == (8.0, 256, 1.0)
-    _, rows = train_kd.parse(argv, "torchvision/resnet34", "torchvision/resnet18")
+    _, rows = toys.parse(argv, "torchvision/resnet34", "torchvision/resnet18")
     assert (rows["reviewkd"].lambda_kd, rows["reviewkd"].flags["mid_channel"]) == (1.0, 512)
     # eight GPUs with 64 images each
-    args, rows = train_kd.parse([*argv, "--batch_size", "512"], "x", "y")
-    assert train_kd.resolve(args, rows, "y", {}).lr == pytest.approx(0.2)
-    args, rows = train_kd.parse(["--kd_mode", "dkd", "--protocol", "mdistiller-imagenet"], "x", "y")
+    args, rows = toys.parse([*argv, "--batch_size", "512"], "x", "y")
+    assert toys.cfg(args, "y").lr == pytest.approx(0.2)
+    args, rows = toys.parse(["--kd_mode", "dkd", "--protocol", "mdistiller-imagenet"], "x", "y")
     assert rows["dkd"].ramp(1, 100) == 1.0
     argv = ["--net_name", "torchvision/resnet18", "--data_name", "cifar100"]
     recipe = train_base.resolve(train_base.parse([*argv, "--protocol", "knowledgereview"]))
@@ -228,12 +228,12 @@ def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
     """RepDistiller: 0.01 for ResNets, the student's rate for others."""
     for student, lr in (("resnet8x4", 0.01), ("ShuffleV1", 0.01), ("vgg8", 0.05)):
         argv = ["--kd_mode", "ft", "--protocol", "crd", "--data_name", "cifar100"]
-        args, rows = train_kd.parse(argv, "resnet32x4", student)
+        args, rows = toys.parse(argv, "resnet32x4", student)
         recipe = cli.resolve(args, student, {})
         phase = rows["ft"].phases[0]
-        assert train_kd.learning_rate(phase, 3, 30, recipe) == pytest.approx(lr)
-        args, rows = train_kd.parse([*argv[:1], "ab", *argv[2:]], "resnet32x4", student)
-        rate = train_kd.learning_rate(rows["ab"].phases[0], 29, 30, recipe)
+        assert schedule.learning_rate(phase, 3, 30, recipe) == pytest.approx(lr)
+        args, rows = toys.parse([*argv[:1], "ab", *argv[2:]], "resnet32x4", student)
+        rate = schedule.learning_rate(rows["ab"].phases[0], 29, 30, recipe)
         assert rate == recipe.lr  # constant there, where KD-Zoo's falls
 
 
@@ -244,15 +244,15 @@ def test_every_command_of_a_dry_run_is_one_that_the_scripts_take(capsys):
             continue
         for _, command in dry(capsys, name, *flags).values():
             script, *argv = command.split()[1:]
-            (train_kd if script == "train_kd.py" else train_base).parse(argv)
+            kd_cli.parse(argv, "") if script == "train_kd.py" else train_base.parse(argv)
 
 
 def test_given_flags_beat_the_pair_s():
     argv = ["--kd_mode", "dkd", "--protocol", "crd", "--beta", "3"]
-    assert train_kd.parse(argv, "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 3
+    assert toys.parse(argv, "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 3
     argv = ["--kd_mode", "reviewkd", "--protocol", "crd", "--lambda_kd", "2"]
-    assert train_kd.parse(argv, "resnet56", "resnet20")[1]["reviewkd"].lambda_kd == 2
-    assert train_kd.parse(["--kd_mode", "dkd"], "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 8
+    assert toys.parse(argv, "resnet56", "resnet20")[1]["reviewkd"].lambda_kd == 2
+    assert toys.parse(["--kd_mode", "dkd"], "vgg13", "vgg8")[1]["dkd"].flags["beta"] == 8
 
 
 # --- data -----------------------------------------------------------------------------------------
