@@ -5,9 +5,9 @@ enlarged there if need be, and files of larger ones, which worker processes read
     for img, target, index in train_batches(data.train, 128, seed=2, epoch=1): ...
     for img, target, index in test_batches(data.test, 512): ...
 
-All the randomness of an epoch (order, crops, flips, AutoAugment; a seed for each image read) is drawn
-up front from a generator seeded by (seed, epoch), so batch k of an epoch is a function of the two, on
-every device and with any number of workers.
+All the randomness of an epoch (order, crops, flips, AutoAugment; a seed for each image read) is
+drawn up front from a generator seeded by (seed, epoch), so batch k of an epoch is a function of the
+two, on every device and with any number of workers.
 """
 
 import hashlib
@@ -132,7 +132,8 @@ class Data:
         return replace(self, train=train, test=test, notes=[*self.notes, note])
 
     def identity(self) -> dict:
-        """What is the same wherever the data lie, and for no other data: {split: {images, sha256}}."""
+        """What is the same wherever the data lie, and for no other data: {split: {images,
+        sha256}}."""
         return identity_of(self.sources, (len(self.train), len(self.test)), self.root)
 
 
@@ -202,7 +203,7 @@ def load(
             pixels = torch.from_numpy(np.ascontiguousarray(items))
             if pixels.shape[1] < SIZES[0]:
                 raise UserError(
-                    f"{name}: images of {pixels.shape[1]} pixels: give --img_size, at least {SIZES[0]}"
+                    f"{name}: images of {pixels.shape[1]} pixels: give --img_size >= {SIZES[0]}"
                 )
             split = Images(pixels, labels, classes, mean, std, img_size=img_size, **options)
         splits.append(split)
@@ -254,7 +255,8 @@ def measure(parts: Iterable[Tensor]) -> tuple[tuple, tuple]:
 
 def batch_bounds(n: int, batch_size: int, world: int = 1) -> list[tuple[int, int]]:
     """Where each training batch begins and ends. What is left over joins the last batch where it is
-    less than two images for each of `world` processes: batch norm and the relational losses need two.
+    less than two images for each of `world` processes: batch norm and the relational losses need
+    two.
     """
     starts = list(range(0, n, batch_size))
     if 0 < n % batch_size < 2 * world and len(starts) > 1:
@@ -300,12 +302,13 @@ def train_batches(
     batch the `share` (rank, world) of one process.
 
     img: float32 (B, 3, H, W) in channels_last, normalised; target, index: int64 (B,).
-    A crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then a mirror
-    image with probability 1/2 where the dataset allows it. Enlarged, as KnowledgeReview trains CIFAR
-    at 224 pixels: resized to 256/224 of the size, a crop at a random place, the mirror image.
-    `augment`, `second_view`: (n, size, generator, bounds, device) -> a function that changes the
-    uint8 pixels (B, 3, H, W) of batch k (see engine/augment.py). With a `second_view` the batches are
-    (img, target, index, a second view of the images), with a crop and a mirror image of its own.
+    A crop at a random place of the image padded by `pad` pixels ('reflect' or 'zero'), then a
+    mirror image with probability 1/2 where the dataset allows it. Enlarged, as KnowledgeReview
+    trains CIFAR at 224 pixels: resized to 256/224 of the size, a crop at a random place, the mirror
+    image. `augment`, `second_view`: (n, size, generator, bounds, device) -> a function that changes
+    the uint8 pixels (B, 3, H, W) of batch k (see engine/augment.py). With a `second_view` the
+    batches are (img, target, index, a second view of the images), with a crop and a mirror image of
+    its own.
     """
     if padding not in ("reflect", "zero"):
         raise UserError(f"padding must be reflect or zero, not {padding!r}")
@@ -361,7 +364,8 @@ def test_batches(images: Images, batch_size: int, share: tuple[int, int] = (0, 1
 
 
 def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
-    """Pixels (rows[b, i], columns[b, j]) of image index[b], uint8 (B, H, W, 3); outside is padding."""
+    """Pixels (rows[b, i], columns[b, j]) of image index[b], uint8 (B, H, W, 3); outside is
+    padding."""
     last = images.size - 1
     if padding == "zero":
         inside_rows, inside_columns = ((x >= 0) & (x <= last) for x in (rows, columns))
@@ -421,7 +425,8 @@ def _interleave(pixels: Tensor) -> Tensor:
 
 
 def scale_shift_of(images: Images | Files) -> tuple[Tensor, Tensor]:
-    """What normalises a row of pixels, channel by channel: the inner loop is long instead of three."""
+    """What normalises a row of pixels, channel by channel: the inner loop is long instead of
+    three."""
     mean, std = (torch.tensor(x, device=images.device) for x in (images.mean, images.std))
     return tuple(x.repeat(images.size) for x in (1 / (255 * std), -mean / std))
 
@@ -492,7 +497,8 @@ def _resize_all(pixels: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def _digits(root: Path, img_size: int | None):
-    """scikit-learn's 1797 handwritten digits: 8x8 grey, here 32x32 RGB; 1297 to train, 500 to test."""
+    """scikit-learn's 1797 handwritten digits: 8x8 grey, here 32x32 RGB; 1297 to train, 500 to
+    test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -538,7 +544,8 @@ def _folder(*tests: str):
 
 
 def folder_identity(root: Path, tests: tuple[str, ...] = ()) -> dict:
-    """`Data.identity` of an image folder, or with VALIDATED of imagenet, without its images being read."""
+    """`Data.identity` of an image folder, or with VALIDATED of imagenet, without its images being
+    read."""
     *_, train, test = _list_folder(root, tests or FOLDER)
     files = _paths(train[1], test[1])
     return identity_of(files, list(map(len, files)), root)
@@ -556,7 +563,7 @@ def _list_folder(root: Path, tests: tuple[str, ...]):
         )
     first, second = _list_images(train), _list_images(test)
     odd = [
-        f"only in {split.name}: {_some(sorted(set(mine) - set(others)))}"
+        f"only in {split.name}: {some(sorted(set(mine) - set(others)))}"
         for split, mine, others in ((train, first[0], second[0]), (test, second[0], first[0]))
         if set(mine) - set(others)
     ]
@@ -604,8 +611,8 @@ def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | N
         labels += [label] * len(found)
         empty += [] if found else [name]
     if empty:
-        raise UserError(f"{folder}, class {_some(empty)}: no images ({', '.join(IMG_EXTENSIONS)})")
-    note = f"{folder}: {ignored.total()} file(s) ignored ({_some(sorted(ignored))}): no images"
+        raise UserError(f"{folder}, class {some(empty)}: no images ({', '.join(IMG_EXTENSIONS)})")
+    note = f"{folder}: {ignored.total()} file(s) ignored ({some(sorted(ignored))}): no images"
     return classes, files, labels, note if ignored else None
 
 
@@ -613,7 +620,7 @@ def _raise(error: OSError) -> None:
     raise error  # os.walk leaves out, without a word, what it may not read
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(shown, names[:5])) + more
 

@@ -7,10 +7,10 @@
 Names follow the CRD benchmark (Tian et al., ICLR 2020), state-dict keys and shapes its public code,
 so that public teachers load as they are; KD-Zoo's checkpoints are recognised and mapped.
 
-A *tap* says where a feature is: the dotted path of a module for its output, `path:in` for its input.
-Every network carries `net.taps`: `stem` (one path), `stages` and `preacts` (one path per stage, after
-and before the stage's last ReLU), `feat` (the input of the classifier) and, where there are any,
-`norms` (the last batch norm before each of `preacts`).
+A *tap* says where a feature is: the dotted path of a module for its output, `path:in` for its
+input. Every network carries `net.taps`: `stem` (one path), `stages` and `preacts` (one path per
+stage, after and before the stage's last ReLU), `feat` (the input of the classifier) and, where
+there are any, `norms` (the last batch norm before each of `preacts`).
 """
 
 from collections import Counter
@@ -546,10 +546,11 @@ NETWORKS = {
 
 
 def build(name: str, num_class: int) -> nn.Module:
-    """The network `name` of NETWORKS with `num_class` outputs and fresh weights from torch's generator.
+    """The network `name` of NETWORKS with `num_class` outputs and fresh weights from torch's
+    generator.
 
-    Raises UserError where there is no such network, with the names that come near. Networks of other
-    libraries and files: engine/foreign.py.
+    Raises UserError where there is no such network, with the names that come near. Networks of
+    other libraries and files: engine/foreign.py.
     """
     return named(NETWORKS, name, "network")(num_class)
 
@@ -564,7 +565,8 @@ class Features:
     stem (B, C, H, W) | stages, preacts: lists of (B, C, H, W), shallow to deep | last (B, D, H, W):
     the map that is pooled, the last stage's unless a layer follows it | feat (B, D) |
     out: logits (B, K) | net: the bare network, for a method that calls it again | numbers: which
-    stages the lists hold, counted from the deepest (-1) | strong: the same of the images' second view.
+    stages the lists hold, counted from the deepest (-1) | strong: the same of the images' second
+    view.
     """
 
     out: Tensor
@@ -586,9 +588,9 @@ class Features:
 class Tapped:
     """A network whose call returns `Features`: logits and the feature maps of `want`.
 
-    `want`: any of 'stem', 'stages', 'preacts', 'last', 'feat'; `stages`: which of them, counted from the
-    deepest (-1) backwards, None for all. The hooks are registered once and silent except inside a
-    call of this object, so the bare network can be used, compiled or attacked at any time.
+    `want`: any of 'stem', 'stages', 'preacts', 'last', 'feat'; `stages`: which of them, counted
+    from the deepest (-1) backwards, None for all. The hooks are registered once and silent except
+    inside a call of this object, so the bare network can be used, compiled or attacked at any time.
     Raises UserError where the network lacks what is wanted.
     """
 

@@ -3,7 +3,8 @@
     python train_base.py --net_name resnet110 --data_name cifar100 --note base-c100-r110
 
 Writes into save_root/note, before its first step, the initial weights (`initial_r110.pth.tar`, what
-`train_kd.py --s_init` starts from) and, while it trains, `checkpoint.pth.tar` and `model_best.pth.tar`.
+`train_kd.py --s_init` starts from) and, while it trains, `checkpoint.pth.tar` and
+`model_best.pth.tar`.
 """
 
 import re

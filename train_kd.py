@@ -4,8 +4,8 @@
                        --s_init=runs/base-c10-s/initial_r20.pth.tar
     python train_kd.py --kd_mode st+at --lambda_kd 0.9,1000 --t_model ... --s_name resnet20
 
-Network, dataset and classes are read from the checkpoints. `--kd_mode MODE --help` lists the flags of
-a method and their defaults.
+Network, dataset and classes are read from the checkpoints. `--kd_mode MODE --help` lists the flags
+of a method and their defaults.
 """
 
 import sys
@@ -29,7 +29,7 @@ from engine.summary import recorded_settings, summary
 from kd_losses import METHODS, Phase
 from utils import UserError
 
-# --- a step and an epoch -----------------------------------------------------------------------------
+# --- a step and an epoch --------------------------------------------------------------------------
 
 
 def train_step(
@@ -43,11 +43,12 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimizer step on
 
-        loss = lambda_ce * CE(student) + sum over the methods of weights[method] * KD(student, teacher)
+        loss = lambda_ce * CE(student) + sum over the methods of weights[method] * KD(student,
+        teacher)
 
     for what the phase has of these; a method of weight 0 is not computed. Where both networks are
-    trained, or see two views, CE is the sum over these. Returns {name: 0-dim tensor on the device}: the
-    unweighted terms and the training accuracy.
+    trained, or see two views, CE is the sum over these. Returns {name: 0-dim tensor on the device}:
+    the unweighted terms and the training accuracy.
     """
     optimizer.zero_grad(set_to_none=True)
     means = {}
@@ -152,7 +153,7 @@ def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, no
             run.warn(f"{name} times its weight is more than 1000 times the cross-entropy")
 
 
-# --- save and resume ---------------------------------------------------------------------------------
+# --- save and resume ------------------------------------------------------------------------------
 
 
 def state(job: "Job", phase: Phase, optimizer) -> dict:
@@ -167,8 +168,8 @@ def state(job: "Job", phase: Phase, optimizer) -> dict:
 
 
 def restore(run: Run, distiller: Distiller, first: int, optimizer) -> None:
-    """Load the run's checkpoint. Where a phase begins, at its epoch `first` = 1 and before any of its
-    steps, the optimizer is a new one."""
+    """Load the run's checkpoint. Where a phase begins, at its epoch `first` = 1 and before any of
+    its steps, the optimizer is a new one."""
     saved = run.saved
     distiller.deployed.load_state_dict(saved["snet"])
     if "net1" in saved:
@@ -189,7 +190,7 @@ def check_checkpoint(run: Run, distiller: Distiller, phases, data, cfg) -> None:
             return restore(run, distiller, first, optimizer)
 
 
-# --- a run -------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""What every script needs: errors, device, random state, optimizer, learning rate, meter, evaluation."""
+"""What every script needs: errors, device, random state, optimizer, learning rate, meter,
+evaluation."""
 
 import argparse
 import ctypes
@@ -135,7 +136,7 @@ def _keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-# --- several processes (torchrun), each with its share of every batch ------------------------------
+# --- several processes (torchrun), each with its share of every batch -----------------------------
 
 _control = None  # a group for Python objects, on the CPU
 
@@ -206,14 +207,14 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
 
-def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) -> torch.optim.SGD:
-    """A fresh optimizer of the recipe over `parameters`: tensors, or groups of them."""
+def sgd(parameters, cfg: argparse.Namespace, nesterov: bool | None = None) -> torch.optim.SGD:
+    """A fresh optimizer of the cfg over `parameters`: tensors, or groups of them."""
     optimizer = torch.optim.SGD(
         parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=bool(recipe.nesterov) if nesterov is None else nesterov,
+        lr=cfg.lr,
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        nesterov=bool(cfg.nesterov) if nesterov is None else nesterov,
         fused=True,  # one kernel for all parameters, a sixth of the time on two CPU cores
     )
     optimizer.register_step_pre_hook(_start_momentum)
@@ -221,8 +222,9 @@ def sgd(parameters, recipe: argparse.Namespace, nesterov: bool | None = None) ->
 
 
 def _start_momentum(optimizer: torch.optim.SGD, *args) -> None:
-    """Zero momentum for parameters whose first gradient comes in a later step than that of others: a
-    method's, whose weight was 0 until now. Fused SGD fails where only some have their momentum."""
+    """Zero momentum for parameters whose first gradient comes in a later step than that of others:
+    a method's, whose weight was 0 until now. Fused SGD fails where only some have their
+    momentum."""
     if optimizer.state:
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else []:
@@ -243,7 +245,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`. Raises ValueError where it has entries that are not finite, and the module has not."""
+    """Load `state`. Raises ValueError where it has entries that are not finite, and the module has
+    not."""
     for key, own in module.state_dict().items():
         if key in state and own.isfinite().all() and not state[key].isfinite().all():
             raise ValueError(f"{key} has entries that are not finite")
@@ -257,8 +260,8 @@ def equal_states(a: nn.Module, b: nn.Module) -> bool:
 
 
 def micro_batches(count: int, *tensors: Tensor):
-    """Yield (parts, share): the tensors split into `count` parts, and the share of the samples that a
-    part has. A part has at least two samples: batch norm and relational losses cannot use one."""
+    """Yield (parts, share): the tensors split into `count` parts, and the share of the samples that
+    a part has. A part has at least two samples: batch norm and relational losses cannot use one."""
     n = len(tensors[0])
     count = max(1, min(count, n // 2))
     for parts in zip(*(x.tensor_split(count) for x in tensors)):
@@ -266,8 +269,8 @@ def micro_batches(count: int, *tensors: Tensor):
 
 
 def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:
-    """The learning rate of `epoch` (from 1): a tenth after each milestone, and growing linearly to `lr`
-    over the first `warmup` epochs."""
+    """The learning rate of `epoch` (from 1): a tenth after each milestone, and growing linearly to
+    `lr` over the first `warmup` epochs."""
     grown = min(epoch / warmup, 1.0) if warmup else 1.0
     return lr * grown * 0.1 ** sum(epoch > milestone for milestone in milestones)
 
@@ -345,8 +348,8 @@ def top1(out: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, batches, machine: Machine) -> dict[str, float]:
-    """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all `batches` of (img, target,
-    index), of this process and of those beside it."""
+    """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all `batches` of (img,
+    target, index), of this process and of those beside it."""
     net.eval()
     meter = Meter()
     for img, target, _ in batches:

@@ -1,11 +1,13 @@
-"""Images with boxes (and masks) in COCO's format: checked once, read when wanted, measured as COCO does.
+"""Images with boxes (and masks) in COCO's format: checked once, read when wanted, measured as COCO
+does.
 
     data = load("./datasets/coco")
     for imgs, targets in train_batches(data.train, 8, seed=2, start=0, stop=90000): ...
     figures = evaluate(detect, data.val)
 
-Batch k of a training is a function of (seed, k), with any number of workers and of processes: whoever
-goes on after step k needs no more than k. Labels are the file's category ids; 0 is the background.
+Batch k of a training is a function of (seed, k), with any number of workers and of processes:
+whoever goes on after step k needs no more than k. Labels are the file's category ids; 0 is the
+background.
 """
 
 import hashlib
@@ -62,13 +64,13 @@ def _numbers(value) -> bool:
 
 class Coco:
     """One split. `coco[i]` reads image i: uint8 (3, H, W), and its target, a dict: boxes float32
-    (N, 4), corners x1, y1, x2, y2 in pixels, inside the image; labels int64 (N,), category ids; masks
-    uint8 (N, H, W) of a set that was asked for them. N may be 0. Crowds are in no target.
+    (N, 4), corners x1, y1, x2, y2 in pixels, inside the image; labels int64 (N,), category ids;
+    masks uint8 (N, H, W) of a set that was asked for them. N may be 0. Crowds are in no target.
 
-    ids: of the images, in the file's order; categories: {id: name}, by id; with_boxes: the i of images
-    whose target is not empty; left_out: how many boxes had no size.
-    Raises UserError, one line, where a file is missing or says what cannot be; reading an image does
-    where it cannot be decoded, or contradicts its record.
+    ids: of the images, in the file's order; categories: {id: name}, by id; with_boxes: the i of
+    images whose target is not empty; left_out: how many boxes had no size.
+    Raises UserError, one line, where a file is missing or says what cannot be; reading an image
+    does where it cannot be decoded, or contradicts its record.
     """
 
     def __init__(self, root: str | Path, split: str, masks: bool = False):
@@ -102,8 +104,9 @@ class Coco:
         return UserError(f"{self.file}: {ONE[kind]} {row['id']}: {what}")
 
     def _keep(self, rows: list[dict]) -> None:
-        """Check the annotations and keep them as arrays, by image: `boxes` (x, y, width, height, as the
-        file has them), `labels`, `areas`, `crowds`; those of image i are bounds[i] to bounds[i + 1].
+        """Check the annotations and keep them as arrays, by image: `boxes` (x, y, width, height, as
+        the file has them), `labels`, `areas`, `crowds`; those of image i are bounds[i] to bounds[i
+        + 1].
         """
         place = {id: i for i, id in enumerate(self.ids)}
         for row in rows:
@@ -149,7 +152,8 @@ class Coco:
         return len(self.ids)
 
     def identity(self) -> dict:
-        """How many images, and a sha256 of the annotations, the images' names and their files' sizes."""
+        """How many images, and a sha256 of the annotations, the images' names and their files'
+        sizes."""
         try:
             digest = hashlib.sha256(self.file.read_bytes())
             for name in self.files:
@@ -258,7 +262,7 @@ def load(root: str | Path, masks: bool = False) -> Data:
     train, val = (Coco(root, split, masks) for split in ("train2017", "val2017"))
     odd = train.categories.items() ^ val.categories.items()
     if odd:
-        some = dataset._some([f"{id} ({name})" for id, name in sorted(odd)])
+        some = dataset.some([f"{id} ({name})" for id, name in sorted(odd)])
         raise UserError(f"{train.file} and {val.file.name}: not in both is the category {some}")
     notes = [
         f"{split.folder.name}: {len(split)} images, {len(split.with_boxes)} of them with boxes, "
@@ -275,8 +279,8 @@ def load(root: str | Path, masks: bool = False) -> Data:
 @dataclass
 class Reader:
     """What a worker does: of (image, whether mirrored) pairs, the pixels in one uint8 tensor, their
-    shapes, boxes and labels; or a line about the image that cannot be read. One tensor and not many:
-    each would take a file descriptor on its way to the main process."""
+    shapes, boxes and labels; or a line about the image that cannot be read. One tensor and not
+    many: each would take a file descriptor on its way to the main process."""
 
     data: Coco
 
@@ -350,13 +354,13 @@ def train_batches(
     device="cpu",
     empty: bool = False,
 ):
-    """Yield (imgs, targets) of the steps start + 1 to stop, counted over the whole training; of every
-    batch of `batch_size` images the `share` (rank, world) of one process.
+    """Yield (imgs, targets) of the steps start + 1 to stop, counted over the whole training; of
+    every batch of `batch_size` images the `share` (rank, world) of one process.
 
-    imgs: list of float32 (3, H, W) in 0..1 and targets: list of dicts as in `Coco`, on `device`; half
-    of them mirrored. Pass after pass over the images with boxes (`empty`: over all); a batch may end
-    one and begin the next, none is smaller. `workers`: processes that read, from the first batch to
-    the last. Raises UserError where the processes cannot have equal shares.
+    imgs: list of float32 (3, H, W) in 0..1 and targets: list of dicts as in `Coco`, on `device`;
+    half of them mirrored. Pass after pass over the images with boxes (`empty`: over all); a batch
+    may end one and begin the next, none is smaller. `workers`: processes that read, from the first
+    batch to the last. Raises UserError where the processes cannot have equal shares.
     """
     rank, world = share
     check_shares(batch_size, world)
@@ -382,8 +386,8 @@ def val_batches(data: Coco, batch_size: int, share=(0, 1), workers: int = 0, dev
 
 
 class Evaluation:
-    """COCO's twelve figures, computed by pycocotools, over all the images of `data`: one that was not
-    added counts as one where nothing was found. Raises UserError without pycocotools."""
+    """COCO's twelve figures, computed by pycocotools, over all the images of `data`: one that was
+    not added counts as one where nothing was found. Raises UserError without pycocotools."""
 
     def __init__(self, data: Coco):
         self.data, self.found, self.tools = data, {}, _pycocotools()
@@ -400,8 +404,9 @@ class Evaluation:
             self.found[id] = boxes.reshape(-1, 4), labels, scores, rles
 
     def result(self) -> dict[str, float]:
-        """NAMES in percent, over what all ranks have added; those of masks, where an output had them,
-        as mask_AP and so on. A figure that does not exist, as no object is of that size, is absent.
+        """NAMES in percent, over what all ranks have added; those of masks, where an output had
+        them, as mask_AP and so on. A figure that does not exist, as no object is of that size, is
+        absent.
         """
         found, figures = {}, {}
         for part in utils.all_gather(self.found):
@@ -471,8 +476,8 @@ def _rows(image_id: int, columns: dict[str, list]) -> list[dict]:
 def evaluate(
     detect, data: Coco, batch_size: int = 1, workers: int = 0, device="cpu"
 ) -> dict[str, float]:
-    """The figures of `detect(imgs) -> outputs` (torchvision's, see `Evaluation.add`) over `data`, each
-    rank looking at its share."""
+    """The figures of `detect(imgs) -> outputs` (torchvision's, see `Evaluation.add`) over `data`,
+    each rank looking at its share."""
     evaluation = Evaluation(data)
     for imgs, _, image_ids in val_batches(data, batch_size, utils.share(), workers, device):
         evaluation.add(image_ids, detect(imgs))

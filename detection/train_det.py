@@ -1,8 +1,8 @@
 """Distil an object detector into another on COCO: ReviewKD on the levels of the feature pyramid,
 DKD on the class logits of the regions, or both.
 
-    python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note r101
-    python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
+    python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note
+    r101 python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
                                   --s_name fasterrcnn_resnet18 --s_pretrained
 
 The first trains a teacher, or a baseline. The detectors are torchvision's. What a checkpoint knows
@@ -128,8 +128,8 @@ def build(
 
 @dataclass
 class Found:
-    """A detector's name, its weights and what its checkpoint knows, as network.Weights has them of a
-    classifier; pretrained: False, or which of torchvision's weights, as in `build`."""
+    """A detector's name, its weights and what its checkpoint knows, as network.Weights has them of
+    a classifier; pretrained: False, or which of torchvision's weights, as in `build`."""
 
     name: str
     state: dict | None = None
@@ -470,19 +470,17 @@ def _owner(flag: str, mode: str) -> str | None:
 def resolve(args, s: Found, t: Found | None):
     """The flags with everything filled in: from the checkpoints, then from the published
     schedule."""
-    recipe = type(args)(**vars(args))
+    cfg = type(args)(**vars(args))
     plan = replace(COCO, **COCO.networks.get(s.name, {}))
     knows = (t.meta if t else {}) | s.meta
     for flag in ("min_size", "max_size", "anchor", "rois", "img_root"):
-        if getattr(recipe, flag) is None:
-            setattr(recipe, flag, knows.get(flag, getattr(View, flag, FOLDER)))
-    recipe.min_size = tuple(recipe.min_size)
-    if recipe.anchor != s.meta.get("anchor", recipe.anchor):
-        raise UserError(
-            f"--anchor {recipe.anchor} contradicts --s_init, which has {s.meta['anchor']}"
-        )
-    if max(recipe.min_size) > recipe.max_size:
-        raise UserError(f"--min_size {max(recipe.min_size)} is above --max_size {recipe.max_size}")
+        if getattr(cfg, flag) is None:
+            setattr(cfg, flag, knows.get(flag, getattr(View, flag, FOLDER)))
+    cfg.min_size = tuple(cfg.min_size)
+    if cfg.anchor != s.meta.get("anchor", cfg.anchor):
+        raise UserError(f"--anchor {cfg.anchor} contradicts --s_init, which has {s.meta['anchor']}")
+    if max(cfg.min_size) > cfg.max_size:
+        raise UserError(f"--min_size {max(cfg.min_size)} is above --max_size {cfg.max_size}")
     fill = dict(
         iters=plan.epochs,
         batch_size=plan.batch_size,
@@ -491,18 +489,18 @@ def resolve(args, s: Found, t: Found | None):
         workers=min(8, utils.cpus()),
     )
     for flag, value in fill.items():
-        if getattr(recipe, flag) is None:
-            setattr(recipe, flag, value)
-    if recipe.lr is None:
-        recipe.lr = plan.lr * recipe.batch_size / plan.batch_size
-    if recipe.milestones is None:
-        recipe.milestones = tuple(published.scaled(i, recipe.iters, plan) for i in plan.milestones)
-    if recipe.warmup is None:
-        recipe.warmup = published.scaled(plan.warmup, recipe.iters, plan)
-    if recipe.eval_every is None:
-        recipe.eval_every = -(-recipe.iters // 10)
-    recipe.nesterov = 0
-    return recipe
+        if getattr(cfg, flag) is None:
+            setattr(cfg, flag, value)
+    if cfg.lr is None:
+        cfg.lr = plan.lr * cfg.batch_size / plan.batch_size
+    if cfg.milestones is None:
+        cfg.milestones = tuple(published.scaled(i, cfg.iters, plan) for i in plan.milestones)
+    if cfg.warmup is None:
+        cfg.warmup = published.scaled(plan.warmup, cfg.iters, plan)
+    if cfg.eval_every is None:
+        cfg.eval_every = -(-cfg.iters // 10)
+    cfg.nesterov = 0
+    return cfg
 
 
 # --- the job --------------------------------------------------------------------------------------
@@ -520,52 +518,52 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(
                 "--t_model FILE or --t_pretrained is needed: a teacher that was trained"
             )
-    recipe = resolve(args, found_s, found_t)
+    cfg = resolve(args, found_s, found_t)
     machine = utils.machine(args.cuda, args.amp, ranks=True)
-    coco.check_shares(recipe.batch_size, utils.world())
+    coco.check_shares(cfg.batch_size, utils.world())
     names = [found.name for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, *names])
-    run = Run(recipe, note, ["detection/train_det.py", *argv], loss="loss", score="AP")
+    run = Run(cfg, note, ["detection/train_det.py", *argv], loss="loss", score="AP")
     masks = found_s.name.startswith("maskrcnn")
-    data = coco.load(recipe.img_root, masks=masks)
+    data = coco.load(cfg.img_root, masks=masks)
     coco.Evaluation(data.val)  # or say what to install, before anything is written
-    if recipe.batch_size > len(data.train.with_boxes):
+    if cfg.batch_size > len(data.train.with_boxes):
         raise UserError(
-            f"--batch_size {recipe.batch_size}: {len(data.train.with_boxes)} training images in "
+            f"--batch_size {cfg.batch_size}: {len(data.train.with_boxes)} training images in "
             f"{data.name} have boxes"
         )
-    view = View(*(getattr(recipe, key) for key in vars(View())))
+    view = View(*(getattr(cfg, key) for key in vars(View())))
     for found in filter(None, (found_s, found_t)):
         if found.num_class not in (None, data.num_class):
             raise UserError(
-                f"{found.path or found.name} tells {found.num_class} classes apart, {data.name} has "
+                f"{found.path or found.name} has {found.num_class} classes, {data.name} has "
                 f"{data.num_class} (the background is one)"
             )
     teacher = None
     if found_t:
         own = replace(view, anchor=found_t.view.anchor)
-        teacher = found_t.build(data.num_class, own, recipe.seed)
-    student = found_s.build(data.num_class, view, recipe.seed)
+        teacher = found_t.build(data.num_class, own, cfg.seed)
+    student = found_s.build(data.num_class, view, cfg.seed)
     weight = dict(reviewkd=REVIEWKD_WEIGHT.get(tuple(names), 1.0))
-    weights = recipe.lambda_kd or [weight.get(part, 1.0) for part in parts]
+    weights = cfg.lambda_kd or [weight.get(part, 1.0) for part in parts]
     job = Distillation(student, teacher, parts, weights)
     meta = dict(
         network=found_s.name,
         num_class=data.num_class,
         classes={str(key): name for key, name in data.train.categories.items()},
-        img_root=recipe.img_root,
+        img_root=cfg.img_root,
         **vars(view),
     )
     sha = sha256(found_t.path) if found_t and found_t.path else None
     run.learns_from(data.identity(), sha)
-    lines = announcement(machine, job, data, recipe, found_s, found_t)
+    lines = announcement(machine, job, data, cfg, found_s, found_t)
     if run.saved:
         with run.intact():  # or say so before anything is written
-            stops = range(recipe.eval_every, recipe.iters + recipe.eval_every, recipe.eval_every)
-            rows = [dict(step=min(stop, recipe.iters)) for stop in stops]
-            run.fits(rows, recipe.eval_every)
-            restore(run, job, utils.sgd(job.learners(), recipe))
-    if recipe.dry_run:
+            stops = range(cfg.eval_every, cfg.iters + cfg.eval_every, cfg.eval_every)
+            rows = [dict(step=min(stop, cfg.iters)) for stop in stops]
+            run.fits(rows, cfg.eval_every)
+            restore(run, job, utils.sgd(job.learners(), cfg))
+    if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
     job.to(machine.device)
@@ -578,20 +576,20 @@ def main(argv: list[str] | None = None) -> dict:
         for line in lines:
             run.log(line)
         if teacher is not None and not run.saved:
-            run.log(f"teacher AP {evaluate(teacher, data, recipe, machine)['AP']:.2f}")
-        utils.seed_everything(recipe.seed + 1_000_003 * utils.rank())
+            run.log(f"teacher AP {evaluate(teacher, data, cfg, machine)['AP']:.2f}")
+        utils.seed_everything(cfg.seed + 1_000_003 * utils.rank())
         distributed.broadcast_parameters(student, job.kd)
-        optimizer = run.watch(utils.sgd(job.learners(), recipe))
+        optimizer = run.watch(utils.sgd(job.learners(), cfg))
         if run.saved:
             restore(run, job, optimizer)
             run.saved = None
-        for start in range(0, recipe.iters, recipe.eval_every)[len(run.history) :]:
-            stop = min(start + recipe.eval_every, recipe.iters)
-            train_stretch(run, machine, job, data, recipe, start, stop, optimizer)
+        for start in range(0, cfg.iters, cfg.eval_every)[len(run.history) :]:
+            stop = min(start + cfg.eval_every, cfg.iters)
+            train_stretch(run, machine, job, data, cfg, start, stop, optimizer)
         return run.finish()
 
 
-def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
+def train_stretch(run, machine, job, data, cfg, start, stop, optimizer):
     """The steps after `start` up to `stop`: train, evaluate, record, save."""
     job.learners()  # evaluation has put the student into eval mode
 
@@ -603,20 +601,20 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
     meter, done = run.begin()
     batches = coco.train_batches(
         data.train,
-        recipe.batch_size,
-        recipe.seed,
+        cfg.batch_size,
+        cfg.seed,
         start + done,
         stop,
         share=utils.share(),
-        workers=recipe.workers,
+        workers=cfg.workers,
         device=machine.device,
     )
     for step, (imgs, targets) in enumerate(batches, start + done + 1):
-        lr = utils.step_decay(recipe.lr, step, recipe.milestones, recipe.warmup)
+        lr = utils.step_decay(cfg.lr, step, cfg.milestones, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         meter.add(train_step(job, optimizer, imgs, targets, machine), len(imgs))
-        if step % recipe.print_freq == 0:
+        if step % cfg.print_freq == 0:
             now = meter.read()
             run.check_finite(now, f"step {step}")
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
@@ -626,13 +624,13 @@ def train_stretch(run, machine, job, data, recipe, start, stop, optimizer):
     now = meter.read()
     run.check_finite(now, f"step {stop}")
     speed = meter.speed
-    lr = utils.step_decay(recipe.lr, stop, recipe.milestones, recipe.warmup)
+    lr = utils.step_decay(cfg.lr, stop, cfg.milestones, cfg.warmup)
     saved = state()
-    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, recipe, machine))
+    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, cfg, machine))
     run.epoch(row, speed, saved)
 
 
-def evaluate(net, data, recipe, machine) -> dict[str, float]:
+def evaluate(net, data, cfg, machine) -> dict[str, float]:
     """COCO's figures of `net` on the validation images, in percent."""
     net.eval()
 
@@ -640,7 +638,7 @@ def evaluate(net, data, recipe, machine) -> dict[str, float]:
         with machine.autocast():
             return net(imgs)
 
-    return coco.evaluate(detect, data.val, recipe.batch_size, recipe.workers, machine.device)
+    return coco.evaluate(detect, data.val, cfg.batch_size, cfg.workers, machine.device)
 
 
 def restore(run, job: Distillation, optimizer) -> None:
@@ -652,7 +650,7 @@ def restore(run, job: Distillation, optimizer) -> None:
     utils.set_rng_state(saved["rng"])
 
 
-def announcement(machine, job, data, recipe, found_s, found_t) -> list[str]:
+def announcement(machine, job, data, cfg, found_s, found_t) -> list[str]:
     """The resolved recipe, as lines of the log."""
     start = (
         found_s.path or dict(fresh="fresh weights", backbone="ImageNet's backbone")[found_s.weights]
@@ -663,14 +661,14 @@ def announcement(machine, job, data, recipe, found_s, found_t) -> list[str]:
         f"{len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} categories, student from {start}, "
         f"{learns:,} parameters learn",
-        f"lr {recipe.lr:g}, falls after {recipe.milestones}, warm-up {recipe.warmup}, momentum "
-        f"{recipe.momentum:g}, weight decay {recipe.weight_decay:g}, batch {recipe.batch_size}, "
-        f"{recipe.iters} steps",
-        f"shorter side {recipe.min_size}, longer at most {recipe.max_size}, anchors from "
-        f"{recipe.anchor}, {recipe.rois} regions an image",
+        f"lr {cfg.lr:g}, falls after {cfg.milestones}, warm-up {cfg.warmup}, momentum "
+        f"{cfg.momentum:g}, weight decay {cfg.weight_decay:g}, batch {cfg.batch_size}, "
+        f"{cfg.iters} steps",
+        f"shorter side {cfg.min_size}, longer at most {cfg.max_size}, anchors from "
+        f"{cfg.anchor}, {cfg.rois} regions an image",
     ]
-    if recipe.iters != COCO.epochs:
-        lines.append(f"scaled from {COCO.epochs} steps to {recipe.iters}: milestones, warm-up")
+    if cfg.iters != COCO.epochs:
+        lines.append(f"scaled from {COCO.epochs} steps to {cfg.iters}: milestones, warm-up")
     for name, weight in job.weights.items():
         flags = "".join(f", {key} {value}" for key, value in job.parts[name].flags.items())
         lines.append(f"{name}: lambda_kd {weight:g}{flags}")

@@ -124,8 +124,8 @@ def cut_out(pixels: Tensor, square: Tensor) -> Tensor:
 
 
 class Augment:
-    """Changes for the images of an epoch, in their order, whose batches have the `bounds`; `changes`
-    and `row` as of `autoaugment`."""
+    """Changes for the images of an epoch, in their order, whose batches have the `bounds`;
+    `changes` and `row` as of `autoaugment`."""
 
     def __init__(
         self,

@@ -76,13 +76,13 @@ def read_checkpoint(path: str | Path) -> dict:
                 f"{path.stem + '.converted.pth'!r})"
             )
             raise UserError(
-                f"{path} holds more than tensors ({shown(code[1])}), and reading that may run code. If "
+                f"{path} holds more than tensors ({shown(code[1])}); reading it may run code. If "
                 f"you trust it, convert it once: python -c {_quoted(convert)}"
             ) from error
         code = re.search(r"unsupported GLOBAL ([\w.]+) whose module \S+ is blocked", str(error))
         if code:
             raise UserError(
-                f"{path} holds code ({shown(code[1])}) that no checkpoint needs and was not read: do not "
+                f"{path} holds code ({shown(code[1])}) that no checkpoint needs; not read: do not "
                 "trust it"
             ) from error
         reason = first_line(error).split(". ")[0]
@@ -175,9 +175,9 @@ def to_cpu(x):
 def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Tensor]:
     """The state dict inside a checkpoint, whatever wrapped it, with this file's key names.
 
-    Understood: our own files, raw state dicts, `{'snet' | 'net' | 'net2' | 'model' | 'state_dict': ...}`
-    or any other single dict of tensors, the prefixes of DataParallel and torch.compile, and KD-Zoo's
-    names (`res1..3`, `ds`). Raises UserError where there are no tensors.
+    Understood: our own files, raw state dicts, `{'snet' | 'net' | 'net2' | 'model' | 'state_dict':
+    ...}` or any other single dict of tensors, the prefixes of DataParallel and torch.compile, and
+    KD-Zoo's names (`res1..3`, `ds`). Raises UserError where there are no tensors.
     """
     for key in ("snet", "net", "net2", "model", "state_dict"):
         if isinstance(checkpoint.get(key), dict):
@@ -251,7 +251,8 @@ def _shapes_with_marks(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that tell networks apart; files older than torch 0.4.1 have none of the counters."""
+    """The shapes that tell networks apart; files older than torch 0.4.1 have none of the
+    counters."""
     return {
         key: tuple(value.shape)
         for key, value in state.items()
@@ -288,7 +289,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str)
 
 
 def check_weights(net: nn.Module, path: str) -> None:
-    """Raises UserError where weights that were loaded from `path`, to train with, are not finite."""
+    """Raises UserError where weights that were loaded from `path`, to train with, are not
+    finite."""
     spoilt = [key for key, x in net.state_dict().items() if not x.isfinite().all()]
     if spoilt:
         raise UserError(f"{path}: {len(spoilt)} entries are not finite ({few(spoilt)})")
@@ -308,9 +310,9 @@ def few(keys: list[str]) -> str:
 class Weights:
     """A network's name, its weights (None: fresh ones) and what its checkpoint knows of the data.
 
-    pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was trained
-    for, as its file says; notes: lines about it; make: what `constructor` gives for the name. Raises
-    UserError where there is no such network.
+    pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was
+    trained for, as its file says; notes: lines about it; make: what `constructor` gives for the
+    name. Raises UserError where there is no such network.
     """
 
     name: str
@@ -355,8 +357,8 @@ class Weights:
 
 
 def read_meta(checkpoint: dict, path: str) -> dict:
-    """What a checkpoint of ours knows of network and data; {} of other files. Raises UserError where
-    it is not what `utils.describe_data` writes."""
+    """What a checkpoint of ours knows of network and data; {} of other files. Raises UserError
+    where it is not what `utils.describe_data` writes."""
     meta = checkpoint.get("meta")
     if not isinstance(meta, dict):
         return {}
@@ -436,8 +438,8 @@ def find_weights(
 
 
 def _check_simkd(name: str, state: dict[str, Tensor], path: str) -> None:
-    """Raises UserError where the widths in a Reusing's name are not those of its weights: a name must
-    not decide how much memory is taken."""
+    """Raises UserError where the widths in a Reusing's name are not those of its weights: a name
+    must not decide how much memory is taken."""
     if not name.startswith("simkd:"):
         return
     spec = name.rsplit(":", 5)[1:]

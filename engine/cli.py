@@ -64,8 +64,8 @@ def number(kind, low=None, high=None, open_low=False):
 
 
 def usable_folder(path: Path, flag: str, write: bool = True) -> None:
-    """Raise UserError where `path` is no folder and could be none, or not be written into. Nothing is
-    written."""
+    """Raise UserError where `path` is no folder and could be none, or not be written into. Nothing
+    is written."""
     try:
         for there in (path, *path.absolute().parents):
             if there.is_dir():
@@ -123,8 +123,8 @@ def comma(kind):
 
 def add_common_flags(parser: Parser, defaults: dict) -> None:
     """The flags of both scripts: KD-Zoo's names and meaning, and ours. defaults: of the training
-    recipe (`recipe_defaults`), for the help. A value of None stands for what the protocol, the dataset
-    or the hardware says."""
+    recipe (`recipe_defaults`), for the help. A value of None stands for what the protocol, the
+    dataset or the hardware says."""
     add_data_flags(parser, training=True)
     add = parser.add_argument_group("training").add_argument
     add(
@@ -171,7 +171,8 @@ def add_common_flags(parser: Parser, defaults: dict) -> None:
 
 
 def add_optimizer_flags(add, defaults: dict | None = None) -> None:
-    """The flags of the optimizer and the seed, by a group's `add_argument`; defaults: for the help."""
+    """The flags of the optimizer and the seed, by a group's `add_argument`; defaults: for the
+    help."""
 
     def default(name: str) -> str:
         return f" (default {defaults[name]:g})" if defaults else ""

@@ -26,8 +26,8 @@ class Stopped(Exception):
 
 
 def command(main):
-    """Make `main(argv=None)` a command: a UserError, or what the machine lacks, becomes one line and
-    exit code 2. Of several processes, one says it."""
+    """Make `main(argv=None)` a command: a UserError, or what the machine lacks, becomes one line
+    and exit code 2. Of several processes, one says it."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
@@ -119,7 +119,7 @@ def _first_to_end() -> bool:
 
 # --- what is printed -----------------------------------------------------------------------------
 
-_muted = False  # whether standard output is closed at its other end, or full  # whether standard output is closed at its other end, or full
+_muted = False  # whether standard output is full, or closed at its other end
 
 
 def say(*lines: str) -> None:

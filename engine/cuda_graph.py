@@ -11,9 +11,9 @@ from engine.distiller import Batch
 class CapturedStep:
     """A training step, called like `train_kd.train_step`, without a kernel launch from Python.
 
-    A graph holds the phase, the learning rate, the weights and the batch's shape: where one changes, it
-    is recorded again. The first steps of a phase, those after a method's weight has changed from or to
-    0, and a last batch of another size are ordinary ones.
+    A graph holds the phase, the learning rate, the weights and the batch's shape: where one
+    changes, it is recorded again. The first steps of a phase, those after a method's weight has
+    changed from or to 0, and a last batch of another size are ordinary ones.
     """
 
     WARM_UP = (

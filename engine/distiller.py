@@ -20,8 +20,8 @@ from utils import UserError
 @dataclass
 class Batch:
     """img (B, 3, H, W), target (B,), index (B,): the samples' places in the training set; strong: a
-    second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the device,
-    the epoch from 1 and the number of epochs, both in the protocol's number."""
+    second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the
+    device, the epoch from 1 and the number of epochs, both in the protocol's number."""
 
     img: Tensor
     target: Tensor
@@ -104,9 +104,10 @@ def _standardised(x: network.Features) -> network.Features:
 class Distiller:
     """Student and teacher, and a criterion for each method.
 
-    student, teacher: network.Tapped. criteria: {name of the loss in metrics.csv: Criterion}: 'kd', or
-    of several methods 'kd_MODE'. added: the criteria as one module, what the methods add. deployed: the
-    network that is evaluated and saved, the student unless a method deploys its projector with it.
+    student, teacher: network.Tapped. criteria: {name of the loss in metrics.csv: Criterion}: 'kd',
+    or of several methods 'kd_MODE'. added: the criteria as one module, what the methods add.
+    deployed: the network that is evaluated and saved, the student unless a method deploys its
+    projector with it.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, settings: list[Settings], train):
@@ -174,8 +175,8 @@ class Distiller:
         return phase.ce or phase.student_learns or adapts
 
     def logits_to_label(self, phase: Phase, s, t) -> list[Tensor]:
-        """The logits that the cross-entropy of a phase compares with the labels, the student's first.
-        None of a student that has the teacher's classifier instead of its own."""
+        """The logits that the cross-entropy of a phase compares with the labels, the student's
+        first. None of a student that has the teacher's classifier instead of its own."""
         own = (phase.ce or phase.student_learns) and self.deployed is self.student.net
         learning = [s] * own + [t] * phase.teacher_learns
         return [x.out for x in learning] + [x.strong.out for x in learning if x.strong]
@@ -192,7 +193,8 @@ class Distiller:
     # --- what trains in a phase ---
 
     def set_trainable(self, phase: Phase) -> list[nn.Parameter]:
-        """Put exactly what `phase` trains in training mode, with gradients. Returns its parameters."""
+        """Put exactly what `phase` trains in training mode, with gradients. Returns its
+        parameters."""
         student, teacher = self.student.net, self.teacher.net
         for module in (student, teacher, self.added):
             module.eval().requires_grad_(False)
@@ -232,7 +234,8 @@ class Distiller:
 
     def check_losses(self, train) -> int:
         """Call every criterion on two training images, so that what does not fit is said before
-        anything is written. Returns the multiply-adds per image of the layers that the methods add."""
+        anything is written. Returns the multiply-adds per image of the layers that the methods
+        add."""
         img, target, index = next(stream.test_batches(train, 2, workers=0))
         batch = self.batch(
             img.requires_grad_(self.image_grad), target, index, img if self.two_views else None
@@ -330,8 +333,8 @@ def _train_only(net: nn.Module, parameters: set[nn.Parameter]) -> None:
 
 
 def _use_batch_statistics(net: nn.Module) -> None:
-    """Training mode, in which batch norms use the statistics of the batch. The running statistics do
-    not change, and are used in eval mode as before."""
+    """Training mode, in which batch norms use the statistics of the batch. The running statistics
+    do not change, and are used in eval mode as before."""
     net.train()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -45,8 +45,8 @@ def _average(tensors: list[Tensor]) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """The batches of all ranks, one after the other. A gradient reaches the rank's own part, times the
-    number of ranks: `average_gradients` takes a mean, and the whole loss has the sum."""
+    """The batches of all ranks, one after the other. A gradient reaches the rank's own part, times
+    the number of ranks: `average_gradients` takes a mean, and the whole loss has the sum."""
 
     @staticmethod
     def forward(ctx, x):

@@ -63,12 +63,14 @@ ACTIVATIONS = (
 def ensure_taps(
     net: nn.Module, name: str, num_class: int, img_size: int, stages: tuple[str, ...] | None = None
 ) -> list[str]:
-    """Let `net` have `taps`: its own, or found by a dry pass. Returns what to print: a table of taps.
+    """Let `net` have `taps`: its own, or found by a dry pass. Returns what to print: a table of
+    taps.
 
-    `stages`: taps to use as stages, from the shallowest. The dry pass takes two images in eval mode.
-    A stage is the last output at each size of the map, the blocks of a transformer four evenly
-    spaced ones; before the activation is the input of the activation module whose output the stage
-    is, or the stage itself where it has negative values. Raises UserError where nothing is found.
+    `stages`: taps to use as stages, from the shallowest. The dry pass takes two images in eval
+    mode. A stage is the last output at each size of the map, the blocks of a transformer four
+    evenly spaced ones; before the activation is the input of the activation module whose output the
+    stage is, or the stage itself where it has negative values. Raises UserError where nothing is
+    found.
     """
     if hasattr(net, "taps") and stages is None:
         return []
@@ -83,7 +85,8 @@ def ensure_taps(
 
 
 def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_Call]:
-    """Every call of a module of `net` on two images, in the order in which they ended, `net`'s own last.
+    """Every call of a module of `net` on two images, in the order in which they ended, `net`'s own
+    last.
 
     Raises UserError where `net` does not take such images or gives no logits (2, num_class).
     """
@@ -223,7 +226,7 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
             lacks["preacts"] = "a transformer's tokens have no activation to look in front of"
         elif preact is None:
             lacks["preacts"] = (
-                f"no activation module gives its map at {path}, so what lies before is unknown: call "
+                f"no activation module gives its map at {path}: what is before it is unknown: call "
                 "nn.ReLU modules there, or name other stages with --s_taps, --t_taps"
             )
         else:
@@ -250,9 +253,9 @@ def _side(x: Tensor | None) -> int:
 def _units(call: _Call, pooled: set[int], known: set[int]) -> list[_Call]:
     """The calls inside `call` that are looked at whole: those that at most halve the map.
 
-    What reduces it further, or ends in a pooling layer, is looked into. Not in it: what is no map or
-    overwritten later, pooling, the one-pixel insides of squeeze-and-excitation, what lies behind the
-    last linear layer and so is not in `known`.
+    What reduces it further, or ends in a pooling layer, is looked into. Not in it: what is no map
+    or overwritten later, pooling, the one-pixel insides of squeeze-and-excitation, what lies behind
+    the last linear layer and so is not in `known`.
     """
     units = []
 
@@ -331,7 +334,8 @@ def _named_end(path: str, calls: list[_Call], name: str, net: nn.Module):
 
 
 def _layout(x: Tensor, side: int, name: str, path: str):
-    """How a tensor becomes a (B, C, H, W) map: None, 'nhwc' or (tokens before the image's, side)."""
+    """How a tensor becomes a (B, C, H, W) map: None, 'nhwc' or (tokens before the image's,
+    side)."""
     if x.ndim == 4:
         return None if x.shape[2] == x.shape[3] else "nhwc"
     tokens = x.shape[1]
@@ -351,7 +355,8 @@ def _before_activation(path: str, x: Tensor, calls: list[_Call]) -> str | None:
 
 
 def _norm_before(preact: str, x: Tensor, calls: list[_Call]) -> str | None:
-    """The batch norm of that width that runs last before the tap `preact`, with no layer between."""
+    """The batch norm of that width that runs last before the tap `preact`, with no layer
+    between."""
     place = next(i for i, call in enumerate(calls) if call.path == preact.removesuffix(":in"))
     for call in reversed(calls[: place + 1]):
         if isinstance(call.module, nn.BatchNorm2d):

@@ -1,4 +1,5 @@
-"""Networks by name: ours, torchvision's, timm's, one of somebody's own file, and SimKD's students."""
+"""Networks by name: ours, torchvision's, timm's, one of somebody's own file, and SimKD's
+students."""
 
 import importlib.util
 import re
@@ -17,8 +18,8 @@ def build(
 ) -> nn.Module:
     """The network `name` with `num_class` outputs and fresh weights from torch's generator.
 
-    `name`: one of NETWORKS, `torchvision/NAME`, `timm/NAME` or `path/to/file.py:function`, called as
-    `function(num_class)`. `img_size`: for networks that must know it. `pretrained`: with the
+    `name`: one of NETWORKS, `torchvision/NAME`, `timm/NAME` or `path/to/file.py:function`, called
+    as `function(num_class)`. `img_size`: for networks that must know it. `pretrained`: with the
     library's own weights; their classifier is replaced where it has another number of classes.
     Raises UserError where there is no such network, with the names that come near.
     """
@@ -39,7 +40,7 @@ def constructor(name: str):
     def make(num_class, img_size, pretrained):
         if pretrained:
             raise UserError(
-                f"{name} has no weights of its own: pretrained is for torchvision/NAME and timm/NAME"
+                f"{name} has no pretrained weights: only torchvision/NAME and timm/NAME have them"
             )
         return own(num_class)
 
@@ -173,7 +174,8 @@ def downloaded(create, name: str) -> nn.Module:
 
 
 def _new_classifier(net: nn.Module, old_class: int, num_class: int) -> None:
-    """Replace the last layer with `old_class` outputs: N(0, 0.01) and 0, as KnowledgeReview does."""
+    """Replace the last layer with `old_class` outputs: N(0, 0.01) and 0, as KnowledgeReview
+    does."""
     name, old = [
         (name, module)
         for name, module in net.named_modules()

@@ -12,7 +12,8 @@ SHARED = ("stages", "reduce", "adapter")  # flags of every method that can use t
 
 
 def parse(argv: list[str], description: str) -> Namespace:
-    """The flags. First --kd_mode, --protocol and the networks, then all flags, the methods' own too.
+    """The flags. First --kd_mode, --protocol and the networks, then all flags, the methods' own
+    too.
 
     Raises UserError for a flag that is unknown, of another method, or of two methods at once.
     """
@@ -40,7 +41,8 @@ def parse(argv: list[str], description: str) -> Namespace:
 
 
 def modes_of(kd_mode: str | None) -> list[str]:
-    """The methods of --kd_mode. Raises UserError for an unknown one, or those that cannot be combined."""
+    """The methods of --kd_mode. Raises UserError for an unknown one, or those that cannot be
+    combined."""
     modes = kd_mode.split("+") if kd_mode else []
     for mode in modes:
         method = named(METHODS, mode, "--kd_mode")
@@ -168,7 +170,7 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     add(
         "--logit_stand",
         action="store_true",
-        help="standardise the logits of both networks first (LSKD), for methods that compare logits",
+        help="standardise the logits of both networks first (LSKD), for logit methods",
     )
     weight = cli.number(float, 0)
     texts = [_default_text(defaults, mode, "lambda_kd") for mode in modes if mode in defaults]

@@ -13,9 +13,9 @@ class Held(Exception):
 
 
 def hold(path: Path, patience: float = 0.0):
-    """Open a file to append to, locked until it is closed by this process and by those that were given
-    it, or they end, however they end. Raises Held where another has it for `patience` seconds,
-    OSError where it cannot be written or the file system has no locks."""
+    """Open a file to append to, locked until it is closed by this process and by those that were
+    given it, or they end, however they end. Raises Held where another has it for `patience`
+    seconds, OSError where it cannot be written or the file system has no locks."""
     end = time.monotonic() + patience
     while True:
         file = open(path, "a+", encoding="utf-8", errors="replace")

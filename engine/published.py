@@ -33,10 +33,10 @@ LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a lower rate
 class Protocol:
     """A training recipe.
 
-    milestones: the epochs after which the learning rate falls to a tenth; scales: whether `lr` is that
-    of `batch_size` and grows with another; networks: {name: fields that it changes}; warmup: epochs in
-    which the rate grows linearly to `lr`; label_smoothing: of train_base.py alone, for teachers and
-    baselines; img_size: None for that of the data.
+    milestones: the epochs after which the learning rate falls to a tenth; scales: whether `lr` is
+    that of `batch_size` and grows with another; networks: {name: fields that it changes}; warmup:
+    epochs in which the rate grows linearly to `lr`; label_smoothing: of train_base.py alone, for
+    teachers and baselines; img_size: None for that of the data.
     """
 
     lr: float
@@ -137,11 +137,12 @@ def scaled(epochs: int, total: int, protocol: Protocol) -> int:
     return max(1, round(epochs * total / protocol.epochs))
 
 
-# --- settings by protocol, then by method, then by pair of networks ----------------------------------
-# An entry holds fields of the row (lambda_kd, lambda_ce, stages, reduce, adapter, inputs, ramp, phases)
-# and flags of the method by name. Besides:
+# --- settings by protocol, then by method, then by pair of networks -------------------------------
+# An entry holds fields of the row (lambda_kd, lambda_ce, stages, reduce, adapter, inputs, ramp,
+# phases) and flags of the method by name. Besides:
 #   batch_size: instead of the protocol's;
-#   teacher_bn: "batch": the teacher's batch norms use the statistics of the batch, as in training mode;
+#   teacher_bn: "batch": the teacher's batch norms use the statistics of the batch, as in training
+# mode;
 #   taps: {network: the modules whose maps are its stages};
 #   pairs: the same for a (teacher, student), or for a student with any teacher.
 
@@ -179,8 +180,8 @@ OTHER_STUDENTS = (
     *("MobileNetV2", "ShuffleV1", "ShuffleV2"),
 )
 
-# KnowledgeReview's stages: the last block but one of a ResNet is a level of its own, and the depthwise
-# convolutions are the levels of MobileNetV2
+# KnowledgeReview's stages: the last block but one of a ResNet is a level of its own, and the
+# depthwise convolutions are the levels of MobileNetV2
 RESNET_BLOCKS = dict(
     **dict.fromkeys(("resnet18",), 2),
     **dict.fromkeys(("resnet34", "resnet50", "resnet101", "resnet152"), 3),
@@ -348,7 +349,8 @@ SETTINGS = {
 
 
 def settings_of(mode: str, protocol: str) -> dict[str, tuple]:
-    """What a protocol sets for a method: {name: (value, the protocol that says so)}, 'pairs' too."""
+    """What a protocol sets for a method: {name: (value, the protocol that says so)}, 'pairs'
+    too."""
     found = settings_of(mode, LIKE[protocol]) if protocol in LIKE else {}
     own = SETTINGS[protocol].get(mode, {})
     return found | {name: (value, protocol) for name, value in own.items()}

@@ -37,10 +37,10 @@ from utils import (
 class Run:
     """The folder save_root/note of one run and everything in it.
 
-    args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone), timing.csv,
-    curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit for bit) and
-    model_best.pth.tar. Nothing is written before `start()`; a folder that holds another run, or that
-    another process writes into, is refused.
+    args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone),
+    timing.csv, curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit
+    for bit) and model_best.pth.tar. Nothing is written before `start()`; a folder that holds
+    another run, or that another process writes into, is refused.
 
         with run.start(...):        # signals are caught from here on
             meter, done = run.begin()
@@ -52,20 +52,20 @@ class Run:
 
     def __init__(
         self,
-        recipe: argparse.Namespace,
+        cfg: argparse.Namespace,
         note: str,
         argv: list[str],
         loss: str = "ce",
         score: str = "test_top1",
     ):
-        self.dir = Path(recipe.save_root) / note
-        self.recipe, self.argv, self.loss, self.score = recipe, argv, loss, score
+        self.dir = Path(cfg.save_root) / note
+        self.cfg, self.argv, self.loss, self.score = cfg, argv, loss, score
         self.history, self.timing = [], []
         self.best = dict(epoch=0, score=-1.0)
         self.saved = self.inside = self.events = self.signal = self.known = None
         self.sources = {}
         self.handlers, self.where, self.warned = {}, "before its first step", set()
-        if recipe.tensorboard:
+        if cfg.tensorboard:
             summary_writer()  # or say what to install, before anything is written
         self.checkpoint = self.dir / "checkpoint.pth.tar"
         for parent in [self.dir, *self.dir.parents]:
@@ -75,7 +75,7 @@ class Run:
                 raise UserError(f"{parent} cannot be used ({error.strerror})") from error
             if file:
                 raise UserError(f"{parent} is a file: give another --save_root or --note")
-        if recipe.resume:
+        if cfg.resume:
             if self.checkpoint.exists():
                 self.saved = read_checkpoint(self.checkpoint)
                 with self.intact():
@@ -85,20 +85,20 @@ class Run:
                     self._look_over()
                 self.known = self.saved.get("sources") or self._recorded("sources")
             elif not self._bare():  # stopped before its first checkpoint
-                recipe = self._recorded("recipe")
-                if not isinstance(recipe, dict):
+                recorded = self._recorded("recipe")
+                if not isinstance(recorded, dict):
                     raise UserError(f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)")
-                self._same_flags({key: recipe.get(key) for key in self._flags()})
+                self._same_flags({key: recorded.get(key) for key in self._flags()})
                 self.known = self._recorded("sources")
         elif self.dir.exists() and not self._bare():
             raise UserError(
-                f"{self.dir} holds another run: --resume goes on with it, --note NAME starts another"
+                f"{self.dir} holds another run: continue it with --resume, or give --note NAME"
             )
         self.found = self._stamp()
 
     def _bare(self) -> bool:
-        """Whether the folder is there and holds no more than what a run writes before its args.json:
-        one that was killed that early."""
+        """Whether the folder is there and holds no more than what a run writes before its
+        args.json: one that was killed that early."""
         early = {".lock", "args.json.tmp", "log.txt"}
         try:
             return all(
@@ -124,22 +124,22 @@ class Run:
         return self.known.get(what, default) if isinstance(self.known, dict) else default
 
     def learns_from(self, data: dict, teacher: str | None = None) -> None:
-        """Say what identifies the data and the teacher's file (its sha256); where the run goes on, they
-        have to be those that it was started with."""
+        """Say what identifies the data and the teacher's file (its sha256); where the run goes on,
+        they have to be those that it was started with."""
         self.sources = dict(data=data, teacher=teacher)
         own = self._before("teacher", teacher)
         if own != teacher:
             raise UserError(
-                f"--resume: --t_model {self.recipe.t_model} is another file than the run was started "
-                f"with (sha256 {str(teacher)[:12]}, it was {str(own)[:12]}): put that one "
+                f"--resume: --t_model {self.cfg.t_model} is not the file of the run's start "
+                f"(sha256 {str(teacher)[:12]}, it was {str(own)[:12]}): put that one "
                 "back, or start another run with --note NAME"
             )
         before = self._before("data")
         for split, now in data.items() if isinstance(before, dict) else ():
             if before.get(split) != now:
                 raise UserError(
-                    f"--resume: the {split} images in {self.recipe.img_root} are not those that the "
-                    f"run was started with ({_counted(before.get(split), now)}): give these with "
+                    f"--resume: the {split} images in {self.cfg.img_root} are not those of the "
+                    f"run's start ({_counted(before.get(split), now)}): give these with "
                     "--img_root, or start another run with --note NAME"
                 )
 
@@ -201,8 +201,8 @@ class Run:
         Meter().load(meter)
 
     def fits(self, rows: list[dict], steps: int) -> None:
-        """Raise ValueError where the epochs of the checkpoint are not the first of `rows`, which say
-        something of each, or the epoch at work has more than `steps` or none is left."""
+        """Raise ValueError where the epochs of the checkpoint are not the first of `rows`, which
+        say something of each, or the epoch at work has more than `steps` or none is left."""
         for i, row in enumerate(self.history):
             if i >= len(rows) or any(row.get(key) != value for key, value in rows[i].items()):
                 raise ValueError(f"row {i + 1} of its metrics is none of this run")
@@ -234,7 +234,7 @@ class Run:
             "cuda",
             "workers",
         )
-        flags = {key: value for key, value in vars(self.recipe).items() if key not in free}
+        flags = {key: value for key, value in vars(self.cfg).items() if key not in free}
         return json.loads(json.dumps(flags, default=str))
 
     def _same_flags(self, saved: dict) -> None:
@@ -250,12 +250,12 @@ class Run:
         for key in sorted(set(now) | set(saved)):
             if now.get(key) != saved.get(key):
                 raise UserError(
-                    f"--resume: --{key} is {now.get(key)}, the run was started with {saved.get(key)}"
+                    f"--resume: --{key} is {now.get(key)}, but the run has {saved.get(key)}"
                 )
 
     def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> "Run":
-        """Make the folder and write args.json. `meta`: what checkpoints remember of network and data;
-        `notes`: what else belongs into args.json."""
+        """Make the folder and write args.json. `meta`: what checkpoints remember of network and
+        data; `notes`: what else belongs into args.json."""
         self.meta = meta
         all_gather(None)  # all have seen the folder as it was
         self.began = self.kept = time.perf_counter()
@@ -277,18 +277,19 @@ class Run:
             self.warn(f"{open_to_all}: see that no other process trains in {self.dir}")
         if self.found and not isinstance(self._before("data"), dict):
             self.warn("the run does not say with which images it was started: not compared")
-        if self.recipe.tensorboard:
+        if self.cfg.tensorboard:
             self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
         return self
 
     def _lock(self) -> str | None:
-        """Hold the folder until this process ends, however it ends. Returns why it cannot be held."""
+        """Hold the folder until this process ends, however it ends. Returns why it cannot be
+        held."""
         self.lock = why = None
         try:
             self.lock = hold(self.dir / ".lock", patience=1.0)
         except Held as held:
             raise UserError(
-                f"{self.dir} is in use: another process trains there ({held or 'it does not say which'})"
+                f"{self.dir} is in use by another process ({held or 'unknown'})"
             ) from held
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -305,7 +306,7 @@ class Run:
     def _write_args(self, machine: Machine, notes: dict) -> None:
         record = dict(
             command=" ".join(self.argv),
-            recipe={k: v for k, v in vars(self.recipe).items() if k not in ("resume", "dry_run")},
+            recipe={k: v for k, v in vars(self.cfg).items() if k not in ("resume", "dry_run")},
             machine=str(machine),
             versions=dict(
                 python=platform.python_version(),
@@ -364,7 +365,8 @@ class Run:
             self.log(f"warning: {text}")
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Under --on_nan skip, the optimizer leaves out the steps whose gradients are no numbers."""
+        """Under --on_nan skip, the optimizer leaves out the steps whose gradients are no
+        numbers."""
 
         def leave_out(optimizer, *args):
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -373,7 +375,7 @@ class Run:
                 optimizer.zero_grad(set_to_none=True)
                 self.log("a step without finite gradients is left out")
 
-        if self.recipe.on_nan == "skip":
+        if self.cfg.on_nan == "skip":
             optimizer.register_step_pre_hook(leave_out)
         return optimizer
 
@@ -395,8 +397,9 @@ class Run:
             raise UserError(f"{error}; {self._kept()}") from error
 
     def begin(self) -> tuple[Meter, int]:
-        """An epoch begins, or is gone on with: its meter and the number of its steps that are done."""
-        meter, inside, self.inside = Meter(self.recipe.on_nan == "skip"), self.inside, None
+        """An epoch begins, or is gone on with: its meter and the number of its steps that are
+        done."""
+        meter, inside, self.inside = Meter(self.cfg.on_nan == "skip"), self.inside, None
         if not inside:
             return meter, 0
         meter.load(inside["meter"])
@@ -404,7 +407,7 @@ class Run:
 
     def due(self) -> bool:
         """Whether to save inside an epoch: a signal wants an end, or --save_every is over."""
-        minutes = self.recipe.save_every
+        minutes = self.cfg.save_every
         late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
         if world() > 1:  # all or none
             votes = torch.tensor([self.signal or 0, late], dtype=torch.int32)
@@ -488,8 +491,8 @@ class Run:
         self.save(state, better=better)
 
     def finish(self) -> dict:
-        """Say the result, draw the curves, write result.json: last and best accuracy, the peer's too
-        where two networks learned, and the seconds. Returns the same, and the folder."""
+        """Say the result, draw the curves, write result.json: last and best accuracy, the peer's
+        too where two networks learned, and the seconds. Returns the same, and the folder."""
         last = self.history[-1][self.score]
         best, seconds = self.best["score"], sum(row["seconds"] for row in self.timing)
         result = dict(last=last, best=best, seconds=round(seconds, 3))
@@ -605,8 +608,8 @@ def _number(text: str):
 
 
 def import_matplotlib():
-    """The module, or None. MPLBACKEND chooses a window system, which no figure here needs, and a wrong
-    one would fail the import."""
+    """The module, or None. MPLBACKEND chooses a window system, which no figure here needs, and a
+    wrong one would fail the import."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib

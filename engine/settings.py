@@ -1,4 +1,5 @@
-"""The settings of a method in a run: one function resolves them, and keeps where each comes from."""
+"""The settings of a method in a run: one function resolves them, and keeps where each comes
+from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ ADAPTERS = dict(
 class Settings:
     """One method's settings. The fields are those of its row (`kd_losses.Method`); besides:
 
-    adapter: what makes the student's maps fit the teacher's (engine/adapter.py); teacher_bn: whether
-    the teacher's batch norms use 'running' statistics or those of the 'batch'; taps: {network: the
-    modules whose maps are its stages}; flags: {flag of the method: value}; origin: {name of a value:
-    where it comes from}: 'default', a protocol, a pair of networks, or 'flag'.
+    adapter: what makes the student's maps fit the teacher's (engine/adapter.py); teacher_bn:
+    whether the teacher's batch norms use 'running' statistics or those of the 'batch'; taps:
+    {network: the modules whose maps are its stages}; flags: {flag of the method: value}; origin:
+    {name of a value: where it comes from}: 'default', a protocol, a pair of networks, or 'flag'.
     """
 
     mode: str
@@ -56,13 +57,13 @@ def settings(
     composed: bool = False,
     micro_batch: int | None = None,
 ) -> Settings:
-    """Resolve the settings of `mode`: the row, then the protocol, then the pair of networks, then the
-    user's flags.
+    """Resolve the settings of `mode`: the row, then the protocol, then the pair of networks, then
+    the user's flags.
 
     teacher, student: names of networks; num_class: for a weight that depends on it; flags: {name:
-    value} of what was given for this method; composed: one of several methods, whose own balance with
-    the cross-entropy then means nothing; micro_batch: images in a forward pass, for a method that is
-    built for one batch size. Raises UserError for a flag that would have no effect.
+    value} of what was given for this method; composed: one of several methods, whose own balance
+    with the cross-entropy then means nothing; micro_batch: images in a forward pass, for a method
+    that is built for one batch size. Raises UserError for a flag that would have no effect.
     """
     method = named(METHODS, mode, "--kd_mode")
     values = dict(

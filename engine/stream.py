@@ -83,9 +83,9 @@ def test_batches(
     workers: int | None = None,
     share: tuple[int, int] = (0, 1),
 ):
-    """Yield (img, target, index) in order, normalised and otherwise untouched, or enlarged; of files
-    resized and cropped by `workers` processes (None: their own number). share: (rank, world), for
-    every world-th batch. batch_size: None for 500 images of up to 96 pixels, 100 of 224."""
+    """Yield (img, target, index) in order, normalised and otherwise untouched, or enlarged; of
+    files resized and cropped by `workers` processes (None: their own number). share: (rank, world),
+    for every world-th batch. batch_size: None for 500 images of up to 96 pixels, 100 of 224."""
     batch_size = batch_size or max(1, min(500, 100 * 224**2 // images.size**2))
     if isinstance(images, Images):
         yield from dataset.test_batches(images, batch_size, share)

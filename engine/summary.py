@@ -55,7 +55,8 @@ def settings_of(criterion: Criterion, distiller: Distiller) -> dict:
 
 
 def recorded_settings(distiller: Distiller) -> dict:
-    """For args.json: the methods' values, where each comes from, and the parameters that they add."""
+    """For args.json: the methods' values, where each comes from, and the parameters that they
+    add."""
     methods = {x.mode: settings_of(x, distiller) for x in distiller.added}
     origins = {
         x.mode: {name: x.settings.origin[name] for name in methods[x.mode]} for x in distiller.added

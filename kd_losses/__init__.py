@@ -43,8 +43,8 @@ from .ttm import TTM
 from .vkd import VKD
 from .wttm import WTTM
 
-# after the loss files: `logits` is a file, too, and here it is what a loss is fed; the two names with
-# `as` are for engine/published.py
+# after the loss files: `logits` is a file, too, and here it is what a loss is fed; the two names
+# with `as` are for engine/published.py
 from ._wiring import (
     FADES,
     Inputs,
@@ -99,7 +99,7 @@ from ._wiring import (
     with_target,
 )
 
-# --- phases ----------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ NO_CE = (Phase(ce=False),)
 def init_then_ce(epochs: int, *lr: tuple[float, float], trainable: str = "backbone"):
     """The method trains the backbone for `epochs`, then cross-entropy alone trains the student.
 
-    As in KD-Zoo, but for two things: there weight decay acts on the idle classifier, and the momentum
-    of the first phase is carried into the second.
+    As in KD-Zoo, but for two things: there weight decay acts on the idle classifier, and the
+    momentum of the first phase is carried into the second.
     """
     init = Phase(name="init", epochs=epochs, ce=False, trainable=(trainable, "kd"), lr=lr)
     return (init, Phase(name="train", kd=False, trainable=("student",)))
@@ -172,7 +172,7 @@ def paraphrase_first(lr: float):
     return (first, Phase(trainable=("student", "kd.translator")))
 
 
-# --- ramps: how the weight changes: (epoch from 1, epochs) -> factor, in the protocol's epochs -------
+# --- ramps: how the weight changes: (epoch from 1, epochs) -> factor, in the protocol's epochs ----
 
 
 def constant(epoch: int, epochs: int) -> float:
@@ -201,7 +201,7 @@ def up_to_ten_classes(few: float, many: float):
     return lambda num_class: few if num_class <= 10 else many
 
 
-# --- what a row is ---------------------------------------------------------------------------------
+# --- what a row is --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,10 +228,11 @@ def choice(help: str, *choices: str) -> Flag:
 class Method:
     """A row.
 
-    loss: the class, called with the flags; or a builder, a function (s, t, train, **flags) -> module.
+    loss: the class, called with the flags; or a builder, a function (s, t, train, **flags) ->
+    module.
     inputs: what the loss is fed. lambda_kd: its weight, or a function of the number of classes.
-    match: what must agree between the compared maps: '', 'size' or 'channels+size'; an adapter makes
-    it agree (engine/adapter.py).
+    match: what must agree between the compared maps: '', 'size' or 'channels+size'; an adapter
+    makes it agree (engine/adapter.py).
     stages: which are compared, counted from the deepest (-1); None: all. reduce: over the stages.
     lambda_ce: the weight of the cross-entropy. ramp: the factor of lambda_kd in each epoch.
     teacher: 'frozen', 'grad' (gradients flow through it to the image) or 'trained'.
@@ -239,11 +240,11 @@ class Method:
     two_views: whether it needs a second, strongly augmented view of each image.
     fixed_batch: whether it is built for one batch size, its flag 'batch'.
     no_decay: whether its own parameters have no weight decay.
-    deploys_projector: whether the trained network is the student with the method's projector and the
-    teacher's classifier.
+    deploys_projector: whether the trained network is the student with the method's projector and
+    the teacher's classifier.
     capturable: whether a step never reads a value from the device, so that CUDA can capture it.
-    precompute: Inputs-like (loss, tapped teacher, training batches, labels, **flags) -> a line for the
-    log; called once before the training.
+    precompute: Inputs-like (loss, tapped teacher, training batches, labels, **flags) -> a line for
+    the log; called once before the training.
     """
 
     loss: Callable
@@ -272,7 +273,7 @@ class Method:
         return self.loss(s, t, train, **flags)
 
 
-# --- the flags of the methods that have several ------------------------------------------------------
+# --- the flags of the methods that have several ---------------------------------------------------
 
 
 def temperature(default: float) -> Flag:
@@ -427,7 +428,7 @@ SEMCKD_FLAGS = dict(soft=Flag(1.0, "temperature of the attention"))
 PKT_FLAGS = dict(eps=Flag(1e-6, "added to norms and probabilities"))
 MGD_FLAGS = dict(lam=Flag(0.15, "share of the student's channels that are masked"))
 
-# --- the table ---------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 BOTH = "channels+size"
 CRD_WEIGHT = up_to_ten_classes(0.2, 0.8)

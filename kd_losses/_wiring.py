@@ -3,10 +3,11 @@
 
 Inputs: `(loss, s, t, batch)` -> a scalar, or a list of one per stage.
     loss: the module that was built; s, t: `network.Features` of student and teacher;
-    batch: img (B, 3, H, W), target (B,), index (B,), and epoch, epochs (0-dim): the epoch from 1 and
-    the number of epochs, both in the protocol's number.
+    batch: img (B, 3, H, W), target (B,), index (B,), and epoch, epochs (0-dim): the epoch from 1
+    and the number of epochs, both in the protocol's number.
 Builders: `(s, t, train, **flags)` -> nn.Module.
-    s, t: Features of a trial pass, for their shapes; train: the training set, for its labels and size.
+    s, t: Features of a trial pass, for their shapes; train: the training set, for its labels and
+    size.
 """
 
 import math
@@ -39,7 +40,7 @@ from .wkd_f import WKDF
 from .wkd_l import WKDL, cka_cost
 from .wsld import WSLD
 
-# --- what a loss is fed ----------------------------------------------------------------------------
+# --- what a loss is fed ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def review(loss, s, t, batch, s_preact, pooled):
 
 
 def reviewed(s, t, s_preact: bool, pooled: bool):
-    """The student's maps after the activation or before it, the teacher's before; each side's pooled
-    features after them, or not."""
+    """The student's maps after the activation or before it, the teacher's before; each side's
+    pooled features after them, or not."""
     fms_s = s.preacts if s_preact else s.stages
     return [*fms_s, *[s.feat][:pooled]], [*t.preacts, *[t.feat][:pooled]]
 
@@ -246,7 +247,7 @@ def one_each(loss: nn.Module, maps: list) -> list:
     return list(loss) if isinstance(loss, nn.ModuleList) else [loss] * len(maps)
 
 
-# --- how a loss is built ---------------------------------------------------------------------------
+# --- how a loss is built --------------------------------------------------------------------------
 
 
 def build_ab(s, t, train, m):
@@ -260,7 +261,8 @@ def build_vid(s, t, train, sf, init_var, eps, init):
 
 
 def initialised(layers: nn.Module, init: str) -> nn.Module:
-    """`layers` as they are ('kaiming'), or with torch's own initialisation of convolutions ('torch')."""
+    """`layers` as they are ('kaiming'), or with torch's own initialisation of convolutions
+    ('torch')."""
     if init == "torch":
         for layer in layers.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -18,9 +18,10 @@ class SimKD(nn.Module):
     s_dim, t_dim: channels of the student's and the teacher's last map; factor: how much narrower P
     is inside (2; the authors show 4 and 8 too); t_size: side of the teacher's map, or (H, W), to
     which `predict` pools a larger one of the student; None where the student's is not larger. P
-    learns with the student. `spec` is these numbers, from which the module can be built again. The trained network is the student without its classifier, P, and the
-    teacher's classifier: its accuracy is `predict`'s. No cross-entropy: labels are not needed.
-    Differs from the paper: nothing is known; maps need not be square.
+    learns with the student. `spec` is these numbers, from which the module can be built again. The
+    trained network is the student without its classifier, P, and the teacher's classifier: its
+    accuracy is `predict`'s. No cross-entropy: labels are not needed. Differs from the paper:
+    nothing is known; maps need not be square.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ def draw(
 ) -> None:
     """Write `train` and `val` images, with sides of `size` to 1.5 * `size` pixels, and their boxes.
 
-    `images`: a folder whose train/CLASS/* are pasted, else scikit-learn's digits; those of the first
-    `classes` classes, every fifth in val alone. Category ids are 1, 3, 7, 13, 21...
+    `images`: a folder whose train/CLASS/* are pasted, else scikit-learn's digits; those of the
+    first `classes` classes, every fifth in val alone. Category ids are 1, 3, 7, 13, 21...
     """
     out = Path(out)
     pictures = (_files(Path(images), classes) if images else _digits(classes)).items()

@@ -49,7 +49,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def distil(base, tmp_path):
-    """A function: (mode, flags of train_kd.py, note) -> what its main returns, between those two."""
+    """A function: (mode, flags of train_kd.py, note) -> what its main returns, between those
+    two."""
     import toys
     import train_kd
 

@@ -1,7 +1,9 @@
-"""Weights and images from nothing but names and shapes, so that expected outputs need no stored weights.
+"""Weights and images from nothing but names and shapes, so that expected outputs need no stored
+weights.
 
 tests/data/networks.json was made by filling every state-dict entry of the public networks with
-`fill(key, shape)`, running `image()` through them in float64 and eval mode, and recording what came out.
+`fill(key, shape)`, running `image()` through them in float64 and eval mode, and recording what came
+out.
 """
 
 import zlib

@@ -1,4 +1,5 @@
-"""A folder that looks like ImageNet's, made of small images: train/ and val/, JPEG files of 256 pixels.
+"""A folder that looks like ImageNet's, made of small images: train/ and val/, JPEG files of 256
+pixels.
 
 python tests/imagenet_like.py datasets/cifar10_jpeg datasets/imagenet_like --train 64 --val 16
 """

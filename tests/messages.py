@@ -1,5 +1,5 @@
-"""What is asked of the message about a user's mistake: one line that names the flag, the file or the
-value that is wrong. How the sentence is worded is free."""
+"""What is asked of the message about a user's mistake: one line that names the flag, the file or
+the value that is wrong. How the sentence is worded is free."""
 
 import contextlib
 import re

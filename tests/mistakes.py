@@ -361,7 +361,8 @@ def cases(main, common: str, rows) -> list:
 
 
 def refused(places, monkeypatch, capfd, main, argv: str, wanted: list[str]):
-    """Run a command that must be refused: one line with the wanted names, and nothing is written."""
+    """Run a command that must be refused: one line with the wanted names, and nothing is
+    written."""
     names, before = places
 
     def refuse(url, root, filename, **kwargs):

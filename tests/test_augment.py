@@ -15,7 +15,8 @@ LEVELS = {op: range(10) for op in OPS} | dict.fromkeys(
     ("AutoContrast", "Equalize", "Invert"), [None]
 )
 
-# share of pixels that lie between two: versions of torchvision (0.29 and before) round them otherwise
+# share of pixels that lie between two: versions of torchvision (0.29 and before) round them
+# otherwise
 NEARLY = dict(Rotate=1e-4, ShearX=2e-3, ShearY=2e-3)
 
 
@@ -42,7 +43,8 @@ def by_torchvision(op, image, m):
 
 
 def pictures(size):
-    """Noise, noise of few greys, a grey image, one of one colour, one with an empty channel, a ramp."""
+    """Noise, noise of few greys, a grey image, one of one colour, one with an empty channel, a
+    ramp."""
     pixels = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
     pixels[1] = pixels[1] // 4 + 50
     pixels[2] = pixels[2, :1]

@@ -1,4 +1,5 @@
-"""Checkpoints at random: any bytes, cut, flipped, any objects. A value or one line comes of them."""
+"""Checkpoints at random: any bytes, cut, flipped, any objects. A value or one line comes of
+them."""
 
 import argparse
 import contextlib
@@ -25,7 +26,8 @@ from utils import UserError
 
 @pytest.fixture
 def consume(tmp_path):
-    """Read bytes as a checkpoint, as far as a network: a value or a UserError, soon, in little room."""
+    """Read bytes as a checkpoint, as far as a network: a value or a UserError, soon, in little
+    room."""
     args = train_base.parse(["--net_name", "resnet8"])
     detection, _ = train_det.parse(["--kd_mode", "none"])
 

@@ -1,4 +1,5 @@
-"""Weights from anywhere: whoever wrote the file, it is read safely and strictly, or refused in one line."""
+"""Weights from anywhere: whoever wrote the file, it is read safely and strictly, or refused in one
+line."""
 
 import argparse
 import copy
@@ -166,7 +167,8 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch):
     ["old", "it's  two", '"; touch ran; "', "$(touch ran)`touch ran`", "a\n!!\033[31m\udce9"],
 )
 def test_the_conversion_that_is_proposed_works(whole, name, tmp_path, monkeypatch):
-    """Whatever the file is called, a shell gives Python what it is to run, and runs nothing else."""
+    """Whatever the file is called, a shell gives Python what it is to run, and runs nothing
+    else."""
     monkeypatch.chdir(tmp_path)
     net = network.build("resnet8", 10)
     state = net.state_dict()

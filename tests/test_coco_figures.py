@@ -120,7 +120,8 @@ def test_nothing_found(tmp_path):
 @pytest.mark.parametrize("iscrowd, expected", [(1, 100), (0, 100 * 51 / 101)])
 def test_crowds_are_ignored(tmp_path, iscrowd, expected):
     """Detections inside a crowd are neither right nor wrong, whatever their number, and it need not
-    be found. Of an object of that place, IoU 0.2, they would be wrong: after the right one, AP 51/101.
+    be found. Of an object of that place, IoU 0.2, they would be wrong: after the right one, AP
+    51/101.
     """
     crowd = (60, 4, 90, 100)
     found = data(tmp_path, [boxed(1, 1, 1, SMALL), boxed(2, 1, 1, crowd, iscrowd=iscrowd)])
@@ -141,7 +142,8 @@ def test_inside_a_crowd_before_the_right_one(tmp_path):
 
 
 def test_masks_have_figures_of_their_own(tmp_path):
-    """The box is right, the mask covers its lower 6 of 10 rows: IoU 0.6, right at 0.5, 0.55 and 0.6."""
+    """The box is right, the mask covers its lower 6 of 10 rows: IoU 0.6, right at 0.5, 0.55 and
+    0.6."""
     found = data(tmp_path, [boxed(1, 1, 1, SMALL, segmentation=POLYGON)], masks=True)
     found_it = output((*SMALL, 1, 0.9))
     masks = torch.zeros(1, 1, 128, 160)
@@ -211,8 +213,8 @@ def test_evaluate(drawn):
 
 
 def test_ranks_are_merged(tmp_path, monkeypatch):
-    """Of four images, three with the object, each of two ranks looks at two; in the first and in the
-    last too much is found. What they find goes from one to the other as bytes."""
+    """Of four images, three with the object, each of two ranks looks at two; in the first and in
+    the last too much is found. What they find goes from one to the other as bytes."""
     found = data(tmp_path, [boxed(i, i, 1, LARGE) for i in (1, 2, 3)], n=4)
 
     def detect(imgs):

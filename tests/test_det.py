@@ -1,4 +1,5 @@
-"""Distilling detectors: what is compared, the published settings, and runs through the command line."""
+"""Distilling detectors: what is compared, the published settings, and runs through the command
+line."""
 
 import copy
 import json
@@ -63,7 +64,7 @@ def caught(made, imgs, targets, seed=3):
     return terms, s, made.teach(s)
 
 
-# --- what is compared ------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted({name for pair in PAIRS for name in pair}))
@@ -213,7 +214,7 @@ def test_each_network_has_its_own_normalisation():
     assert train_det.renormalised(images, own, own) is images.tensors
 
 
-# --- published settings ----------------------------------------------------------------------------
+# --- published settings ---------------------------------------------------------------------------
 
 
 def plan(*flags):
@@ -285,7 +286,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         detector("fasterrcnn_resnet18", weights="detector")
 
 
-# --- through the command line ----------------------------------------------------------------------
+# --- through the command line ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

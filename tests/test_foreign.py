@@ -1,4 +1,5 @@
-"""Other people's networks: where their feature maps are found, and what is said where they are not."""
+"""Other people's networks: where their feature maps are found, and what is said where they are
+not."""
 
 import textwrap
 
@@ -201,7 +202,8 @@ def test_tokens_of_a_transformer_become_maps(layers, blocks):
 
 
 def test_registers_are_dropped():
-    """Eight tokens before a grid of two by two: no square of its own tells where the image begins."""
+    """Eight tokens before a grid of two by two: no square of its own tells where the image
+    begins."""
 
     class Registers(nn.Module):
         def __init__(self):
@@ -239,7 +241,7 @@ def test_without_timm(monkeypatch):
         foreign.build("timm/resnet10t", 10)
 
 
-# --- taps by hand ----------------------------------------------------------------------------------
+# --- taps by hand ---------------------------------------------------------------------------------
 
 
 def test_stages_named_by_hand():
@@ -282,7 +284,7 @@ def test_wrong_taps(stages, name):
         taps(net, stages=stages)
 
 
-# --- what cannot be had ----------------------------------------------------------------------------
+# --- what cannot be had ---------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
@@ -326,7 +328,7 @@ def test_what_is_no_network_for_images(net, named):
         taps(net)
 
 
-# --- functions in files ----------------------------------------------------------------------------
+# --- functions in files ---------------------------------------------------------------------------
 
 NET = """
     import torch.nn as nn
@@ -387,7 +389,7 @@ def test_file_names():
     assert foreign.file_name("my_net.py:build") == "my_net-build"
 
 
-# --- weights of a library --------------------------------------------------------------------------
+# --- weights of a library -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -445,7 +447,8 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
     ],
 )
 def test_offline_a_script_says_one_line(script, flags, file, tmp_path, monkeypatch, capfd):
-    """The file asked for is torchvision's first one, as in the tables; its second ones are better."""
+    """The file asked for is torchvision's first one, as in the tables; its second ones are
+    better."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     wanted = []
 
@@ -464,7 +467,7 @@ def test_offline_a_script_says_one_line(script, flags, file, tmp_path, monkeypat
     one_line(line, name, "no route to host", tmp_path / "cache/hub/checkpoints")
 
 
-# --- through the scripts ---------------------------------------------------------------------------
+# --- through the scripts --------------------------------------------------------------------------
 
 QUICK = ["--cuda", "0", "--amp", "off", "--epochs", "1", "--batch_size", "216"]
 DATA = ["--data_name", "digits", "--img_size", "16", *QUICK]

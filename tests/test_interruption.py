@@ -43,7 +43,8 @@ STATES = [
     "mlkd",
     "wkd_l",
 ]  # between them every kind of state
-# a process that is killed at the Nth chance: after a step, before or after a file is put in its place
+# a process that is killed at the Nth chance: after a step, before or after a file is put in its
+# place
 KILLED = """
 import os, signal, sys
 import train_kd, utils
@@ -282,7 +283,7 @@ def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
     assert_same(result(whole), result(folder))
 
 
-# --- killed before its args.json -------------------------------------------------------------------
+# --- killed before its args.json ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("left", ["killed", "", ".lock", ".lock args.json.tmp log.txt"])
@@ -345,7 +346,7 @@ def test_no_locks_on_a_file_system(tmp_path, capsys, monkeypatch):
     assert any(names(x, "No locks available", folder) for x in warnings)
 
 
-# --- other images, another teacher -----------------------------------------------------------------
+# --- other images, another teacher ----------------------------------------------------------------
 
 
 def pictures(root, size, change=0):
@@ -452,7 +453,7 @@ def test_another_teacher_is_refused(old, teacher, tmp_path, capsys, monkeypatch)
     assert len(unknown) == old  # that the images cannot be compared
 
 
-# --- what is said where there is no checkpoint -----------------------------------------------------
+# --- what is said where there is no checkpoint ----------------------------------------------------
 
 
 def test_whether_there_is_a_checkpoint_is_said(tmp_path, capsys, monkeypatch):
@@ -500,7 +501,8 @@ def test_a_wrong_backend_does_not_end_a_run(tmp_path):
 
 
 def test_what_identifies_boxes_and_digits(tmp_path):
-    """Boxes: the annotations, names and sizes, wherever they lie. Digits: what they are unscaled."""
+    """Boxes: the annotations, names and sizes, wherever they lie. Digits: what they are
+    unscaled."""
     coco_like.draw(tmp_path / "one", 3, 2, 40, 1)
     known = coco.load(tmp_path / "one").identity()
     shutil.copytree(tmp_path / "one", tmp_path / "moved")

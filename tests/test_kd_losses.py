@@ -1,4 +1,5 @@
-"""What every row of the table of methods promises: numbers, degenerate inputs, state, independence."""
+"""What every row of the table of methods promises: numbers, degenerate inputs, state,
+independence."""
 
 import ast
 import copy
@@ -76,7 +77,7 @@ def double(distiller):
     return distiller
 
 
-# --- 1 and 2: precision ----------------------------------------------------------------------------
+# --- 1 and 2: precision ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,7 +121,7 @@ def test_right_under_autocast(mode, dtype):
         )
 
 
-# --- 3: degenerate inputs --------------------------------------------------------------------------
+# --- 3: degenerate inputs -------------------------------------------------------------------------
 
 
 def _double_first(x):
@@ -219,7 +220,7 @@ def test_a_batch_of_one(mode):
 NOT_ON_ONE = ("rkd", "irg", "reviewkd", "dist", "itrd")
 
 
-# --- 4: state --------------------------------------------------------------------------------------
+# --- 4: state -------------------------------------------------------------------------------------
 
 
 def world(mode):
@@ -323,7 +324,7 @@ def test_exactly_what_learns_is_in_training_mode(mode):
         )
 
 
-# --- 5: no host synchronisation ---------------------------------------------------------------------
+# --- 5: no host synchronisation -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bss"])  # picks its images
@@ -348,9 +349,9 @@ def test_no_value_is_read_back(mode):
                 loss.backward()
 
 
-# --- what a protocol changes -----------------------------------------------------------------------
+# --- what a protocol changes ----------------------------------------------------------------------
 
-CRD_TABLE = {  # of the CRD benchmark's script: weight, stages, sum or mean; cross-entropy 1 elsewhere
+CRD_TABLE = {  # of the CRD benchmark's script: weight, stages, sum or mean; CE 1 elsewhere
     "st": (0.9, None, "mean"),
     "at": (1000, None, "sum"),
     "fitnet": (100, (2,), "mean"),
@@ -389,7 +390,7 @@ def test_sums_of_the_crd_benchmark():
         torch.testing.assert_close(found[i], expected)
 
 
-# --- the table and its files -----------------------------------------------------------------------
+# --- the table and its files ----------------------------------------------------------------------
 
 
 def test_one_file_a_row():
@@ -470,7 +471,8 @@ ALONE = {  # how a reader would call the class of a copied file
     "vid": "VID(4, 4, 4, init_var=5.0)(fm(), fm())",
     "fsp": "FSP()(fm(), fm(), fm(), fm())",
     "sobolev": "Sobolev()(net(img), net(img), img, target)",
-    "crd": "CRD(6, 6, feat_dim=8, nce_n=4, n_data=9, labels=torch.arange(9) % 3)(feat(), feat(), torch.arange(5))",
+    "crd": "CRD(6, 6, feat_dim=8, nce_n=4, n_data=9, labels=torch.arange(9) % 3)"
+    "(feat(), feat(), torch.arange(5))",
     "dml": "DML()(out(), out())",
     "lskd": "LSKD(T=2)(out(), out())",
     "dist": "DIST(T=4)(out(), out())",
@@ -504,14 +506,16 @@ for name in ("numpy", "torchvision", "sklearn", "matplotlib", "tqdm"):
 g = lambda *shape: torch.randn(*shape, requires_grad=True)
 fm, feat, out = lambda: g(5, 4, 6, 6), lambda: g(5, 6), lambda: g(5, 3)
 img, target = g(5, 3, 6, 6), torch.arange(5) % 3
-head = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(64, 3))
-net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(64, 3))
+from torch.nn import Conv2d, Flatten, Linear, Sequential, Tanh
+head = Sequential(Conv2d(4, 4, 3), Tanh(), Flatten(), Linear(64, 3))
+net = Sequential(Conv2d(3, 4, 3), Tanh(), Flatten(), Linear(64, 3))
 for path, call in zip(sys.argv[1::2], sys.argv[2::2]):
     names = {**globals(), **runpy.run_path(path)}
     for active in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=active):
             loss = eval(call, names)
-        assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and loss.isfinite(), path
+        assert loss.shape == () and loss.dtype == torch.float32, path
+        assert loss.requires_grad and loss.isfinite(), path
         loss.backward()
     print("ran", path)
 """

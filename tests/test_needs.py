@@ -1,6 +1,6 @@
-"""What some methods need of the loop beyond features: a second view, the classifiers, the epoch, a look
-at all training images, whole batches, parameters without weight decay, a student with the teacher's
-classifier, standardised logits."""
+"""What some methods need of the loop beyond features: a second view, the classifiers, the epoch, a
+look at all training images, whole batches, parameters without weight decay, a student with the
+teacher's classifier, standardised logits."""
 
 import copy
 from argparse import Namespace
@@ -36,7 +36,7 @@ def step(distiller, batch, weight=1.0):
     return train_kd.train_step(distiller, phase, optimizer, batch, weights, CPU)
 
 
-# --- the classifiers -------------------------------------------------------------------------------
+# --- the classifiers ------------------------------------------------------------------------------
 
 
 FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "ResNet18", "MobileNetV1", "MobileNetV2"]
@@ -52,7 +52,7 @@ def test_the_classifier_and_what_it_is_fed(name):
     torch.testing.assert_close(x.last.mean((2, 3)), x.feat)
 
 
-# --- logits, standardised --------------------------------------------------------------------------
+# --- logits, standardised -------------------------------------------------------------------------
 
 
 def test_logits_are_standardised_first():
@@ -72,7 +72,7 @@ def test_logit_stand_is_for_logits(distil, capsys):
         distil("st+at", "--logit_stand", "--dry_run")
 
 
-# --- two views -------------------------------------------------------------------------------------
+# --- two views ------------------------------------------------------------------------------------
 
 
 def test_both_views_are_forwarded_and_have_a_cross_entropy():
@@ -104,7 +104,7 @@ def test_files_read_one_by_one_have_no_second_view(tmp_path, capsys):
         train_kd.main([*argv, "--batch_size", "2", "--workers", "0"])
 
 
-# --- the epoch -------------------------------------------------------------------------------------
+# --- the epoch ------------------------------------------------------------------------------------
 
 
 def test_the_epoch_is_told_in_the_protocol_s_number():
@@ -147,7 +147,7 @@ def test_only_the_transport_fades():
     assert [fading_from(FADES)(x, 240) for x in (1, 150, 195, 240)] == pytest.approx([1, 1, 0.5, 0])
 
 
-# --- a look at all training images -----------------------------------------------------------------
+# --- a look at all training images ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["positions", "pooled", "logits"])
@@ -187,7 +187,7 @@ def test_classes_are_looked_at_once(distil, capsys):
     assert capsys.readouterr().out.count("distances of the classes") == 1
 
 
-# --- whole batches, no weight decay ----------------------------------------------------------------
+# --- whole batches, no weight decay ---------------------------------------------------------------
 
 
 def test_a_smaller_batch_is_left_out():
@@ -210,7 +210,7 @@ def test_parameters_that_do_not_decay():
     assert len(utils.sgd(groups, recipe).param_groups) == 1
 
 
-# --- a student with the teacher's classifier -------------------------------------------------------
+# --- a student with the teacher's classifier ------------------------------------------------------
 
 
 def test_the_deployed_student(distil, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_a_wrong_name_of_one(name, named):
         foreign.build(name, 10, 32)
 
 
-# --- what the authors set by pair ------------------------------------------------------------------
+# --- what the authors set by pair -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ def test_norms_run_last_before_the_preacts(name):
 
 @pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "MobileNetV2", "ResNet18", "ShuffleV2"])
 def test_first_weights(name):
-    """Normal with variance 2 / fan-out, a small classifier where a family has one, or torch's own."""
+    """Normal with variance 2 / fan-out, a small classifier where a family has one, or torch's
+    own."""
     net = foreign.build(name, 100)
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 4000]
     assert len(convs) > 2
@@ -194,7 +195,7 @@ def test_unknown_network():
         network.build("resnet21", 10)
 
 
-# --- hooks -----------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 def test_hooks_catch_only_what_is_wanted():
@@ -244,7 +245,7 @@ def test_align():
         align(deep, shallow, (1,))  # the teacher has nothing beside the deep one's first
 
 
-# --- adapters --------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 
 def two(needs, wants=ALL, widths=(3, 5, 7, 9), last=1):

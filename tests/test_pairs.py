@@ -1,5 +1,5 @@
-"""Every method between every pair of networks in the CRD benchmark's two tables of results: one step
-of training in each of its phases."""
+"""Every method between every pair of networks in the CRD benchmark's two tables of results: one
+step of training in each of its phases."""
 
 import copy
 from argparse import Namespace

@@ -1,5 +1,5 @@
-"""What trains in each phase, with which weight and in which mode: the behaviour that decides a table
-and that no value of a loss shows."""
+"""What trains in each phase, with which weight and in which mode: the behaviour that decides a
+table and that no value of a loss shows."""
 
 import math
 from argparse import Namespace
@@ -46,7 +46,7 @@ def step(distiller, phase, batch, lr=0.0):
     return train_kd.train_step(distiller, phase, optimizer, batch, ones, CPU)
 
 
-# --- a phase has its own weight --------------------------------------------------------------------
+# --- a phase has its own weight -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["kdzoo", CRD])
@@ -85,7 +85,7 @@ def test_ft_trains_through(tmp_path, flags):
     assert all(math.isfinite(row["kd"]) for row in rows)
 
 
-# --- what learns, and in which mode ------------------------------------------------------------------
+# --- what learns, and in which mode ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_the_public_connector_is_the_identity_where_the_maps_agree():
 
 @pytest.mark.parametrize("protocol, batch_statistics", [("kdzoo", 0), (CRD, 1), (IMAGENET, 1)])
 def test_the_teacher_of_ofd(protocol, batch_statistics):
-    """Under MDistiller's recipes its batch norms use the batch's statistics; the running ones rest."""
+    """Under MDistiller's recipes its batch norms use the batch's statistics; the running ones
+    rest."""
     nets = [foreign.build(name, 5).requires_grad_(False) for name in ("resnet8", "resnet14")]
     distiller = toys.distiller("ofd", *nets, toys.images(size=16), argv=["--protocol", protocol])
     batch, phase = toys.batch(dtype=torch.float32, size=16), distiller.phases[0]
@@ -144,7 +145,7 @@ def test_the_teacher_of_ofd(protocol, batch_statistics):
     assert nets[1].training == bool(batch_statistics)
 
 
-# --- bss: which images pass through the student ------------------------------------------------------
+# --- bss: which images pass through the student ---------------------------------------------------
 
 
 class Always(torch.nn.Module):
@@ -177,7 +178,7 @@ def test_bss_forwards_what_qualifies_alone(right):
     assert terms["kd"].isfinite() and (terms["kd"] == 0) == (right == 0)
 
 
-# --- what the public codes set --------------------------------------------------------------------------
+# --- what the public codes set --------------------------------------------------------------------
 
 MV1, R18 = (
     ("torchvision/resnet50", "MobileNetV1"),
@@ -285,10 +286,11 @@ def test_the_least_variance_of_vid_and_the_epsilon_of_pkt():
     assert eps == {"kdzoo": 1e-6, CRD: 1e-7}
 
 
-# --- the newer methods, as their authors train them ---------------------------------------------------
+# --- the newer methods, as their authors train them -----------------------------------------------
 
 SOFT = {"kdzoo": (0.9, 0.1), CRD: (0.9, 0.1)}
-# mode: {protocol: (weight, that of the cross-entropy)}, what learns beside the student, further traits
+# mode: {protocol: (weight, that of the cross-entropy)}, what learns beside the student, further
+# traits
 NEWER = dict(
     lskd=({"kdzoo": (9.0, 0.1), CRD: (9.0, 0.1)}, ()),
     dist=({"kdzoo": (2.0, 1.0), CRD: (2.0, 1.0), IMAGENET: (2.0, 1.0)}, ()),

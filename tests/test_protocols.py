@@ -165,9 +165,9 @@ def test_a_dry_run_of_reviewkd_s_imagenet(distil, capsys):
     for line in (
         "lr 0.1, falls after (30, 60, 90), momentum 0.9, weight decay 0.0001, batch 256",
         "lr 0.2, falls after (3, 6, 9), momentum 0.9, weight decay 0.0001, batch 512",
-        "reviewkd: lambda_kd 1.0, lambda_ce 1.0, stages [-3, -2, -1], reduce mean, mid_channel 512, "
-        "s_preact True, pooled True",
+        "reviewkd: lambda_kd 1.0 (reviewkd-imagenet), lambda_ce 1.0, stages [-3, -2, -1], "
+        "reduce mean, mid_channel 512 (reviewkd-imagenet), s_preact True (reviewkd-imagenet)",
         "phases: distil 100 epoch(s)",
-        "st: reviewkd-imagenet says nothing of it",
+        "st: reviewkd-imagenet has no settings for it",
     ):
         assert line in out, line

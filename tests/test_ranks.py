@@ -192,7 +192,8 @@ def test_two_shares_are_the_whole_batch(mode, found):
 
 
 def test_goes_on_with_another_number_of_processes(found, tmp_path):
-    """A run of one process, stopped after its first epoch, ends on two; and bad input is said once."""
+    """A run of one process, stopped after its first epoch, ends on two; and bad input is said
+    once."""
     import train_kd
 
     root, _ = found

@@ -1,9 +1,9 @@
 """Whole training steps of the public code, as its own `main()` takes them, beside ours.
 
 tests/data/steps holds what RepDistiller computes with the arguments of its scripts, in float64, on
-three fixed batches: the summed loss, the gradients of the first step, all state after three steps of
-SGD, and what the optimizer holds. Weights and batches come from formulas. Tensors are compared by
-their length and an inner product (`checksum`).
+three fixed batches: the summed loss, the gradients of the first step, all state after three steps
+of SGD, and what the optimizer holds. Weights and batches come from formulas. Tensors are compared
+by their length and an inner product (`checksum`).
 """
 
 import functools
@@ -62,8 +62,8 @@ FIRST = dict(factor={"1.": "0.loss.paraphraser."})
 IDLE = tuple(f"1.encoder.{i}" for i in ("0.bias", "3.bias", "6.bias"))
 SHIFTED = tuple(f"1.encoder.{i}.running_mean" for i in (1, 4, 7))
 RTOL = 1e-6
-# MobileNetV2 in training mode on 16 images makes of a difference in the last digit, such as that of a
-# norm that is safe at zero, a larger one step by step: (losses, entries)
+# MobileNetV2 in training mode on 16 images makes of a difference in the last digit, such as that of
+# a norm that is safe at zero, a larger one step by step: (losses, entries)
 CHAOTIC = dict(
     attention=(1e-4, 1e-2),
     similarity=(1e-6, 3e-4),
@@ -176,7 +176,8 @@ def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
         batch, places = batch_of(step)
         if name == "crd":
             at = {int(i): row for i, row in zip(batch.index, places)}
-            distiller.added[0].loss.draw = lambda idx: torch.stack([at[int(i)] for i in idx])  # noqa: B023
+            crd = distiller.added[0].loss
+            crd.draw = lambda idx: torch.stack([at[int(i)] for i in idx])  # noqa: B023
         weights = schedule.loss_weights(distiller, phase, 0.0, cfg)
         terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, machine)
         losses.append(total(distiller, phase, weights, terms).item())
@@ -211,8 +212,8 @@ def known(key: str) -> bool:
 
 
 def uncounted(distiller, name: str, phase_name: str) -> int:
-    """How many tensors the public optimizer holds that ours does not: under a second name, or without
-    an effect."""
+    """How many tensors the public optimizer holds that ours does not: under a second name, or
+    without an effect."""
     student = [p for p in distiller.student.net.parameters() if p.requires_grad]
     if phase_name == "init":
         return len(student) if name in ("abound", "fsp") else 0
@@ -220,7 +221,8 @@ def uncounted(distiller, name: str, phase_name: str) -> int:
 
 
 def compare(found: dict, expected: dict, rtol: float) -> None:
-    """Same entries, same checksums, relative to the entry, or to a thousandth of the largest one."""
+    """Same entries, same checksums, relative to the entry, or to a thousandth of the largest
+    one."""
     scale = max(x[0] for x in expected.values())
     assert not expected.keys() - found.keys()
     for key, value in expected.items():

@@ -113,8 +113,8 @@ def children():
 
 
 def test_processes_go_on_from_epoch_to_epoch(photos):
-    """The same from the first, begun inside an epoch, on; a test's own end with it. Where an epoch is
-    left half-way, or the images go, they end."""
+    """The same from the first, begun inside an epoch, on; a test's own end with it. Where an epoch
+    is left half-way, or the images go, they end."""
     alone, data = load(photos).train, load(photos, workers=2).train
     seen = []
     for number, skip in ((1, 2), (2, 0), (3, 0), (1, 0)):

@@ -35,7 +35,7 @@ def same(one, two):
     return all(torch.equal(one[key], two[key]) for key in one)
 
 
-# --- every mode trains -----------------------------------------------------------------------------
+# --- every mode trains ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", METHODS)
@@ -150,7 +150,7 @@ def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0, equal_nan=True)
 
 
-# --- every mode learns ------------------------------------------------------------------------------
+# --- every mode learns ----------------------------------------------------------------------------
 
 
 def learns_more_with_a_wider_teacher(mode):
@@ -170,7 +170,8 @@ PAIRS = [("resnet20", mode) for mode in METHODS] + [
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Teachers that know something, of the student's width and wider, by name; each trained once."""
+    """Teachers that know something, of the student's width and wider, by name; each trained
+    once."""
 
     @lru_cache
     def taught(name):
@@ -184,9 +185,9 @@ def teachers(tmp_path_factory):
 
 @pytest.mark.parametrize("teacher, mode", PAIRS)
 def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
-    """The unweighted term's mean over the last epoch of its phase is below that of the phase's first
-    ten steps. What two learners have between them, or an attack finds, need not fall, nor the way from
-    a fresh student's even probabilities to a teacher's nearly even ones: not zero there.
+    """The unweighted term's mean over the last epoch of its phase is below that of the phase's
+    first ten steps. What two learners have between them, or an attack finds, need not fall, nor the
+    way from a fresh student's even probabilities to a teacher's nearly even ones: not zero there.
     """
     taught, step, seen = teachers(teacher), train_kd.train_step, {}
 
@@ -208,7 +209,7 @@ def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
             assert sum(last) / len(last) < sum(values[:10]) / 10, name
 
 
-# --- networks that do not match --------------------------------------------------------------------
+# --- networks that do not match -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", METHODS)
@@ -243,7 +244,7 @@ def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
     assert set(saved["snet"]) == set(network.build("resnet8", 10).state_dict())
 
 
-# --- phases, weights, composition ------------------------------------------------------------------
+# --- phases, weights, composition -----------------------------------------------------------------
 
 
 def test_phases_scale_with_epochs(distil):
@@ -265,7 +266,8 @@ def test_the_first_phase_s_rates():
 @pytest.mark.parametrize("epochs", [200, 20, 1])
 @pytest.mark.parametrize("mode, weight", [("dkd", 1.0), ("bss", 2.0), ("st", 0.1)])
 def test_ramps_scale_with_epochs(mode, weight, epochs):
-    """At its own length the protocol's weight, epoch by epoch; shorter, the same curve in less time."""
+    """At its own length the protocol's weight, epoch by epoch; shorter, the same curve in less
+    time."""
     distiller = toys.distiller(mode)
     recipe = cli.resolve(toys.parse(["--kd_mode", mode, *DATA])[0], "x", {})
     expected = {
@@ -374,7 +376,8 @@ def test_protocol_changes_the_settings():
 @pytest.mark.parametrize("protocol", published.PROTOCOLS)
 @pytest.mark.parametrize("mode", METHODS)
 def test_every_mode_under_every_protocol(mode, protocol):
-    """Its flags parse, also when its defaults are given; its comparison fits ResNets of two widths."""
+    """Its flags parse, also when its defaults are given; its comparison fits ResNets of two
+    widths."""
     argv = ["--kd_mode", mode, "--protocol", protocol]
     flags, given = toys.parse(argv)[1][mode].flags, []
     for name, flag in METHODS[mode].flags.items():
@@ -435,7 +438,7 @@ def test_two_fresh_learners_differ(tmp_path):
     assert not same(saved["net1"], saved["net2"])
 
 
-# --- the table, the help and the README ------------------------------------------------------------
+# --- the table, the help and the README -----------------------------------------------------------
 
 
 def test_no_mode_name_in_the_loop():
@@ -477,7 +480,7 @@ def test_help_of_a_mode_shows_its_flags(capsys):
     assert "--p X" in out and "(default 2.0)" in out and "--nce_n" not in out
 
 
-# --- numbers that are none -------------------------------------------------------------------------
+# --- numbers that are none ------------------------------------------------------------------------
 
 
 def test_a_diverging_run_stops_with_the_term(distil, capsys):
@@ -485,7 +488,7 @@ def test_a_diverging_run_stops_with_the_term(distil, capsys):
         distil("fitnet", *FEW, "--lr", "1e30", "--print_freq", "1")
 
 
-# --- what goes wrong is said -------------------------------------------------------------------------
+# --- what goes wrong is said ----------------------------------------------------------------------
 
 
 def warnings(capsys):
@@ -558,7 +561,8 @@ def test_no_number_at_all_stops_the_run_that_leaves_them_out(distil, monkeypatch
 
 
 def test_a_fresh_student_is_the_baseline_of_its_seed(base):
-    """--s_name with the seed of a baseline and --s_init with its initial weights are the same start."""
+    """--s_name with the seed of a baseline and --s_init with its initial weights are the same
+    start."""
     initial = weights(base / "resnet8" / "initial_r8.pth.tar")
     fresh = Weights("resnet8").build(10, 2, 12).state_dict()
     assert initial.keys() == fresh.keys() and same(initial, fresh)

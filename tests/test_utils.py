@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 CPU = utils.Machine(torch.device("cpu"), bf16=False)
 
 
-# --- flags and recipes -----------------------------------------------------------------------------
+# --- flags and recipes ----------------------------------------------------------------------------
 
 
 def flags(*argv):
@@ -121,7 +121,7 @@ def test_cuda_is_never_replaced_silently(monkeypatch):
         utils.machine(1, "off")
 
 
-# --- meters and evaluation -------------------------------------------------------------------------
+# --- meters and evaluation ------------------------------------------------------------------------
 
 
 def test_meter_weighs_by_samples():
@@ -169,7 +169,7 @@ def test_check_finite_names_the_term():
         check_finite(dict(ce=1.0, kd=float("nan")), "epoch 3")
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_a_meter_goes_on_with_another_s_sums():
     assert 0.5 < other.speed <= 1.0  # what was loaded took its time elsewhere
 
 
-# --- the run directory -----------------------------------------------------------------------------
+# --- the run directory ----------------------------------------------------------------------------
 
 
 def recipe(tmp_path, **kwargs):
@@ -320,8 +320,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_freed_memory_is_kept_for_the_next_step():
-    """In a process of its own, which has freed nothing else, once it has settled (five steps at most
-    were seen: a block may be taken beside the hole that its like has left)."""
+    """In a process of its own, which has freed nothing else, once it has settled (five steps at
+    most were seen: a block may be taken beside the hole that its like has left)."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
     faults = subprocess.check_output([sys.executable, "-c", STEPS], cwd=ROOT)

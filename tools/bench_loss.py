@@ -177,7 +177,8 @@ class Loss:
         return [x for value in values for x in ([value] if torch.is_tensor(value) else value)]
 
     def broadcast(self) -> Criterion:
-        """The same criterion with the straightforward version of its loss in the place of its own."""
+        """The same criterion with the straightforward version of its loss in the place of its
+        own."""
         f, criterion = BROADCAST[self.mode][0], copy.deepcopy(self.criterion)
         many = isinstance(criterion.loss, nn.ModuleList)
         criterion.loss = (

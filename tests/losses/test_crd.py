@@ -234,7 +234,8 @@ def test_gathered_rows_stay_within_bounds(monkeypatch):
 
 
 def test_draws_among_a_million_are_fair():
-    """A float32 in [0, 1) has 2^24 values, of which 14 would fall to one sample and 13 to the next."""
+    """A float32 in [0, 1) has 2^24 values, of which 14 would fall to one sample and 13 to the
+    next."""
     n, size = 1_281_167, 1300
     crd = CRD(3, 6, feat_dim=1, nce_n=4_000_000, n_data=n, labels=torch.arange(n) // size)
     drawn = crd.draw(torch.tensor([n - 1]))[0, 1:]  # of the last class: the others come first

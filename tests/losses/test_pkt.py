@@ -10,7 +10,8 @@ from reference import agree, agree_grads, cases
 @pytest.mark.parametrize("case", cases("pkt"))
 @pytest.mark.parametrize("prefix, eps, rtol", [("", 1e-6, 1e-9), ("alt_mdistiller/", 1e-7, 1e-6)])
 def test_reference(case, prefix, eps, rtol):
-    """The alternative normalises with another epsilon, its gradient agrees as far as that lets it."""
+    """The alternative normalises with another epsilon, its gradient agrees as far as that lets
+    it."""
     feat_s = case.leaf("in/feat_s")
     loss = PKTCosSim(eps)(feat_s, case["in/feat_t"])
     agree(loss, case[f"{prefix}loss"], rtol)
