@@ -308,7 +308,8 @@ def test_what_a_message_names():
 
 ODD = [
     *(
-        "0 -0 -1 1 2 10 0.5 1e999 -1e999 nan -nan inf 0x10 1_0 1e3 .5 5. + - -- = , ,, 1,2 1,,2".split()
+        "0 -0 -1 1 2 10 0.5 1e999 -1e999 nan -nan inf 0x10 1_0 1e3".split()
+        + ".5 5. + - -- = , ,, 1,2 1,,2".split()
     ),
     *("2,1 measured cifar10 0,0,0,1,1,1 0,0,0,0,0,0 at st+at + at+ at++st None True []".split()),
     *(

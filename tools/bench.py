@@ -81,6 +81,7 @@ SPARE = 0.05  # of a budget, to be sure of it
 
 
 def step_flags(parser: cli.Parser) -> None:
+    """The flags of `step`."""
     add = parser.add_argument
     everything = (BASE, *METHODS)
     add("--modes", type=some(everything), default=everything, metavar="M,M", help="(default all)")
@@ -356,6 +357,7 @@ def line(row: dict, columns: dict) -> str:
 
 
 def head(columns: dict) -> list[str]:
+    """The two lines above the rows of the Markdown table."""
     titles = [title for title, _ in columns.values()]
     return ["| " + " | ".join(titles) + " |", "| " + " | ".join("---" for _ in titles) + " |"]
 
@@ -379,6 +381,7 @@ def about(machine: utils.Machine) -> dict:
 
 
 def processor() -> str:
+    """The processor's name and the number of its cores."""
     try:
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -387,6 +390,7 @@ def processor() -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The command and its flags."""
     first = cli.Parser(prog="bench.py", description=__doc__)
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
@@ -398,6 +402,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @console.command
 def main(argv: list[str] | None = None) -> dict:
+    """Measure, print the table, and write --json. Returns what --json writes."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
     path = Path(args.json or "-")

@@ -21,6 +21,7 @@ from utils import UserError
 
 
 def data_flags(parser: cli.Parser) -> None:
+    """The flags of `data`."""
     add_numbers(
         parser,
         batch_size=(2, 128, ""),
@@ -164,6 +165,7 @@ def on_disk(root: str, size: int):
 
 
 def plain_loader(images, args: argparse.Namespace):
+    """torch's DataLoader over `images`."""
     return torch.utils.data.DataLoader(
         images, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True
     )

@@ -48,6 +48,7 @@ PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores
 
 
 def loss_flags(parser: cli.Parser) -> None:
+    """The flags of `loss`."""
     add = parser.add_argument
     add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help="(default all)")
     add("--size", choices=PAIRS, default="cifar", help="whose feature maps (default cifar)")

@@ -23,6 +23,7 @@ BASE = "train_base"
 
 
 def random_images(n: int, num_class: int) -> dataset.Images:
+    """`n` random pictures of 32 pixels, the classes in turn."""
     pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
     names = [str(i) for i in range(num_class)]
     return dataset.Images(pixels, torch.arange(n) % num_class, names, (0.5,) * 3, (0.25,) * 3)
@@ -153,4 +154,5 @@ def settings_of(mode: str, num_class: int, batch_size: int) -> dict:
 
 
 def longest(phases):
+    """Of the phases that have the method's loss the one with the most epochs."""
     return max((p for p in phases if p.kd), key=lambda phase: phase.epochs or math.inf)

@@ -3,14 +3,17 @@ kd_losses against."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-def plain_at(loss, fm_s, fm_t):
+def plain_at(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+    """Attention maps of unit length, apart by their mean square."""
     one, two = (F.normalize(fm.abs().pow(loss.p).sum(1).flatten(1)) for fm in (fm_s, fm_t))
     return (one - two).square().mean()
 
 
-def plain_nst(loss, fm_s, fm_t):
+def plain_nst(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+    """Squared polynomial kernels between the channels."""
     x, y = (F.normalize(fm.flatten(2), dim=2) for fm in (fm_s, fm_t))
 
     def kernel(a, b):
@@ -19,7 +22,11 @@ def plain_nst(loss, fm_s, fm_t):
     return kernel(y, y) + kernel(x, x) - 2 * kernel(x, y)
 
 
-def plain_fsp(loss, fm_s1, fm_s2, fm_t1, fm_t2):
+def plain_fsp(
+    loss: nn.Module, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor
+) -> Tensor:
+    """The flow matrices of two stages, apart by their mean square."""
+
     def flow(a, b):
         size = tuple(map(min, a.shape[2:], b.shape[2:]))
         a, b = (F.adaptive_avg_pool2d(x, size).flatten(2) for x in (a, b))
@@ -28,7 +35,9 @@ def plain_fsp(loss, fm_s1, fm_s2, fm_t1, fm_t2):
     return (flow(fm_s1, fm_s2) - flow(fm_t1, fm_t2)).square().mean()
 
 
-def plain_rkd(loss, feat_s, feat_t):
+def plain_rkd(loss: nn.Module, feat_s: Tensor, feat_t: Tensor) -> Tensor:
+    """Distances and angles between the samples."""
+
     def relations(x):
         n, diff = len(x), x[None] - x[:, None]
         dist, e = diff.norm(dim=2), F.normalize(diff, dim=2)
@@ -39,14 +48,17 @@ def plain_rkd(loss, feat_s, feat_t):
     return loss.w_dist * dist + loss.w_angle * F.smooth_l1_loss(angle_s, angle_t)
 
 
-def plain_ab(loss, fm_s, fm_t):
+def plain_ab(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+    """What lies on the wrong side of the margin."""
     m = loss.margin
     rise = (fm_s - m).square() * ((fm_s <= m) & (fm_t > 0)).float()
     fall = (fm_s + m).square() * ((fm_s > -m) & (fm_t <= 0)).float()
     return (rise + fall).mean()
 
 
-def plain_sp(loss, fm_s, fm_t):
+def plain_sp(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+    """The samples' similarities, apart by their mean square."""
+
     def similarity(fm):
         x = fm.flatten(1)
         return F.normalize((x[:, None] * x[None]).sum(2))
@@ -54,7 +66,9 @@ def plain_sp(loss, fm_s, fm_t):
     return (similarity(fm_s) - similarity(fm_t)).square().mean()
 
 
-def plain_irg(loss, layers_s, layers_t):
+def plain_irg(loss: nn.Module, layers_s: list[Tensor], layers_t: list[Tensor]) -> Tensor:
+    """Vertices, edges and their transformations between stages."""
+
     def edges(x):
         x = x.flatten(1)
         distance = (x[:, None] - x[None]).square().sum(2).clamp(min=1e-12)
@@ -71,14 +85,15 @@ def plain_irg(loss, layers_s, layers_t):
     )
 
 
-def plain_afd(loss, fm_s, fm_t):
+def plain_afd(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
+    """Channels of unit length, apart by the teacher's attention."""
     one, two = (
         fm / (fm.flatten(2).norm(dim=2)[:, :, None, None] + loss.eps) for fm in (fm_s, fm_t)
     )
     return (loss.rho(fm_t) * (one - two).square().mean((2, 3))).sum(1).mean()
 
 
-def plain_crd(loss, feat_s, feat_t, idx):
+def plain_crd(loss: nn.Module, feat_s: Tensor, feat_t: Tensor, idx: Tensor) -> Tensor:
     """The rows of the banks gathered, as the public code does."""
     sample_idx = loss.draw(idx)
     e_s, e_t = F.normalize(loss.embed_s(feat_s)), F.normalize(loss.embed_t(feat_t))
@@ -100,7 +115,8 @@ def plain_crd(loss, feat_s, feat_t, idx):
     return total / len(e_s)
 
 
-def plain_kdsvd(loss, fms_s, fms_t):
+def plain_kdsvd(loss: nn.Module, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
+    """Kernels between stages' singular vectors, aligned with the teacher's."""
     stages, k = [], loss.k
     for fm_s, fm_t in zip(fms_s, fms_t):
         v_s = torch.linalg.svd(fm_s.flatten(1, 2), full_matrices=False)[2].mT[:, :, : k + 3]

@@ -148,6 +148,7 @@ COMMANDS = dict(list=overview, run=run, show=show)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The command and its flags."""
     first = cli.Parser(prog="tables.py", description=__doc__)
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
@@ -189,6 +190,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @console.command
 def main(argv: list[str] | None = None) -> None:
+    """`list`, `run` or `show`."""
     args = parse(sys.argv[1:] if argv is None else list(argv))
     COMMANDS[args.command](args)
 
