@@ -64,20 +64,20 @@ def short_name(net_name: str) -> str:
     return re.sub(r"^resnet(?=\d)", "r", foreign.file_name(net_name))
 
 
-def train_step(net, optimizer, img, target, machine, label_smoothing=0.0, accumulation_steps=1):
+def train_step(net, optimizer, img, target, precision, label_smoothing=0.0, accumulation_steps=1):
     """One step of plain training. Returns the logits and the cross-entropy, still on the device."""
     outs, losses = [], []
     optimizer.zero_grad(set_to_none=True)
     for (x, y), share in utils.micro_batches(accumulation_steps, img, target):
-        with machine.autocast():
+        with precision.autocast():
             out = net(x)
         out = out.float()
         loss = share * F.cross_entropy(out, y, label_smoothing=label_smoothing)
-        loss.backward()
+        precision.backward(loss)
         outs.append(out.detach())
         losses.append(loss.detach())
     distributed.average_gradients(optimizer)
-    optimizer.step()
+    precision.step(optimizer)
     return torch.cat(outs), torch.stack(losses).sum()
 
 
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     make = foreign.constructor(args.net_name)
     cfg = resolve(args)
-    machine = utils.machine(args.cuda, args.amp, ranks=True)
+    device = utils.select_device(args.device, args.cuda, ranks=True)
+    precision = utils.precision(device, args.amp)
     note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
@@ -98,8 +99,9 @@ def main(argv: list[str] | None = None) -> dict:
     check_trainable(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **cli.describe_data(cfg, data))
 
+    where = utils.describe_device(device, precision)
     lines = [
-        f"{machine}: {args.net_name}, {network.count_parameters(net):,} parameters",
+        f"{where}: {args.net_name}, {network.count_parameters(net):,} parameters",
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
@@ -109,10 +111,10 @@ def main(argv: list[str] | None = None) -> dict:
         with run.intact():  # or say so before anything is written
             epochs = [dict(epoch=epoch) for epoch in range(1, cfg.epochs + 1)]
             run.fits(epochs, len(dataset.batch_bounds(len(data.train), cfg.batch_size)))
-            restore(run.saved, net, utils.sgd(net.parameters(), cfg))
+            restore(run.saved, net, utils.sgd(net.parameters(), cfg), precision)
     if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
-    with run.start(machine, meta):
+    with run.start(where, meta):
         for line in lines:
             run.log(line)
         if not run.saved and utils.rank() == 0:
@@ -125,21 +127,21 @@ def main(argv: list[str] | None = None) -> dict:
                 "prec@5": 0.0,
             }
             save_checkpoint(start, initial)
-        net.to(machine.device, memory_format=torch.channels_last)
+        net.to(device, memory_format=torch.channels_last)
         if cfg.compile:
             net.compile()  # in place: the state dict keeps its keys
-        data = data.to(machine.device)
+        data = data.to(device)
         optimizer = run.watch(utils.sgd(net.parameters(), cfg))
         if run.saved:
-            restore(run.saved, net, optimizer)
+            restore(run.saved, net, optimizer, precision)
             run.saved = None
         distributed.broadcast_parameters(net)
         for epoch in range(len(run.history) + 1, cfg.epochs + 1):
-            train_epoch(run, machine, net, data, cfg, epoch, optimizer)
+            train_epoch(run, precision, net, data, cfg, epoch, optimizer)
         return run.finish()
 
 
-def train_epoch(run, machine, net, data, cfg, epoch, optimizer):
+def train_epoch(run, precision, net, data, cfg, epoch, optimizer):
     """One epoch: train, evaluate, record, save."""
     lr = utils.step_decay(cfg.lr, epoch, cfg.milestones, cfg.warmup)
     for group in optimizer.param_groups:
@@ -149,7 +151,7 @@ def train_epoch(run, machine, net, data, cfg, epoch, optimizer):
     def state():
         distributed.average_batch_norms(net)
         weights = dict(net=net.state_dict(), meta=run.meta)
-        return dict(weights=weights, optimizer=optimizer.state_dict())
+        return dict(weights=weights, optimizer=optimizer.state_dict(), **precision.state())
 
     meter, done = run.begin()
     batches = stream.train_batches(
@@ -163,7 +165,7 @@ def train_epoch(run, machine, net, data, cfg, epoch, optimizer):
     )
     for step, (img, target, _) in enumerate(batches, done + 1):
         out, loss = train_step(
-            net, optimizer, img, target, machine, cfg.label_smoothing, cfg.accumulate
+            net, optimizer, img, target, precision, cfg.label_smoothing, cfg.accumulate
         )
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
         if step % cfg.print_freq == 0:
@@ -183,15 +185,16 @@ def train_epoch(run, machine, net, data, cfg, epoch, optimizer):
         epoch=epoch,
         lr=lr,
         **now,
-        **utils.evaluate(net, stream.test_batches(data.test, share=utils.share()), machine),
+        **utils.evaluate(net, stream.test_batches(data.test, share=utils.share()), precision),
     )
     run.epoch(row, speed, state())
 
 
-def restore(saved: dict, net, optimizer) -> None:
+def restore(saved: dict, net, optimizer, precision) -> None:
     """Put a checkpoint's state back."""
     net.load_state_dict(saved["net"])
     utils.load_optimizer(optimizer, saved["optimizer"])
+    precision.load(saved)
     utils.set_rng_state(saved["rng"])
 
 

@@ -38,7 +38,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     weights: dict[str, float],
-    machine: utils.Machine,
+    precision: utils.Precision,
     accumulation_steps: int = 1,
 ) -> dict[str, Tensor]:
     """One optimizer step on
@@ -56,7 +56,7 @@ def train_step(
         if distiller.image_grad:
             micro.img.requires_grad_()
         s = t = None
-        with machine.autocast():
+        with precision.autocast():
             if distiller.teacher_runs(phase, weights):  # first: the student reuses its memory
                 with torch.set_grad_enabled(distiller.teacher_has_grad(phase)):
                     t = micro.features(distiller.teacher)
@@ -76,12 +76,12 @@ def train_step(
                 loss = loss + distiller.lambda_ce * sum(ce)
             top1 = utils.top1(s.out.detach(), micro.target)
             terms = {"ce": ce[0], **terms, "train_top1": top1}
-        (loss if share == 1 else share * loss).backward()
+        precision.backward(loss if share == 1 else share * loss)
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()
             means[name] = means[name] + value if name in means else value
     distributed.average_gradients(optimizer)
-    optimizer.step()
+    precision.step(optimizer)
     return means
 
 
@@ -109,7 +109,7 @@ def train_epoch(job: "Job", phase: Phase, epoch: int, epochs: int, optimizer) ->
     for i, tensors in enumerate(batches, done + 1):
         batch = distiller.batch(*tensors)
         weights = loss_weights(distiller, phase, (epoch - 1 + (i - 1) / steps) / epochs, cfg)
-        terms = job.step(distiller, phase, optimizer, batch, weights, job.machine, cfg.accumulate)
+        terms = job.step(distiller, phase, optimizer, batch, weights, job.precision, cfg.accumulate)
         meter.add(terms, len(batch.img))
         if i % cfg.print_freq == 0:
             now = meter.read()
@@ -126,9 +126,9 @@ def train_epoch(job: "Job", phase: Phase, epoch: int, epochs: int, optimizer) ->
     saved = state(job, phase, optimizer)
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     if phase.student_learns:
-        row |= evaluate(distiller.deployed, data.test, job.machine)
+        row |= evaluate(distiller.deployed, data.test, job.precision)
     if phase.teacher_learns:
-        peer = evaluate(distiller.teacher.net, data.test, job.machine)
+        peer = evaluate(distiller.teacher.net, data.test, job.precision)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
             saved |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
@@ -140,9 +140,9 @@ def float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def evaluate(net: torch.nn.Module, images, machine: utils.Machine) -> dict[str, float]:
+def evaluate(net: torch.nn.Module, images, precision: utils.Precision) -> dict[str, float]:
     batches = stream.test_batches(images, share=utils.share())
-    return utils.evaluate(net, batches, machine)
+    return utils.evaluate(net, batches, precision)
 
 
 def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, now: dict) -> None:
@@ -164,10 +164,15 @@ def state(job: "Job", phase: Phase, optimizer) -> dict:
     weights = dict(snet=distiller.deployed.state_dict(), meta=job.run.meta)
     if phase.teacher_learns:  # KD-Zoo's names for two networks that learn
         weights |= dict(net1=teacher.state_dict(), net2=weights["snet"])
-    return dict(weights=weights, kd=distiller.added.state_dict(), optimizer=optimizer.state_dict())
+    return dict(
+        weights=weights,
+        kd=distiller.added.state_dict(),
+        optimizer=optimizer.state_dict(),
+        **job.precision.state(),
+    )
 
 
-def restore(run: Run, distiller: Distiller, first: int, optimizer) -> None:
+def restore(run: Run, distiller: Distiller, first: int, optimizer, precision) -> None:
     """Load the run's checkpoint. Where a phase begins, at its epoch `first` = 1 and before any of
     its steps, the optimizer is a new one."""
     saved = run.saved
@@ -177,17 +182,18 @@ def restore(run: Run, distiller: Distiller, first: int, optimizer) -> None:
     utils.load_state(distiller.added, saved["kd"])
     if first > 1 or run.inside:
         utils.load_optimizer(optimizer, saved["optimizer"])
+    precision.load(saved)
     utils.set_rng_state(saved["rng"])
 
 
-def check_checkpoint(run: Run, distiller: Distiller, phases, data, cfg) -> None:
+def check_checkpoint(run: Run, distiller: Distiller, phases, data, cfg, precision) -> None:
     """Restore once on trial, so that a damaged checkpoint is found before anything is written."""
     with run.intact():
         rows = [dict(phase=p.name, epoch=i + 1) for p, epochs in phases for i in range(epochs)]
         run.fits(rows, len(dataset.batch_bounds(len(data.train), cfg.batch_size)))
         for phase, first, _ in remaining_phases(phases, len(run.history)):
             optimizer = utils.sgd(distiller.param_groups(phase), cfg, phase.nesterov)
-            return restore(run, distiller, first, optimizer)
+            return restore(run, distiller, first, optimizer, precision)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ class Job:
     distiller: Distiller
     data: dataset.Data
     cfg: object
-    machine: utils.Machine
+    precision: utils.Precision
     step: object
 
 
@@ -212,8 +218,9 @@ def main(argv: list[str] | None = None) -> dict:
     modes = kd_cli.modes_of(args.kd_mode)
     found_t, found_s = find_networks(args, modes)
     cfg = kd_cli.resolve(args, found_s.name, found_t.meta or found_s.meta)
-    machine = utils.machine(args.cuda, args.amp, ranks=True)
-    check_flags(args, modes, machine)
+    device = utils.select_device(args.device, args.cuda, ranks=True)
+    precision = utils.precision(device, args.amp)
+    check_flags(args, modes, device)
     names = [foreign.file_name(found.name) for found in (found_t, found_s)]
     run = Run(
         cfg, args.note or "-".join([args.kd_mode, cfg.data_name, *names]), ["train_kd.py", *argv]
@@ -229,13 +236,14 @@ def main(argv: list[str] | None = None) -> dict:
     for criterion in distiller.added:
         criterion.gather = args.gather and utils.world() > 1
         criterion.standardise = args.logit_stand
-    lines = summary(machine, distiller, data, cfg, phases, found_t, found_s, macs)
+    where = utils.describe_device(device, precision)
+    lines = summary(where, distiller, data, cfg, phases, found_t, found_s, macs)
     if run.saved:
-        check_checkpoint(run, distiller, phases, data, cfg)
+        check_checkpoint(run, distiller, phases, data, cfg, precision)
     if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
-    distiller.to(machine.device)
+    distiller.to(device)
     if cfg.cuda_graph and not all(x.is_cuda for x in distiller.added.state_dict().values()):
         raise UserError("--cuda_graph: the method keeps tensors on the CPU")
     notes = recorded_settings(distiller)
@@ -245,19 +253,19 @@ def main(argv: list[str] | None = None) -> dict:
         network=found_t.name,
         pretrained=found_t.pretrained,
     )
-    with run.start(machine, meta, notes):
+    with run.start(where, meta, notes):
         for line in lines:
             run.log(line)
-        data = data.to(machine.device)
-        prepare(run, distiller, data, cfg, machine, found_s)
-        job = Job(run, distiller, data, cfg, machine, train_step)
+        data = data.to(device)
+        prepare(run, distiller, data, cfg, precision, found_s)
+        job = Job(run, distiller, data, cfg, precision, train_step)
         if cfg.cuda_graph:
             job.step = CapturedStep(train_step)
         for phase, first, epochs in remaining_phases(phases, len(run.history)):
             groups = distiller.param_groups(phase)
             optimizer = run.watch(utils.sgd(groups, cfg, phase.nesterov))
             if run.saved:
-                restore(run, distiller, first, optimizer)
+                restore(run, distiller, first, optimizer, precision)
                 run.saved = None
             for epoch in range(first, epochs + 1):
                 train_epoch(job, phase, epoch, epochs, optimizer)
@@ -280,8 +288,8 @@ def find_networks(args, modes: list[str]) -> tuple[Weights, Weights]:
     return found_t or Weights(found_s.name, taps=args.t_taps), found_s
 
 
-def check_flags(args, modes: list[str], machine: utils.Machine) -> None:
-    """Raise UserError for flags that the methods or this machine do not allow."""
+def check_flags(args, modes: list[str], device: torch.device) -> None:
+    """Raise UserError for flags that the methods or the device do not allow."""
     for mode in modes:
         method = METHODS[mode]
         if args.logit_stand and not method.inputs.logits_only:
@@ -291,7 +299,7 @@ def check_flags(args, modes: list[str], machine: utils.Machine) -> None:
         if args.cuda_graph and not method.capturable:
             raise UserError(f"--cuda_graph: {mode} reads values from the device in every step")
     if args.cuda_graph:
-        if machine.device.type != "cuda":
+        if device.type != "cuda":
             raise UserError("--cuda_graph needs a CUDA device, and this runs on the CPU")
         if utils.world() > 1:
             raise UserError("--cuda_graph works with one process only")
@@ -343,7 +351,7 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
     return distiller
 
 
-def prepare(run: Run, distiller: Distiller, data, cfg, machine, found_s) -> None:
+def prepare(run: Run, distiller: Distiller, data, cfg, device, precision, found_s) -> None:
     """What happens once before the first step."""
     student, teacher = distiller.student.net, distiller.teacher.net
     if cfg.compile:
@@ -351,7 +359,7 @@ def prepare(run: Run, distiller: Distiller, data, cfg, machine, found_s) -> None
     if not run.saved:
         distiller.precompute(data.train, run.log)
     if distiller.teacher_role != "trained":
-        score = evaluate(teacher, data.test, machine)["test_top1"]
+        score = evaluate(teacher, data.test, precision)["test_top1"]
         run.log(f"teacher test_top1 {score:.2f}")
         if utils.by_chance(score, len(data.test), data.train.num_class):
             run.warn("the teacher is no better than chance on the test images")

@@ -9,7 +9,6 @@ import os
 import reprlib
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -87,44 +86,134 @@ def cpus() -> int:
 # --- device, precision, randomness ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where training runs, and whether under bfloat16 autocast."""
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps", "xpu")
 
-    device: torch.device
-    bf16: bool
+
+def select_device(
+    device: str = "auto", cuda: int | None = None, ranks: bool = False
+) -> torch.device:
+    """The device of --device and --cuda (KD-Zoo's: 0 for the CPU, 1 for a CUDA device); 'auto': an
+    accelerator if torch sees one. With `ranks`, of one of the processes that torchrun started.
+
+    Raises UserError for a device that is not there.
+    """
+    if cuda is not None:
+        wanted = "cuda" if cuda else "cpu"
+        if device not in ("auto", wanted) and not device.startswith(f"{wanted}:"):
+            raise UserError(f"--device {device} contradicts --cuda {cuda}")
+        device = wanted if device == "auto" else device
+    kind, _, number = device.partition(":")
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind == "auto":
+        kind = there.type if there else "cpu"
+    if kind not in ("cpu", "cuda", "mps", "xpu") or (number and kind in ("cpu", "mps")):
+        raise UserError(f"unknown --device {device}: expected one of {', '.join(DEVICES)}")
+    if kind != "cpu" and (there is None or there.type != kind):
+        flag = "--cuda 1" if cuda else f"--device {device}"
+        raise UserError(
+            f"{flag}: torch sees no {kind} device; leave the flag out to use what is there"
+        )
+    if number:
+        if not number.isdecimal() or int(number) >= torch.accelerator.device_count():
+            count = torch.accelerator.device_count()
+            raise UserError(f"--device {device}: expected {kind}:0 to {kind}:{count - 1}")
+        torch.accelerator.set_device_index(int(number))
+    if ranks and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if number or kind == "mps":
+            raise UserError(f"--device {device} does not work with several processes")
+        if kind != "cpu":
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        join_ranks(kind)
+    if kind == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if kind == "cpu":
+        _keep_freed_memory()
+        return torch.device("cpu")
+    if kind == "mps":
+        return torch.device("mps")
+    return torch.device(kind, torch.accelerator.current_device_index())
+
+
+class Precision:
+    """The precision of forward passes, and the steps of the optimizer that go with it.
+
+    dtype: of autocast: torch.bfloat16, torch.float16, or None for float32. With float16 the loss is
+    scaled (torch.amp.GradScaler), or small gradients would become 0; a step with infinite gradients
+    is skipped, and the scale is halved.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        self.device_type, self.dtype = torch.device(device).type, dtype
+        scaled = dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device_type) if scaled else None
 
     def autocast(self):
-        if not self.bf16:
+        if self.dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of the scaler: {} without one."""
+        return {} if self.scaler is None else dict(scaler=self.scaler.state_dict())
+
+    def load(self, saved: dict) -> None:
+        """Restore what `state` gave. Raises ValueError where it was not saved."""
+        if self.scaler is not None:
+            if "scaler" not in saved:
+                raise ValueError("the checkpoint has no state of the loss scaler")
+            self.scaler.load_state_dict(saved["scaler"])
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
-        threads += f", {world()} processes" if world() > 1 else ""
-        return f"{name}{threads}, {'bfloat16 autocast' if self.bf16 else 'float32'}"
+        names = {
+            torch.bfloat16: "bfloat16 autocast",
+            torch.float16: "float16 autocast, scaled loss",
+        }
+        return names.get(self.dtype, "float32")
 
 
-def machine(cuda: int | None = None, amp: str = "auto", ranks: bool = False) -> Machine:
-    """The device and precision that the flags and the hardware give; with `ranks`, one of the
-    processes that torchrun started."""
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--cuda 1: torch sees no CUDA device; leave --cuda out to use the CPU")
-    device = torch.device("cuda" if torch.cuda.is_available() and cuda != 0 else "cpu")
-    if ranks:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            device = torch.device("cuda", torch.cuda.current_device())
-        join_ranks(device.type == "cuda")
+def precision(device: torch.device, amp: str = "auto") -> Precision:
+    """The precision of --amp. 'auto': bfloat16 where the hardware has it; float16 with a scaled loss
+    on other CUDA devices and XPUs; float32 elsewhere."""
+    kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)
+    if amp != "auto":
+        return Precision(device, kinds[amp])
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        _keep_freed_memory()
+        return Precision(device, torch.bfloat16 if native else torch.float16)
+    if device.type == "xpu":
+        native = torch.xpu.is_bf16_supported() if hasattr(torch.xpu, "is_bf16_supported") else True
+        return Precision(device, torch.bfloat16 if native else torch.float16)
+    if device.type == "cpu":
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch
-        native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return Machine(device, amp == "bf16" or (amp == "auto" and native))
+        if any(getattr(torch.cpu, test, lambda: False)() for test in tests):
+            return Precision(device, torch.bfloat16)
+    return Precision(device)
+
+
+def describe_device(device: torch.device, precision: Precision) -> str:
+    """Where and how it is computed, for the log."""
+    if device.type == "cpu":
+        name = f"CPU, {torch.get_num_threads()} threads"
+    elif device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = str(device)
+    processes = f", {world()} processes" if world() > 1 else ""
+    tf32 = ""
+    if device.type == "cuda" and precision.dtype is None:
+        tf32 = f", TF32 in convolutions {'on' if torch.backends.cudnn.allow_tf32 else 'off'}"
+        tf32 += f", matrix products {torch.get_float32_matmul_precision()}"
+    return f"{name}{processes}, {precision}{tf32}"
 
 
 def _keep_freed_memory() -> None:
@@ -155,11 +244,11 @@ def share() -> tuple[int, int]:
     return rank(), world()
 
 
-def join_ranks(cuda: bool) -> None:
-    """Under torchrun, meet the other processes."""
+def join_ranks(kind: str) -> None:
+    """Under torchrun, meet the other processes. kind: the type of device."""
     global _control
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world() == 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if world() == 1:
+        dist.init_process_group(dict(cpu="gloo", cuda="nccl", xpu="xccl")[kind])
         _control = dist.new_group(backend="gloo")
 
 
@@ -193,16 +282,19 @@ def seed_everything(seed: int) -> None:
 def rng_state() -> dict[str, Tensor]:
     """The states of torch's generators, as tensors."""
     state = dict(cpu=torch.get_rng_state())
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        state[kind] = torch.get_device_module(kind).get_rng_state()
     return state
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
     """Go on where `rng_state()` was taken."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind in state:
+            torch.get_device_module(kind).set_rng_state(state[kind])
     if rank() > 0:  # its own state is nowhere, and it must not draw what the first rank draws
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
@@ -347,13 +439,13 @@ def top1(out: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, batches, machine: Machine) -> dict[str, float]:
+def evaluate(net: nn.Module, batches, precision: Precision) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all `batches` of (img,
     target, index), of this process and of those beside it."""
     net.eval()
     meter = Meter()
     for img, target, _ in batches:
-        with machine.autocast():
+        with precision.autocast():
             out = net(img)
         out = out.float()
         five = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]

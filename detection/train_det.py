@@ -381,11 +381,11 @@ def renormalised(images, own, other) -> Tensor:
     return inside * (x * std + mean - mean_t) / std_t
 
 
-def train_step(job: Distillation, optimizer, imgs, targets, machine) -> dict[str, Tensor]:
+def train_step(job: Distillation, optimizer, imgs, targets, precision) -> dict[str, Tensor]:
     """One step: the student's losses plus the weighted parts. Returns {name: detached 0-dim
     tensor}, on the device; 'loss' is their sum."""
     optimizer.zero_grad(set_to_none=True)
-    with machine.autocast():
+    with precision.autocast():
         terms = job.losses(imgs, targets)
     loss = sum(job.weights.get(name, 1.0) * value for name, value in terms.items())
     loss.backward()
@@ -450,7 +450,7 @@ def parse(argv: list[str]):
     add("--warmup", type=cli.number(int, 0), metavar="N", help="steps in which lr grows")
     add("--eval_every", **count, help="steps between evaluations (default: a tenth of all)")
     cli.add_optimizer_flags(add)
-    cli.add_machine_flags(parser)
+    cli.add_device_flags(parser)
     cli.add_run_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
     if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
@@ -519,7 +519,8 @@ def main(argv: list[str] | None = None) -> dict:
                 "--t_model FILE or --t_pretrained is needed: a teacher that was trained"
             )
     cfg = resolve(args, found_s, found_t)
-    machine = utils.machine(args.cuda, args.amp, ranks=True)
+    device = utils.select_device(args.device, args.cuda, ranks=True)
+    precision = utils.precision(device, args.amp)
     coco.check_shares(cfg.batch_size, utils.world())
     names = [found.name for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, *names])
@@ -556,7 +557,8 @@ def main(argv: list[str] | None = None) -> dict:
     )
     sha = sha256(found_t.path) if found_t and found_t.path else None
     run.learns_from(data.identity(), sha)
-    lines = announcement(machine, job, data, cfg, found_s, found_t)
+    where = utils.describe_device(device, precision)
+    lines = announcement(where, job, data, cfg, found_s, found_t)
     if run.saved:
         with run.intact():  # or say so before anything is written
             stops = range(cfg.eval_every, cfg.iters + cfg.eval_every, cfg.eval_every)
@@ -566,17 +568,17 @@ def main(argv: list[str] | None = None) -> dict:
     if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
-    job.to(machine.device)
+    job.to(device)
     notes = dict(
         parts={part: dict(lambda_kd=w, **parts[part].flags) for part, w in job.weights.items()}
     )
     if found_t:
         notes["teacher"] = dict(network=found_t.name, path=found_t.path, sha256=sha)
-    with run.start(machine, meta, notes):
+    with run.start(where, meta, notes):
         for line in lines:
             run.log(line)
         if teacher is not None and not run.saved:
-            run.log(f"teacher AP {evaluate(teacher, data, cfg, machine)['AP']:.2f}")
+            run.log(f"teacher AP {evaluate(teacher, data, cfg, device, precision)['AP']:.2f}")
         utils.seed_everything(cfg.seed + 1_000_003 * utils.rank())
         distributed.broadcast_parameters(student, job.kd)
         optimizer = run.watch(utils.sgd(job.learners(), cfg))
@@ -585,11 +587,11 @@ def main(argv: list[str] | None = None) -> dict:
             run.saved = None
         for start in range(0, cfg.iters, cfg.eval_every)[len(run.history) :]:
             stop = min(start + cfg.eval_every, cfg.iters)
-            train_stretch(run, machine, job, data, cfg, start, stop, optimizer)
+            train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer)
         return run.finish()
 
 
-def train_stretch(run, machine, job, data, cfg, start, stop, optimizer):
+def train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer):
     """The steps after `start` up to `stop`: train, evaluate, record, save."""
     job.learners()  # evaluation has put the student into eval mode
 
@@ -607,13 +609,13 @@ def train_stretch(run, machine, job, data, cfg, start, stop, optimizer):
         stop,
         share=utils.share(),
         workers=cfg.workers,
-        device=machine.device,
+        device=device,
     )
     for step, (imgs, targets) in enumerate(batches, start + done + 1):
         lr = utils.step_decay(cfg.lr, step, cfg.milestones, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        meter.add(train_step(job, optimizer, imgs, targets, machine), len(imgs))
+        meter.add(train_step(job, optimizer, imgs, targets, precision), len(imgs))
         if step % cfg.print_freq == 0:
             now = meter.read()
             run.check_finite(now, f"step {step}")
@@ -626,19 +628,19 @@ def train_stretch(run, machine, job, data, cfg, start, stop, optimizer):
     speed = meter.speed
     lr = utils.step_decay(cfg.lr, stop, cfg.milestones, cfg.warmup)
     saved = state()
-    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, cfg, machine))
+    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, cfg, device, precision))
     run.epoch(row, speed, saved)
 
 
-def evaluate(net, data, cfg, machine) -> dict[str, float]:
+def evaluate(net, data, cfg, device, precision) -> dict[str, float]:
     """COCO's figures of `net` on the validation images, in percent."""
     net.eval()
 
     def detect(imgs):
-        with machine.autocast():
+        with precision.autocast():
             return net(imgs)
 
-    return coco.evaluate(detect, data.val, cfg.batch_size, cfg.workers, machine.device)
+    return coco.evaluate(detect, data.val, cfg.batch_size, cfg.workers, device)
 
 
 def restore(run, job: Distillation, optimizer) -> None:
@@ -650,14 +652,14 @@ def restore(run, job: Distillation, optimizer) -> None:
     utils.set_rng_state(saved["rng"])
 
 
-def announcement(machine, job, data, cfg, found_s, found_t) -> list[str]:
+def announcement(where: str, job, data, cfg, found_s, found_t) -> list[str]:
     """The resolved recipe, as lines of the log."""
     start = (
         found_s.path or dict(fresh="fresh weights", backbone="ImageNet's backbone")[found_s.weights]
     )
     learns = sum(p.numel() for p in job.learners())
     lines = [
-        f"{machine}: {f'{found_t.name} -> ' if found_t else ''}{found_s.name}, {data.name}",
+        f"{where}: {f'{found_t.name} -> ' if found_t else ''}{found_s.name}, {data.name}",
         f"{len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} categories, student from {start}, "
         f"{learns:,} parameters learn",

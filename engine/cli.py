@@ -166,7 +166,7 @@ def add_common_flags(parser: Parser, defaults: dict) -> None:
         action="store_true",
         help="torch.compile both networks: slow to start, then faster on GPUs",
     )
-    add_machine_flags(parser)
+    add_device_flags(parser)
     add_run_flags(parser)
 
 
@@ -252,21 +252,34 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
     )
 
 
-def add_machine_flags(parser: Parser) -> None:
-    """The flags that say where and how it is computed."""
-    add = parser.add_argument_group("machine").add_argument
-    add("--cuda", type=number(int, 0, 1), metavar="0|1", help="0: CPU (default: what is there)")
+def add_device_flags(parser: Parser) -> None:
+    """The flags that say where and in which precision it is computed."""
+    add = parser.add_argument_group("device").add_argument
+    add(
+        "--device",
+        type=filled,
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:N, mps or xpu (default auto: an accelerator if there is one)",
+    )
+    add(
+        "--cuda",
+        type=number(int, 0, 1),
+        metavar="0|1",
+        help="KD-Zoo's flag: 0 is --device cpu, 1 is --device cuda",
+    )
     add(
         "--amp",
-        choices=("auto", "bf16", "off"),
+        choices=("auto", "bf16", "fp16", "off"),
         default="auto",
-        help="bfloat16 autocast; auto: where the hardware has it",
+        help="autocast: bfloat16, float16 with a scaled loss, or off (default auto: bf16 where the "
+        "hardware has it, else fp16 on a GPU)",
     )
     add(
         "--workers",
         type=number(int, 0, 1024),
         metavar="N",
-        help="processes that read images above 96 pixels (default: one a CPU, at most 8)",
+        help="processes that read images above 96 pixels (default: one per CPU, at most 8)",
     )
 
 

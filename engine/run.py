@@ -22,7 +22,6 @@ from engine.console import Stopped, say
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
 from utils import (
     printable,
-    Machine,
     Meter,
     UserError,
     all_gather,
@@ -232,6 +231,7 @@ class Run:
             "note",
             "img_root",
             "cuda",
+            "device",
             "workers",
         )
         flags = {key: value for key, value in vars(self.cfg).items() if key not in free}
@@ -253,8 +253,13 @@ class Run:
                     f"--resume: --{key} is {now.get(key)}, but the run has {saved.get(key)}"
                 )
 
-    def start(self, machine: Machine, meta: dict, notes: dict | None = None) -> "Run":
-        """Make the folder and write args.json. `meta`: what checkpoints remember of network and
+    def start(
+        self,
+        where: str,
+        meta: dict,
+        notes: dict | None = None,
+    ) -> "Run":
+        """Make the folder and write args.json. `where`: device and precision, in words; `meta`: what checkpoints remember of network and
         data; `notes`: what else belongs into args.json."""
         self.meta = meta
         all_gather(None)  # all have seen the folder as it was
@@ -268,7 +273,7 @@ class Run:
             open_to_all = self._lock()
             self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
             if not self.saved:
-                self._write_args(machine, notes or {})
+                self._write_args(where, notes or {})
             elif self.history:  # it may have been stopped between the checkpoint and these
                 self._write_rows()
         except OSError as error:
@@ -303,11 +308,11 @@ class Run:
             self.lock.flush()
         return why
 
-    def _write_args(self, machine: Machine, notes: dict) -> None:
+    def _write_args(self, where: str, notes: dict) -> None:
         record = dict(
             command=" ".join(self.argv),
             recipe={k: v for k, v in vars(self.cfg).items() if k not in ("resume", "dry_run")},
-            machine=str(machine),
+            machine=where,
             versions=dict(
                 python=platform.python_version(),
                 torch=torch.__version__,

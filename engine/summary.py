@@ -6,10 +6,12 @@ from engine import cli, published
 from engine.distiller import Criterion, Distiller
 
 
-def summary(machine, distiller: Distiller, data, cfg, phases, found_t, found_s, macs) -> list[str]:
+def summary(
+    where: str, distiller: Distiller, data, cfg, phases, found_t, found_s, macs
+) -> list[str]:
     """The networks, the data and every resolved setting, as lines of the log."""
     lines = [
-        f"{machine}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes",
+        f"{where}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes",
         f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
         f"student from {found_s.path or ('library' if found_s.pretrained else 'random')} weights",
         *data.notes,

@@ -23,7 +23,7 @@ from kd_losses.dkd import DKD
 from kd_losses.reviewkd import hcl
 
 ROOT = Path(__file__).parent.parent
-CPU = utils.Machine(torch.device("cpu"), bf16=False)
+CPU = utils.Precision()
 VIEW = train_det.View(min_size=(64, 96), max_size=128, anchor=8, rois=16)
 PAIRS = list(train_det.REVIEWKD_WEIGHT)
 

@@ -23,7 +23,7 @@ from kd_losses import METHODS, Phase
 
 ROOT = Path(__file__).parent.parent
 MODES = list(METHODS)
-FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
+FLOAT32 = utils.Precision()
 
 
 def each(features, f):

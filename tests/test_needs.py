@@ -25,7 +25,7 @@ from kd_losses.lskd import standardise
 from kd_losses.wkd_l import cka_cost
 from tools import eval as eval_tool
 
-CPU = utils.Machine(torch.device("cpu"), bf16=False)
+CPU = utils.Precision()
 PAIR = ["--protocol", "crd", "--kd_mode"]
 
 

@@ -43,7 +43,7 @@ CASES = [
     if protocol == "kdzoo" or settings_of(mode, protocol)
 ]
 RECIPE = Namespace(lr=0.05, momentum=0.9, weight_decay=0, nesterov=0)
-FLOAT32 = utils.Machine(torch.device("cpu"), bf16=False)
+FLOAT32 = utils.Precision()
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from engine.run import read_metrics
 from engine.settings import settings
 from kd_losses import METHODS
 
-CPU = utils.Machine(torch.device("cpu"), bf16=False)
+CPU = utils.Precision()
 CRD, IMAGENET = "crd", "mdistiller-imagenet"
 
 

@@ -16,7 +16,7 @@ from engine.settings import settings
 from kd_losses import METHODS
 from kd_losses._wiring import reviewed
 
-CPU = utils.Machine(torch.device("cpu"), bf16=False)
+CPU = utils.Precision()
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ def compare(mode: str) -> float:
         params = distiller.set_trainable(phase)
         distiller.student.net.eval()
         optimizer = torch.optim.SGD(params, lr=0.0)
-        machine = utils.Machine(torch.device("cpu"), bf16=False)
+        precision = utils.Precision()
         terms = train_kd.train_step(
-            distiller, phase, optimizer, batch, toys.weights(distiller, 3.0), machine
+            distiller, phase, optimizer, batch, toys.weights(distiller, 3.0), precision
         )
         meter = utils.Meter()
         meter.add(terms, len(batch.target))

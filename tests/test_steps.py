@@ -170,7 +170,7 @@ def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
     held = sum(len(group["params"]) for group in optimizer.param_groups)
     assert held == expected["held"] - uncounted(distiller, name, phase_name)
 
-    machine = utils.machine(0, "off")
+    precision = utils.Precision()
     losses, grads = [], None
     for step in range(3):
         batch, places = batch_of(step)
@@ -179,7 +179,7 @@ def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
             crd = distiller.added[0].loss
             crd.draw = lambda idx: torch.stack([at[int(i)] for i in idx])  # noqa: B023
         weights = schedule.loss_weights(distiller, phase, 0.0, cfg)
-        terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, machine)
+        terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, precision)
         losses.append(total(distiller, phase, weights, terms).item())
         if step == 0:
             grads = {f"0.{k}": p.grad for k, p in distiller.student.net.named_parameters()}

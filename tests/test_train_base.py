@@ -56,10 +56,10 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     # what the checkpoint holds is what was evaluated
     net = network.build("resnet8", 10)
     net.load_state_dict(last["net"])
-    machine = utils.machine(0, "auto")
+    precision = utils.precision(torch.device("cpu"))
     net.to(memory_format=torch.channels_last)
     images = cli.load_data(cli.resolve(train_base.parse(SMALL), "resnet8", {})).test
-    score = utils.evaluate(net, stream.test_batches(images), machine)["test_top1"]
+    score = utils.evaluate(net, stream.test_batches(images), precision)["test_top1"]
     assert score == pytest.approx(last["prec@1"]) == pytest.approx(result["last"])
 
 

@@ -94,7 +94,7 @@ def test_the_frozen_teacher_is_bit_for_bit_the_same(mode):
             batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
             train_kd.train_step(
                 *(distiller, phase, optimizer, batch),
-                *(toys.weights(distiller, 1.0, phase), utils.machine(0, "off")),
+                *(toys.weights(distiller, 1.0, phase), utils.Precision()),
             )
     assert same(before, distiller.teacher.net.state_dict()) == (METHODS[mode].teacher != "trained")
 
@@ -221,7 +221,7 @@ def test_a_wider_teacher(mode):
     optimizer = utils.sgd(distiller.set_trainable(phase), recipe)
     batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
     terms = train_kd.train_step(
-        distiller, phase, optimizer, batch, toys.weights(distiller), utils.machine(0, "off")
+        distiller, phase, optimizer, batch, toys.weights(distiller), utils.Precision()
     )
     assert all(value.isfinite() for value in terms.values())
     notes = distiller.added[0].adapter.notes
@@ -293,7 +293,7 @@ def test_the_loss_is_the_weighted_sum():
     batch = toys.batch(dtype=torch.float32)
     optimizer = utils.sgd(distiller.set_trainable(Phase()), recipe)
     terms = train_kd.train_step(
-        distiller, Phase(), optimizer, batch, dict(kd_st=0.9, kd_at=1000.0), utils.machine(0, "off")
+        distiller, Phase(), optimizer, batch, dict(kd_st=0.9, kd_at=1000.0), utils.Precision()
     )
     from kd_losses.at import AT
     from kd_losses.st import SoftTarget
@@ -356,7 +356,7 @@ def test_all_single_phase_methods_at_once():
     batch = toys.batch(dtype=torch.float32, strong=distiller.two_views)
     weights = toys.weights(distiller)
     terms = train_kd.train_step(
-        distiller, distiller.phases[0], optimizer, batch, weights, utils.machine(0, "off")
+        distiller, distiller.phases[0], optimizer, batch, weights, utils.Precision()
     )
     assert {f"kd_{mode}" for mode in modes} < set(terms)
     assert all(value.isfinite() for value in terms.values())
@@ -392,7 +392,7 @@ def test_every_mode_under_every_protocol(mode, protocol):
     optimizer = utils.sgd(distiller.set_trainable(phase), recipe)
     batch = toys.batch(dtype=torch.float32, size=16, strong=distiller.two_views)
     terms = train_kd.train_step(
-        distiller, phase, optimizer, batch, toys.weights(distiller), utils.machine(0, "off")
+        distiller, phase, optimizer, batch, toys.weights(distiller), utils.Precision()
     )
     assert all(value.isfinite() for value in terms.values())
 

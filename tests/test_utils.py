@@ -21,7 +21,7 @@ from engine.run import Run, check_finite, read_metrics
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-CPU = utils.Machine(torch.device("cpu"), bf16=False)
+CPU = utils.Precision()
 
 
 # --- flags and recipes ----------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def test_scaled():
 
 def test_cuda_is_never_replaced_silently(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.machine(None, "off").device.type == utils.machine(0, "off").device.type == "cpu"
+    assert utils.select_device().type == utils.select_device("cpu").type == "cpu"
     with refused("--cuda", 1):
-        utils.machine(1, "off")
+        utils.select_device(cuda=1)
 
 
 # --- meters and evaluation ------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def step():
     for x in [torch.empty(6_000_000) for _ in range(4)]:
         x.fill_(1.0)
 
-utils.machine(0, "off")
+utils.Precision()
 for _ in range(10):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -89,14 +89,16 @@ def step_flags(parser: cli.Parser) -> None:
     add_networks(parser)
 
 
-def step(args: argparse.Namespace, machine: utils.Machine):
+def step(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
     """Yield a row for each mode: its step against the bare one, in turns."""
     images = random_images(args.samples, args.num_class)
     nets = pair(args, images)
-    bare = {alone: bare_step(args, machine, images, *nets, alone) for alone in (False, True)}
+    bare = {
+        alone: bare_step(args, device, precision, images, *nets, alone) for alone in (False, True)
+    }
     for mode in args.modes:
-        call, phase = full_step(mode, args, machine, images, *nets)
-        rounds = take_turns([bare[mode == BASE], call], args.rounds, args.steps, machine.device)
+        call, phase = full_step(mode, args, device, precision, images, *nets)
+        rounds = take_turns([bare[mode == BASE], call], args.rounds, args.steps, device)
         yield step_row(mode, phase, *rounds, args.batch_size)
 
 
@@ -123,15 +125,15 @@ def verdict(ratio: float, budget: float | None) -> str | None:
     return "yes" if ratio <= budget - SPARE else "just" if ratio <= budget else "no"
 
 
-def operators(args: argparse.Namespace, machine: utils.Machine):
+def operators(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
     """Yield the operators of a mode's step that take the most time, their callees left out."""
     images = random_images(args.samples, args.num_class)
-    call, _ = full_step(args.profile, args, machine, images, *pair(args, images))
-    steps, cuda = args.steps, machine.device.type == "cuda"
-    seconds(call, 2, machine.device)
+    call, _ = full_step(args.profile, args, device, precision, images, *pair(args, images))
+    steps, cuda = args.steps, device.type == "cuda"
+    seconds(call, 2, device)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with profile(activities=activities) as profiler:
-        wall = seconds(call, steps, machine.device)
+        wall = seconds(call, steps, device)
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = [
         (getattr(event, own), event)
@@ -153,26 +155,28 @@ def operators(args: argparse.Namespace, machine: utils.Machine):
 # --- bench.py epoch -------------------------------------------------------------------------------
 
 
-def epoch(args: argparse.Namespace, machine: utils.Machine):
+def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
     """Yield a row for each of what surrounds the steps: loader, evaluation, files."""
     images = random_images(args.samples, args.num_class)
     nets, rounds = pair(args, images), args.rounds
-    steps = [full_step(BASE, args, machine, images, *nets, fixed)[0] for fixed in (True, False)]
-    one, loaded = take_turns(steps, rounds, args.steps, machine.device)
+    steps = [
+        full_step(BASE, args, device, precision, images, *nets, fixed)[0] for fixed in (True, False)
+    ]
+    one, loaded = take_turns(steps, rounds, args.steps, device)
     shares = [100 * (b / a - 1) for a, b in zip(one, loaded)]
     yield share_row("loader, of a step on one batch", loaded, one, shares, "at most 3")
 
     test = random_images(max(8, args.samples // 5), args.num_class)  # as CIFAR has them
-    evaluations = evaluation(copy.deepcopy(nets[0]), test, machine)
-    bare, own = take_turns(evaluations, rounds, 1, machine.device)
+    evaluations = evaluation(copy.deepcopy(nets[0]), test, device, precision)
+    bare, own = take_turns(evaluations, rounds, 1, device)
     shares = [100 * a / b for a, b in zip(bare, own)]
     yield share_row("evaluation, rate of bare inference", own, bare, shares, "at least 90")
 
-    call, _ = full_step("st", args, machine, images, *nets)
+    call, _ = full_step("st", args, device, precision, images, *nets)
     count = len(dataset.batch_bounds(args.samples, args.batch_size))
     with tempfile.TemporaryDirectory() as root:
-        calls = [call, writing(args, machine, images, nets, root, count)]
-        step_s, files = take_turns(calls, rounds, args.steps, machine.device)
+        calls = [call, writing(args, device, precision, images, nets, root, count)]
+        step_s, files = take_turns(calls, rounds, args.steps, device)
     whole = [count * a + b + median(own) for a, b in zip(step_s, files)]
     shares = [100 * b / a for a, b in zip(whole, files)]
     yield share_row("log, CSV, checkpoints, of an epoch", files, whole, shares, "at most 2")
@@ -192,36 +196,38 @@ def share_row(what: str, own: list[float], other: list[float], shares: list, bud
     )
 
 
-def evaluation(net: nn.Module, test: dataset.Images, machine: utils.Machine) -> list:
+def evaluation(
+    net: nn.Module, test: dataset.Images, device: torch.device, precision: utils.Precision
+) -> list:
     """Two functions that run all of `test`: the network alone on batches that lie ready, and
     utils.evaluate, meter and accuracies included."""
-    net.to(machine.device, memory_format=torch.channels_last).eval()
-    test, sizes = test.to(machine.device), set()
+    net.to(device, memory_format=torch.channels_last).eval()
+    test, sizes = test.to(device), set()
     hook = net.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
-    utils.evaluate(net, stream.test_batches(test), machine)
+    utils.evaluate(net, stream.test_batches(test), precision)
     hook.remove()
     batches = [img for img, *_ in stream.test_batches(test, max(sizes))]
 
     @torch.inference_mode()
     def bare():
         for img in batches:
-            with machine.autocast():
+            with precision.autocast():
                 net(img)
 
-    return [bare, lambda: utils.evaluate(net, stream.test_batches(test), machine)]
+    return [bare, lambda: utils.evaluate(net, stream.test_batches(test), precision)]
 
 
-def writing(args, machine, images, nets, root: str, steps: int):
+def writing(args, device, precision, images, nets, root: str, steps: int):
     """A function that writes what a late epoch of `steps` does: log lines, CSV files and both
     checkpoints, each epoch being the best. The optimizer's state is that after a step."""
     flags = flags_of("st")
     run = Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
-    run.start(machine, {})
-    job, phase, optimizer, _ = distillation("st", args, machine, images, *nets)
-    for x in job.learners(phase):
+    run.start(utils.describe_device(device, precision), {})
+    distiller, phase, optimizer, _ = distillation("st", args, device, precision, images, *nets)
+    for x in distiller.set_trainable(phase):
         x.grad = torch.zeros_like(x)
     optimizer.step()
-    terms = dict.fromkeys(("ce", "kd", "train_top1"), torch.tensor(1.0, device=machine.device))
+    terms = dict.fromkeys(("ce", "kd", "train_top1"), torch.tensor(1.0, device=device))
     meter = utils.Meter()
     meter.add(terms, 1)
     row = dict(phase=phase.name, epoch=1, lr=0.1, **meter.read(), test_loss=1.0, test_top5=1.0)
@@ -234,8 +240,8 @@ def writing(args, machine, images, nets, root: str, steps: int):
             for _ in range(steps // flags.print_freq):
                 run.log("  ".join(f"{name} {value:.4g}" for name, value in meter.read().items()))
             state = dict(
-                weights=dict(snet=job.student.net.state_dict(), meta=run.meta),
-                kd=job.kd.state_dict(),
+                weights=dict(snet=distiller.student.net.state_dict(), meta=run.meta),
+                kd=distiller.added.state_dict(),
                 optimizer=optimizer.state_dict(),
             )
             run.epoch(dict(row, test_top1=float(next(tops))), 1000.0, state)
@@ -367,15 +373,15 @@ def short(row: dict) -> dict:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
-def about(machine: utils.Machine) -> dict:
+def about(device: torch.device, precision: utils.Precision) -> dict:
     """The machine as it is before the run."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return dict(
-        machine=str(machine),
+        machine=utils.describe_device(device, precision),
         processor=processor(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        precision="bfloat16 autocast" if machine.bf16 else "float32",
+        precision=str(precision),
         load_average=load,
     )
 
@@ -413,17 +419,18 @@ def main(argv: list[str] | None = None) -> dict:
         settings_of(args.profile, args.num_class, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = utils.machine(args.cuda, args.amp)
+    device = utils.select_device(args.device, args.cuda)
+    precision = utils.precision(device, args.amp)
     if not args.steps:
-        args.steps = 50 if machine.device.type == "cuda" else 5
+        args.steps = 50 if device.type == "cuda" else 5
     _, run, columns = COMMANDS[args.command]
     if args.profile:
         run, columns = operators, OPERATORS
     out = sys.stderr if args.json == "-" else sys.stdout
     silent = ("command", "modes", "cuda", "amp", "threads", "json")  # or said otherwise
     flags = {k: v for k, v in vars(args).items() if k not in silent and v}
-    result = dict(command=" ".join(["bench.py", *argv]), **about(machine), flags=flags)
-    lines = [f"bench.py {args.command}: {machine}"]
+    result = dict(command=" ".join(["bench.py", *argv]), **about(device, precision), flags=flags)
+    lines = [f"bench.py {args.command}: {utils.describe_device(device, precision)}"]
     lines += [f"{result['processor']}; torch {torch.__version__}"]
     lines += [", ".join(f"{key} {value}" for key, value in flags.items())]
     load = result["load_average"]
@@ -432,7 +439,7 @@ def main(argv: list[str] | None = None) -> dict:
         lines += [f"load average before the run {load:.2f}{busy if load > 0.5 else ''}"]
     print(*lines, "", *head(columns), sep="\n", file=out)
     result["rows"] = []
-    for row in map(short, run(args, machine)):
+    for row in map(short, run(args, device, precision)):
         result["rows"].append(row)
         print(line(row, columns), file=out, flush=True)
     result["notes"] = list(NOTES["profile" if args.profile else args.command])

@@ -36,11 +36,10 @@ def data_flags(parser: cli.Parser) -> None:
     add_amp(parser)
 
 
-def data(args: argparse.Namespace, machine: utils.Machine):
+def data(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
     """Yield two rows for each way in which images come: ours and a plain DataLoader, in turns."""
-    device = machine.device
     images = random_images(args.samples, args.num_class)
-    bare = bare_step(args, machine, images, *pair(args, images), alone=True)
+    bare = bare_step(args, device, precision, images, *pair(args, images), alone=True)
     step_s = median(take_turns([bare], args.rounds, 5, device)[0])
     resident = images.to(device)
     larger = replace(resident, img_size=args.img_size, autoaugment=True)

@@ -77,7 +77,7 @@ def loss_flags(parser: cli.Parser) -> None:
     parser.set_defaults(amp="off")
 
 
-def loss(args: argparse.Namespace, machine: utils.Machine):
+def loss(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
     """Yield a row for each mode and pair of networks: its loss alone, forward and backward."""
     size, num_class, n_data = SIZES[args.size]
     pairs = PAIRS[args.size]
@@ -88,7 +88,7 @@ def loss(args: argparse.Namespace, machine: utils.Machine):
     for teacher, student, batch_size in pairs:
         nets = [Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
-            how = args.batch_size or batch_size, 0 if args.memory else args.rounds, machine.device
+            how = args.batch_size or batch_size, 0 if args.memory else args.rounds, device
             bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout, how[0])
             # a name's last part tells torchvision's networks apart
             names = " -> ".join(x.split("/")[-1] for x in (teacher, student))

@@ -52,10 +52,9 @@ def pair(args: argparse.Namespace, images: dataset.Images) -> tuple[nn.Module, n
     return tuple(nets)
 
 
-def bare_step(args, machine, images, snet, tnet, alone: bool):
+def bare_step(args, device, precision, images, snet, tnet, alone: bool):
     """A function that takes the student's step and, unless `alone`, runs the teacher: no hooks,
     no loader, one batch."""
-    device = machine.device
     nets = [
         copy.deepcopy(net).to(device, memory_format=torch.channels_last) for net in (snet, tnet)
     ]
@@ -65,7 +64,7 @@ def bare_step(args, machine, images, snet, tnet, alone: bool):
     img, target = img.to(device), target.to(device)
 
     def call():
-        with machine.autocast():
+        with precision.autocast():
             if not alone:  # first: the student then works in the memory it has left
                 with torch.no_grad():
                     tnet(img)
@@ -78,11 +77,11 @@ def bare_step(args, machine, images, snet, tnet, alone: bool):
     return call
 
 
-def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False):
+def full_step(mode: str, args, device, precision, images, snet, tnet, fixed: bool = False):
     """A function that takes a step as the training scripts do, loader (`fixed`: one batch instead)
     and meter included, and what to call its phase: the longest of those that have the method's
     loss, half-way through."""
-    settings, meter, device = recipe(), utils.Meter(), machine.device
+    settings, meter, device = recipe(), utils.Meter(), device
     torch.manual_seed(0)
     if mode == BASE:
         net = copy.deepcopy(snet).to(device, memory_format=torch.channels_last)
@@ -91,31 +90,33 @@ def full_step(mode: str, args, machine, images, snet, tnet, fixed: bool = False)
 
         def call():
             img, target, _ = next(batches)
-            out, loss = train_base.train_step(net, optimizer, img, target, machine)
+            out, loss = train_base.train_step(net, optimizer, img, target, precision)
             meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
 
         return call, "no teacher"
 
-    distiller, phase, optimizer, images = distillation(mode, args, machine, images, snet, tnet)
+    distiller, phase, optimizer, images = distillation(
+        mode, args, device, precision, images, snet, tnet
+    )
     batches = endless(images.to(device), args.batch_size, settings, fixed, distiller.two_views)
 
     def call():
         batch = distiller.batch(*next(batches))
         weights = loss_weights(distiller, phase, 0.5, settings)
-        terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, machine)
+        terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, precision)
         meter.add(terms, len(batch.target))
 
     return call, phase.name + ("" if phase.ce else ", its loss alone")
 
 
-def distillation(mode: str, args, machine, images, snet, tnet):
+def distillation(mode: str, args, device, precision, images, snet, tnet):
     """The distiller of `mode` on the device, its longest phase, the optimizer and the images."""
     snet, tnet = copy.deepcopy((snet, tnet))
     if "bss" in mode.split("+"):
         images = attackable(images, snet, tnet)
     chosen = settings_of(mode, args.num_class, args.batch_size)
     distiller = Distiller(snet, tnet, list(chosen.values()), images)
-    distiller.to(machine.device)
+    distiller.to(device)
     phase = longest(distiller.phases)
     optimizer = utils.sgd(distiller.param_groups(phase), recipe(), phase.nesterov)
     return distiller, phase, optimizer, images

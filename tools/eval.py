@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=cli.number(int, 1), metavar="N", help="(default: as in training)")
     add("--json", action="store_true", help="one JSON object instead of lines")
     cli.add_data_flags(parser)
-    cli.add_machine_flags(parser)
+    cli.add_device_flags(parser)
     parser.set_defaults(flip=None)  # of training images
     args = parser.parse_args(argv)
     if args.teacher_net and not args.teacher:
@@ -93,7 +93,7 @@ def build(found: Weights, data, device) -> nn.Module:
     return net.to(device, memory_format=torch.channels_last)
 
 
-def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
+def scores(net, teacher, images, precision, batch_size) -> tuple[dict, Tensor]:
     """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first
     batch."""
     first, answers, divergence = [], [], []
@@ -108,7 +108,7 @@ def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
             divergence.append(kl)
 
     hook = net.register_forward_hook(look)
-    score = utils.evaluate(net, stream.test_batches(images, batch_size), machine)
+    score = utils.evaluate(net, stream.test_batches(images, batch_size), precision)
     hook.remove()
     result = {key: score[f"test_{key}"] for key in ("top1", "top5", "loss")}
     if teacher is not None:
@@ -120,15 +120,15 @@ def scores(net, teacher, images, machine, batch_size) -> tuple[dict, Tensor]:
 
 
 @torch.no_grad()
-def speed(net: nn.Module, img: Tensor, machine: utils.Machine) -> float:
+def speed(net: nn.Module, img: Tensor, device: torch.device, precision: utils.Precision) -> float:
     """Images per second of the forward pass alone, over one batch that is on the device: the median
     of SECONDS of passes, at least three, after two to warm up."""
     times = []
     while len(times) < 5 or sum(times[2:]) < SECONDS:
         began = time.perf_counter()
-        with machine.autocast():
+        with precision.autocast():
             net(img)
-        if machine.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return len(img) / median(times[2:])
@@ -146,12 +146,13 @@ def measure(args: argparse.Namespace) -> dict:
         knows = {**teacher.meta, **found.meta}
     recipe = argparse.Namespace(**vars(args))
     cli.resolve_data(recipe, knows, published.PROTOCOLS["kdzoo"])
-    machine = utils.machine(args.cuda, args.amp)
+    device = utils.select_device(args.device, args.cuda)
+    precision = utils.precision(device, args.amp)
     data = cli.load_data(recipe)
-    net = build(found, data, machine.device)
-    tnet = build(teacher, data, machine.device).eval() if teacher else None
-    images = data.test.to(machine.device)
-    score, img = scores(net, tnet, images, machine, args.batch_size)
+    net = build(found, data, device)
+    tnet = build(teacher, data, device).eval() if teacher else None
+    images = data.test.to(device)
+    score, img = scores(net, tnet, images, precision, args.batch_size)
     with torch.no_grad():
         macs = count_macs(net, lambda: net(img[:1]))
     result = dict(
@@ -165,9 +166,9 @@ def measure(args: argparse.Namespace) -> dict:
         num_class=images.num_class,
         mean=list(images.mean),
         std=list(images.std),
-        machine=str(machine),
+        machine=utils.describe_device(device, precision),
         **score,
-        img_per_s=speed(net, img, machine),
+        img_per_s=speed(net, img, device, precision),
         batch_size=len(img),
     )
     if teacher:

@@ -49,7 +49,7 @@ COMPARED = 6  # steps of which losses and weights are compared
 # --- steps: captured against plain, for every method ----------------------------------------------
 
 
-def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
+def steps(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Write a row of steps.jsonl for each method and pair, until the time is up."""
     end = time.monotonic() + args.seconds
     with open(args.out / "steps.jsonl", "a") as out:
@@ -59,8 +59,8 @@ def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
             flags = argparse.Namespace(samples=4 * size if args.tiny else 4096, **sizes)
             images = bench_steps.random_images(flags.samples, flags.num_class)
             nets = bench_steps.pair(flags, images)
-            bare = bench_steps.bare_step(flags, machine, images, *nets, False)
-            bare_ms = 1000 * per_call(bare, args.steps, machine)
+            bare = bench_steps.bare_step(flags, device, precision, images, *nets, False)
+            bare_ms = 1000 * per_call(bare, args.steps, device, precision)
             head = dict(pair=f"{teacher} -> {student}", batch=size)
             for mode in args.modes:
                 if time.monotonic() > end:
@@ -68,10 +68,10 @@ def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
                     return
                 row = head | dict(mode=mode, bare_ms=bare_ms)
                 try:
-                    row |= one_mode(mode, flags, machine, images, nets, args.steps)
+                    row |= one_mode(mode, flags, device, precision, images, nets, args.steps)
                 except Exception as error:  # the other methods are still of use
                     row["error"] = f"{type(error).__name__}: {utils.first_line(error)}"
-                    if machine.device.type == "cuda" and "CUDA error" in str(error):
+                    if device.type == "cuda" and "CUDA error" in str(error):
                         out.write(json.dumps(row) + "\n")
                         raise
                 print(json.dumps(bench.short(row)), flush=True)
@@ -79,20 +79,20 @@ def steps(args: argparse.Namespace, machine: utils.Machine) -> None:
                 out.flush()
 
 
-def one_mode(mode: str, flags, machine, images, nets, count: int) -> dict:
+def one_mode(mode: str, flags, device, precision, images, nets, count: int) -> dict:
     """Times and kernels of a plain step of `mode`, and of a captured one where the row allows."""
-    plain = Stepper(mode, flags, machine, images, nets, train_kd.train_step)
+    plain = Stepper(mode, flags, device, precision, images, nets, train_kd.train_step)
     losses, weights = plain.compared()
-    row = dict(step_ms=1000 * per_call(plain, count, machine))
-    if machine.device.type == "cuda":
+    row = dict(step_ms=1000 * per_call(plain, count, device, precision))
+    if device.type == "cuda":
         if METHODS[mode].capturable:
             captured = Stepper(
-                mode, flags, machine, images, nets, CapturedStep(train_kd.train_step)
+                mode, flags, device, precision, images, nets, CapturedStep(train_kd.train_step)
             )
             others, other_weights = captured.compared()
             row["loss_difference"] = relative(losses, others)
             row["weight_difference"] = relative(weights, other_weights)
-            row["captured_ms"] = 1000 * per_call(captured, count, machine)
+            row["captured_ms"] = 1000 * per_call(captured, count, device, precision)
         row |= on_the_gpu(plain, row["step_ms"])
     return row
 
@@ -101,27 +101,27 @@ class Stepper:
     """Steps of `mode` on a few batches in turn, from the same weights and draws each time it is
     made."""
 
-    def __init__(self, mode: str, flags, machine, images, nets, step):
+    def __init__(self, mode: str, flags, device, precision, images, nets, step):
         torch.manual_seed(0)
         self.distiller, self.phase, self.optimizer, images = bench_steps.distillation(
-            mode, flags, machine, images, *nets
+            mode, flags, device, precision, images, *nets
         )
         self.distiller.set_trainable(self.phase)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3
-        images = images.to(machine.device)
+        images = images.to(device)
         batches = stream.train_batches(
             images, flags.batch_size, 2, 1, two_views=self.distiller.two_views
         )
         self.batches = [self.distiller.batch(*batch) for _, batch in zip(range(4), batches)]
-        self.step, self.machine, self.taken = step, machine, 0
+        self.step, self.precision, self.taken = step, precision, 0
         self.weights = loss_weights(self.distiller, self.phase, 0.5, bench_steps.recipe())
 
     def __call__(self) -> dict:
         batch = self.batches[self.taken % len(self.batches)]
         self.taken += 1
         return self.step(
-            self.distiller, self.phase, self.optimizer, batch, self.weights, self.machine
+            self.distiller, self.phase, self.optimizer, batch, self.weights, self.precision
         )
 
     def compared(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,10 +132,10 @@ class Stepper:
         return torch.cat(terms), torch.cat(weights)
 
 
-def per_call(call, count: int, machine: utils.Machine) -> float:
+def per_call(call, count: int, device: torch.device, precision: utils.Precision) -> float:
     """Seconds of a call: the median of three blocks of `count` calls, after six to warm up."""
-    bench_meter.seconds(call, 6, machine.device)
-    return median(bench_meter.seconds(call, count, machine.device) / count for _ in range(3))
+    bench_meter.seconds(call, 6, device)
+    return median(bench_meter.seconds(call, count, device) / count for _ in range(3))
 
 
 def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
@@ -160,7 +160,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 # --- runs: the whole script, every method --------------------------------------------------------
 
 
-def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
+def runs(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Two epochs of every method on digits, captured where the row allows it, several at a time;
     write runs.json: what failed, with the last line that it printed."""
     end = time.monotonic() + args.seconds
@@ -171,7 +171,7 @@ def runs(args: argparse.Namespace, machine: utils.Machine) -> None:
         train("train_base.py", "--net_name", net, *data, "--note", net)
     files = ["--t_model", str(root / "resnet14" / "model_best.pth.tar")]
     files += ["--s_init", str(root / "resnet8" / "initial_r8.pth.tar")]
-    graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
+    graph = ["--cuda_graph"] if device.type == "cuda" else []
     jobs = [
         (
             mode,
@@ -215,13 +215,15 @@ def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
 # --- epoch: ours beside a plain public-style loop -------------------------------------------------
 
 
-def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
+def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Write epoch.json: images a second of `st`, plain and captured, and of a loop as the public
     repositories have it."""
     found = {}
     name = "resnet8" if args.tiny else "resnet20"
     workers = min(8, utils.cpus())
-    found[f"st, public-style loop, {workers} workers"] = public_loop(args, machine, name, workers)
+    found[f"st, public-style loop, {workers} workers"] = public_loop(
+        args, device, precision, name, workers
+    )
     save(args.out / "epoch.json", found)
     teacher = args.out / "work" / "teacher" / "model_best.pth.tar"
     data = ["--data_name", "imagefolder", "--img_root", args.img_root]
@@ -230,7 +232,7 @@ def epoch(args: argparse.Namespace, machine: utils.Machine) -> None:
     found["train_base, resnet20"] = speed(args.out / "work" / "teacher")
     distil = ["--s_name", name, "--t_model", str(teacher), *where, "--kd_mode", "st"]
     ways = {"st, plain steps": []}
-    if machine.device.type == "cuda":
+    if device.type == "cuda":
         ways["st, captured"] = ["--cuda_graph"]
     for way, flags in ways.items():
         note = way.replace(", ", "-").replace(" ", "-")
@@ -251,10 +253,10 @@ def speed(folder: Path) -> dict:
     return dict(img_per_s=float(last["train_img_per_s"]), seconds=float(last["seconds"]))
 
 
-def public_loop(args, machine, name: str, workers: int) -> dict:
+def public_loop(args, device, precision, name: str, workers: int) -> dict:
     """Images a second of a loop that has what the public ones have: float32, NCHW, PIL's images
     through worker processes, and the losses read in every step."""
-    train, device = stream.load("imagefolder", args.img_root).train, machine.device
+    train, device = stream.load("imagefolder", args.img_root).train, device
     num_class = train.num_class
     tnet, snet = (foreign.build(name, num_class).to(device) for _ in "ts")
     tnet.eval(), snet.train()
@@ -288,7 +290,7 @@ def public_loop(args, machine, name: str, workers: int) -> dict:
 # --- rows: KD-Zoo's CIFAR-10 protocol -------------------------------------------------------------
 
 
-def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
+def rows(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Train the teacher, then the baseline and the methods, several at a time, until the time is
     up; what is unfinished stops at its checkpoint and goes on at the next call."""
     end = time.monotonic() + args.seconds
@@ -305,7 +307,7 @@ def rows(args: argparse.Namespace, machine: utils.Machine) -> None:
     if not finished(root / "teacher"):
         return
     modes = [mode for mode in args.modes if mode in ROWS]
-    graph = ["--cuda_graph"] if machine.device.type == "cuda" else []
+    graph = ["--cuda_graph"] if device.type == "cuda" else []
     jobs = [
         ["train_kd.py", "--kd_mode", mode, "--s_name", net, "--t_model", str(teacher), *same]
         + ["--note", mode, "--seed", "1", *(graph if METHODS[mode].capturable else [])]
@@ -357,9 +359,9 @@ COLUMNS = dict(
 )
 
 
-def summary(args: argparse.Namespace, machine: utils.Machine) -> None:
+def summary(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Write summary.md of what is there."""
-    lines = [f"# {machine}, torch {torch.__version__}", ""]
+    lines = [f"# {utils.describe_device(device, precision)}, torch {torch.__version__}", ""]
     tests = args.out / "tests.log"
     if tests.exists():
         lines += ["`pytest tests/test_cuda.py`: " + tests.read_text().strip().splitlines()[-1], ""]
@@ -434,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.part} needs --img_root DIR, a folder with train and test")
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    PARTS[args.part](args, utils.machine(args.cuda, args.amp))
+    device = utils.select_device(args.device, args.cuda)
+    PARTS[args.part](args, device, utils.precision(device, args.amp))
 
 
 if __name__ == "__main__":

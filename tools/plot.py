@@ -113,7 +113,7 @@ def titled(paths: list[str], found: list[Weights]) -> list[str]:
 
 
 def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | None = None):
-    """(networks' weights, networks, test images, machine) of args.what, then of `t_model`."""
+    """(networks' weights, networks, test images, device, precision) of args.what, then of `t_model`."""
     given = args.net_name or [None]
     given = given * len(args.what) if len(given) == 1 else given
     if len(given) != len(args.what):
@@ -126,14 +126,15 @@ def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | Non
         knows |= weights.meta
     recipe = argparse.Namespace(**vars(args))
     cli.resolve_data(recipe, knows, published.PROTOCOLS["kdzoo"])
-    machine = utils.machine(args.cuda, args.amp)
+    device = utils.select_device(args.device, args.cuda)
+    precision = utils.precision(device, args.amp)
     data = cli.load_data(recipe)
     nets = []
     for weights in found:
         net = build(weights, data, "cpu")
         ensure_taps(net, weights.name, data.test.num_class, data.test.size)
-        nets.append(net.eval().to(machine.device))
-    return found, nets, data.test, machine
+        nets.append(net.eval().to(device))
+    return found, nets, data.test, (device, precision)
 
 
 def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
@@ -144,12 +145,14 @@ def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
 
 
 @torch.no_grad()
-def look(net: nn.Module, name: str, images, machine: utils.Machine, tap: str) -> list[Tensor]:
+def look(
+    net: nn.Module, name: str, images, device: torch.device, precision: utils.Precision, tap: str
+) -> list[Tensor]:
     """The logits of all the images, then what the tap 'feat' or 'stages' gives ('out': nothing
     else), in float32 on the CPU."""
     tapped, parts = network.Tapped(net, (tap,)), []
-    for img, *_ in stream.test_batches(images.to(machine.device), BATCH):
-        with machine.autocast():
+    for img, *_ in stream.test_batches(images.to(device), BATCH):
+        with precision.autocast():
             seen = tapped(img)
         more = dict(out=[], feat=[seen.feat], stages=seen.stages)[tap]
         parts.append([x.float().cpu() for x in (seen.out, *more)])
@@ -206,7 +209,7 @@ def tsne(args: argparse.Namespace):
     except ImportError:
         raise UserError("tsne needs scikit-learn: pip install scikit-learn") from None
 
-    found, nets, images, machine = load(args)
+    found, nets, images, where = load(args)
     legend, titles = images.classes, args.labels or titled(args.what, found)
     order = np.random.default_rng(args.seed).permutation(len(images))[: args.images]
     images = pick(images, order)
@@ -215,7 +218,7 @@ def tsne(args: argparse.Namespace):
     color = colors(len(legend))[images.labels.numpy()]
     perplexity = min(30, (len(order) - 1) / 3)
     for net, title, axis in zip(nets, titles, axes):
-        _, feat = look(net, title, images, machine, "feat")
+        _, feat = look(net, title, images, *where, "feat")
         try:
             places = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(feat.numpy())
         except ValueError as error:  # one image, one feature
@@ -233,10 +236,10 @@ def correlations(logits: Tensor) -> np.ndarray:
 
 def correlation(args: argparse.Namespace):
     """Correlation matrix of a student's logits, less the teacher's: a heat map a student."""
-    found, nets, images, machine = load(args, args.t_model, args.t_name)
+    found, nets, images, where = load(args, args.t_model, args.t_name)
     titles = args.labels or titled(args.what, found[:-1])
     *seen, teacher = (
-        correlations(look(net, weights.path, images, machine, "out")[0])
+        correlations(look(net, weights.path, images, *where, "out")[0])
         for net, weights in zip(nets, found)
     )
     off = [matrix - teacher for matrix in seen]
@@ -268,10 +271,10 @@ def attention_maps(fm: Tensor, size: int) -> Tensor:
 
 def attention(args: argparse.Namespace):
     """Where the stages of networks look in test images: a row an image and network."""
-    found, nets, images, machine = load(args)
+    found, nets, images, where = load(args)
     check_places(args, len(images))
     images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
-    seen = [look(net, name, images, machine, "stages") for net, name in zip(nets, titles)]
+    seen = [look(net, name, images, *where, "stages") for net, name in zip(nets, titles)]
     img, target, _ = next(stream.test_batches(images, len(images)))
     mean, std = (torch.tensor(x) for x in (images.mean, images.std))
     pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
@@ -314,7 +317,8 @@ def boxes(args: argparse.Namespace):
     """Boxes in validation images: the annotated ones, and those that detectors find."""
     from detection import coco, train_det
 
-    machine = utils.machine(args.cuda, args.amp)
+    device = utils.select_device(args.device, args.cuda)
+    precision = utils.precision(device, args.amp)
     found = [train_det.find(None, path, "s") for path in args.what]
     data = coco.load(args.img_root or found[0].meta.get("img_root", train_det.FOLDER)).val
     check_places(args, len(data))
@@ -333,7 +337,7 @@ def boxes(args: argparse.Namespace):
             text = names.get(label, f"{label}") + score
             axis.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=paint)
 
-    nets = [f.build(f.meta["num_class"], f.view, 0).to(machine.device).eval() for f in found]
+    nets = [f.build(f.meta["num_class"], f.view, 0).to(device).eval() for f in found]
     rows = zip(*[iter(axes)] * columns)
     for i, row in zip(args.images, rows):
         img, target = data[i]
@@ -343,8 +347,8 @@ def boxes(args: argparse.Namespace):
         row[0].set_ylabel(f"image {data.ids[i]}")
         draw(row[0], target["boxes"], target["labels"], [""] * len(target["labels"]))
         for axis, net in zip(row[1:], nets):
-            with torch.no_grad(), machine.autocast():
-                (out,) = net([img.to(machine.device) / 255])
+            with torch.no_grad(), precision.autocast():
+                (out,) = net([img.to(device) / 255])
             out = {key: x.cpu()[out["scores"].cpu() >= args.score] for key, x in out.items()}
             draw(axis, out["boxes"], out["labels"], [f" {x:.2f}" for x in out["scores"]])
     return figure
@@ -394,12 +398,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help="(default 0.5)",
         )
         add("--img_root", type=cli.filled, metavar="DIR", help="(default: the checkpoint's)")
-        cli.add_machine_flags(parser)
+        cli.add_device_flags(parser)
     elif command != "curves":
         what = "network of the files that do not know it: one, or one for each"
         add("--net_name", **names, help=what)
         cli.add_data_flags(parser)
-        cli.add_machine_flags(parser)
+        cli.add_device_flags(parser)
     args = parser.parse_args(argv[1:])
     if args.labels and len(args.labels) != len(args.what):
         raise UserError(f"{len(args.labels)} --labels for {len(args.what)}: give one for each")

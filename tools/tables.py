@@ -184,7 +184,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--teacher", **page, help="a trained teacher (default: trained first)")
         add("--jobs", type=cli.number(int, 1, 256), default=1, metavar="J", help="side by side")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
-        cli.add_machine_flags(parser)
+        cli.add_device_flags(parser)
     return parser.parse_args(argv[1:])
 
 

@@ -83,7 +83,8 @@ def test_step(tmp_path, capsys):
         assert row["img_per_s"] == pytest.approx(8000 / row["step_ms"], rel=1e-4)
         assert (row["met"] is None) == (row["mode"] == "train_base")
     head = out.splitlines()
-    assert str(utils.machine(0)) in head[0] and torch.__version__ in head[1]
+    where = utils.describe_device(torch.device("cpu"), utils.precision(torch.device("cpu")))
+    assert where in head[0] and torch.__version__ in head[1]
     assert "batch_size 8, num_class 4, samples 40, steps 1, rounds 1" in head[2]
     assert head[3].startswith("load average before the run ")
 
@@ -170,8 +171,8 @@ def test_epoch(capsys):
 def test_what_an_epoch_writes(tmp_path):
     """Both checkpoints with all that training puts in them, and 201 rows."""
     args = Namespace(student="resnet8", teacher="resnet8", num_class=4, batch_size=8)
-    images, machine = bench_steps.random_images(40, 4), utils.machine(0, "off")
-    write = bench.writing(args, machine, images, bench_steps.pair(args, images), tmp_path, 1000)
+    images, where = bench_steps.random_images(40, 4), (torch.device("cpu"), utils.Precision())
+    write = bench.writing(args, *where, images, bench_steps.pair(args, images), tmp_path, 1000)
     write()
     saved = read_checkpoint(tmp_path / "run/checkpoint.pth.tar")
     assert {"snet", "kd", "optimizer", "rng", "history"} <= saved.keys()
@@ -231,15 +232,17 @@ def test_a_step_is_that_of_training(monkeypatch):
     seen = []
     step = train_kd.train_step
 
-    def look(job, phase, optimizer, batch, weights, machine):
-        terms = step(job, phase, optimizer, batch, weights, machine)
+    def look(distiller, phase, optimizer, batch, weights, precision):
+        terms = step(distiller, phase, optimizer, batch, weights, precision)
         seen.append((weights, len(batch.target), terms))
         return terms
 
     monkeypatch.setattr(train_kd, "train_step", look)
     count = dict(bss=2 + 10 + 2, mlkd=4)  # the attack takes all its steps
     for mode in ("bss", "reviewkd", "fsp", "mlkd"):
-        call, _ = bench_steps.full_step(mode, args, utils.machine(0, "off"), images, *nets)
+        call, _ = bench_steps.full_step(
+            mode, args, torch.device("cpu"), utils.Precision(), images, *nets
+        )
         with passes() as runs:
             call()
         assert len(runs) == count.get(mode, 2)
@@ -254,7 +257,9 @@ def test_the_bare_step_runs_the_teacher_without_gradient():
     nets = bench_steps.pair(args, images)
     assert all(net.bn1.running_var.isfinite().all() and net.bn1.momentum == 0.1 for net in nets)
     for alone, grads in ((True, [True]), (False, [False, True])):
-        call = bench_steps.bare_step(args, utils.machine(0, "off"), images, *nets, alone)
+        call = bench_steps.bare_step(
+            args, torch.device("cpu"), utils.Precision(), images, *nets, alone
+        )
         with passes() as runs:
             call()
         assert [out.requires_grad for out in runs] == grads

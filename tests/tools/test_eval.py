@@ -125,7 +125,7 @@ def test_warm_up_is_not_timed(monkeypatch):
     """Two slow passes, then seconds of 1, 3, 2: the median counts."""
     ticks = iter([0, 50, 0, 50, 0, 1, 0, 3, 0, 2])
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
-    cpu = utils.machine(0, "off")
+    cpu = utils.Precision()
     assert tool.speed(torch.nn.Identity(), torch.zeros(10, 3), cpu) == 5
 
 
