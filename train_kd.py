@@ -351,7 +351,7 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
     return distiller
 
 
-def prepare(run: Run, distiller: Distiller, data, cfg, device, precision, found_s) -> None:
+def prepare(run: Run, distiller: Distiller, data, cfg, precision, found_s) -> None:
     """What happens once before the first step."""
     student, teacher = distiller.student.net, distiller.teacher.net
     if cfg.compile:

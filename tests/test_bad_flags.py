@@ -9,7 +9,7 @@ from mistakes import DIGITS, cases, missing, named, refused
 
 import train_base
 import train_kd
-from engine import cli
+from engine import cli, kd_cli
 from kd_losses import METHODS
 from utils import UserError
 
@@ -324,8 +324,8 @@ ODD = [
 @pytest.mark.parametrize("script", [train_kd, train_base])
 def test_random_flags(fuzz, capsys, script):
     own = ["--kd_mode", "at"] if script is train_kd else ["--net_name", "resnet8"]
-    args = script.parse(own)
-    known = vars(args[0] if isinstance(args, tuple) else args)
+    parse = train_base.parse if script is train_base else lambda argv: kd_cli.parse(argv, "")
+    known = vars(parse(own))
     flags = {f"--{name}" for name in known} | {
         f"--{x}" for row in METHODS.values() for x in row.flags
     }
@@ -347,8 +347,10 @@ def test_random_flags(fuzz, capsys, script):
         argv = [*(own if whole else []), *(x for pair in words for x in pair)]
         began = time.process_time()
         try:
-            args = script.parse(argv)
-            cli.resolve(args[0] if isinstance(args, tuple) else args, "resnet8", {})
+            args = parse(argv)
+            cli.resolve(args, "resnet8", {})
+            if script is train_kd:
+                kd_cli.settings_of(args, "", "", 10)
         except UserError as error:
             assert str(error)
         except SystemExit as stop:

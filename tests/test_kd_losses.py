@@ -370,7 +370,7 @@ CRD_TABLE = {  # of the CRD benchmark's script: weight, stages, sum or mean; CE 
 
 @pytest.mark.parametrize("mode", CRD_TABLE)
 def test_the_crd_benchmark_s_settings(mode):
-    row = METHODS[mode].under("crd")
+    row = settings(mode, "crd", "", "", 100)
     assert (row.lambda_kd, row.stages, row.reduce) == CRD_TABLE[mode]
     assert row.lambda_ce == (0.1 if mode == "st" else 1.0)
     if len(row.phases) > 1:

@@ -302,7 +302,7 @@ def test_imagenet(photos):
 
 def flags(*argv):
     parser = cli.Parser()
-    cli.add_common_flags(parser)
+    cli.add_common_flags(parser, cli.recipe_defaults("kdzoo", ""))
     return parser.parse_args(list(argv))
 
 

@@ -29,7 +29,7 @@ CPU = utils.Precision()
 
 def flags(*argv):
     parser = cli.Parser()
-    cli.add_common_flags(parser)
+    cli.add_common_flags(parser, cli.recipe_defaults("kdzoo", ""))
     return parser.parse_args(list(argv))
 
 

@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> dict:
         settings_of(args.profile, args.num_class, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = utils.select_device(args.device, args.cuda)
+    device = utils.select_device(cuda=args.cuda)
     precision = utils.precision(device, args.amp)
     if not args.steps:
         args.steps = 50 if device.type == "cuda" else 5

@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.part} needs --img_root DIR, a folder with train and test")
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = utils.select_device(args.device, args.cuda)
+    device = utils.select_device(cuda=args.cuda)
     PARTS[args.part](args, device, utils.precision(device, args.amp))
 
 

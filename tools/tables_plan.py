@@ -214,7 +214,9 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
     for flag in ("img_root", "img_size", "epochs", "cuda", "workers"):
         if getattr(args, flag) is not None:
             common += [f"--{flag}", str(getattr(args, flag))]
-    common += ["--amp", args.amp] if args.amp != "auto" else []
+    for flag in ("amp", "device"):
+        if getattr(args, flag) != "auto":
+            common += [f"--{flag}", getattr(args, flag)]
     jobs = {}
 
     def base(net: str, seed: int) -> Path:

@@ -368,7 +368,7 @@ def test_inputs_are_what_the_comparison_reads(mode):
     """All of the student's have a part in the loss; the teacher's are constants, but for dml."""
     loss = bench_loss.Loss(mode, nets(), 32, 5, 40, "channels_last", 4)
     s, t, batch = loss.features(4, CPU)
-    loss.call(loss.part, s, t, batch)()
+    loss.call(loss.criterion, s, t, batch)()
     both = loss.inputs(s, t)
     learning = [x for x in both if x.requires_grad]
     own = [getattr(s, kind) for kind in loss.reads[0]] + ([s.strong.out] if s.strong else [])
@@ -389,15 +389,15 @@ def test_inputs_are_what_the_comparison_reads(mode):
 def test_broadcast_versions_are_the_same_losses(mode):
     """In value, and in what the student learns from them; crd in a second step too."""
     loss = bench_loss.Loss(mode, nets(), 32, 5, 40, "channels_last", 6)
-    parts = copy.deepcopy(loss.part).double(), loss.broadcast().double()
+    criteria = copy.deepcopy(loss.criterion).double(), loss.broadcast().double()
     results = []
-    for part in parts:
+    for criterion in criteria:
         results.append([])
         for step in range(2):
             s, t, batch = loss.features(6, CPU)
             s, t = double(s), double(t)
             torch.manual_seed(step)  # of crd's draws
-            value = part(part.comparison(loss.phase), s, t, batch)
+            value = criterion(s, t, batch, loss.phase.inputs)
             leaves = [x for x in loss.inputs(s, t) if x.requires_grad]
             results[-1] += [value.detach(), *torch.autograd.grad(value, leaves)]
     for own, other in zip(*results):

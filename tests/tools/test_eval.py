@@ -126,7 +126,7 @@ def test_warm_up_is_not_timed(monkeypatch):
     ticks = iter([0, 50, 0, 50, 0, 1, 0, 3, 0, 2])
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
     cpu = utils.Precision()
-    assert tool.speed(torch.nn.Identity(), torch.zeros(10, 3), cpu) == 5
+    assert tool.speed(torch.nn.Identity(), torch.zeros(10, 3), torch.device("cpu"), cpu) == 5
 
 
 # --- what is printed ------------------------------------------------------------------------------
