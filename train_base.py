@@ -18,8 +18,10 @@ import network
 import utils
 from engine import cli, console, distributed, foreign, published, stream
 from engine.checkpoint import save_checkpoint
+from engine.cuda_graph import CapturedStep, why_not
 from engine.find_taps import check_trainable, dry_pass
 from engine.run import Run
+from utils import UserError
 
 
 def parse(argv: list[str]):
@@ -89,6 +91,9 @@ def main(argv: list[str] | None = None) -> dict:
     cfg = resolve(args)
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
+    reason = why_not(cfg, device)
+    if cfg.cuda_graph and reason:
+        raise UserError(f"--cuda_graph: {reason}")
     note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
@@ -136,13 +141,19 @@ def main(argv: list[str] | None = None) -> dict:
             restore(run.saved, net, optimizer, precision)
             run.saved = None
         distributed.broadcast_parameters(net)
+        step = train_step
+        if device.type == "cuda" and cfg.cuda_graph != 0:
+            run.log(
+                f"not captured as a CUDA graph: {reason}" if reason else "captured as a CUDA graph"
+            )
+            step = step if reason else CapturedStep(train_step)
         for epoch in range(len(run.history) + 1, cfg.epochs + 1):
-            train_epoch(run, precision, net, data, cfg, epoch, optimizer)
+            train_epoch(run, step, precision, net, data, cfg, epoch, optimizer)
         return run.finish()
 
 
-def train_epoch(run, precision, net, data, cfg, epoch, optimizer):
-    """One epoch: train, evaluate, record, save."""
+def train_epoch(run, step, precision, net, data, cfg, epoch, optimizer):
+    """One epoch: train, evaluate, record, save. step: `train_step`, or a captured one."""
     lr = utils.step_decay(cfg.lr, epoch, cfg.milestones, cfg.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -163,20 +174,20 @@ def train_epoch(run, precision, net, data, cfg, epoch, optimizer):
         skip=done,
         share=utils.share(),
     )
-    for step, (img, target, _) in enumerate(batches, done + 1):
-        out, loss = train_step(
+    for i, (img, target, _) in enumerate(batches, done + 1):
+        out, loss = step(
             net, optimizer, img, target, precision, cfg.label_smoothing, cfg.accumulate
         )
         meter.add(dict(ce=loss, train_top1=utils.top1(out, target)), len(target))
-        if step % cfg.print_freq == 0:
+        if i % cfg.print_freq == 0:
             now = meter.read()
-            run.check_finite(now, f"epoch {epoch}, step {step}")
+            run.check_finite(now, f"epoch {epoch}, step {i}")
             run.log(
-                f"  epoch {epoch} step {step:4d}  ce {now['ce']:.4f}  "
+                f"  epoch {epoch} step {i:4d}  ce {now['ce']:.4f}  "
                 f"top1 {now['train_top1']:.2f}  {meter.speed:.0f} img/s"
             )
         if run.due():
-            run.pause(state, meter, step, f"epoch {epoch}, step {step}")
+            run.pause(state, meter, i, f"epoch {epoch}, step {i}")
     now = meter.read()
     run.check_finite(now, f"epoch {epoch}")
     speed = meter.speed

@@ -19,7 +19,7 @@ import dataset
 import utils
 from engine import cli, console, distributed, foreign, kd_cli, stream
 from engine.checkpoint import Weights, find_weights, sha256
-from engine.cuda_graph import CapturedStep
+from engine.cuda_graph import CapturedStep, why_not
 from engine.distiller import Batch, Distiller
 from engine.find_taps import check_trainable
 from engine.run import Run
@@ -244,8 +244,6 @@ def main(argv: list[str] | None = None) -> dict:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
     distiller.to(device)
-    if cfg.cuda_graph and not all(x.is_cuda for x in distiller.added.state_dict().values()):
-        raise UserError("--cuda_graph: the method keeps tensors on the CPU")
     notes = recorded_settings(distiller)
     notes["teacher"] = dict(
         path=found_t.path,
@@ -258,9 +256,7 @@ def main(argv: list[str] | None = None) -> dict:
             run.log(line)
         data = data.to(device)
         prepare(run, distiller, data, cfg, precision, found_s)
-        job = Job(run, distiller, data, cfg, precision, train_step)
-        if cfg.cuda_graph:
-            job.step = CapturedStep(train_step)
+        job = Job(run, distiller, data, cfg, precision, choose_step(run, distiller, cfg, device))
         for phase, first, epochs in remaining_phases(phases, len(run.history)):
             groups = distiller.param_groups(phase)
             optimizer = run.watch(utils.sgd(groups, cfg, phase.nesterov))
@@ -270,6 +266,17 @@ def main(argv: list[str] | None = None) -> dict:
             for epoch in range(first, epochs + 1):
                 train_epoch(job, phase, epoch, epochs, optimizer)
         return run.finish()
+
+
+def choose_step(run: Run, distiller: Distiller, cfg, device: torch.device):
+    """`train_step`, as a CUDA graph where that is possible."""
+    capturable = {x.mode: x.settings.method.capturable for x in distiller.added}
+    reason = why_not(cfg, device, capturable, distiller.added.state_dict().values())
+    if cfg.cuda_graph and reason:
+        raise UserError(f"--cuda_graph: {reason}")
+    if device.type == "cuda" and cfg.cuda_graph != 0:
+        run.log(f"not captured as a CUDA graph: {reason}" if reason else "captured as a CUDA graph")
+    return train_step if reason or cfg.cuda_graph == 0 else CapturedStep(train_step)
 
 
 def find_networks(args, modes: list[str]) -> tuple[Weights, Weights]:
@@ -296,15 +303,9 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
             raise UserError(f"--logit_stand: {mode} compares more than logits")
         if args.gather and not method.relational:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
-        if args.cuda_graph and not method.capturable:
-            raise UserError(f"--cuda_graph: {mode} reads values from the device in every step")
-    if args.cuda_graph:
-        if device.type != "cuda":
-            raise UserError("--cuda_graph needs a CUDA device, and this runs on the CPU")
-        if utils.world() > 1:
-            raise UserError("--cuda_graph works with one process only")
-        if args.on_nan == "skip":
-            raise UserError("--cuda_graph does not work with --on_nan skip, which reads every loss")
+    reason = why_not(args, device, {mode: METHODS[mode].capturable for mode in modes})
+    if args.cuda_graph and reason:
+        raise UserError(f"--cuda_graph: {reason}")
 
 
 def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:

@@ -162,6 +162,14 @@ def add_common_flags(parser: Parser, defaults: dict) -> None:
         f"{','.join(map(str, defaults['milestones']))}, scaled with --epochs)",
     )
     add(
+        "--cuda_graph",
+        type=number(int, 0, 1),
+        nargs="?",
+        const=1,
+        metavar="0|1",
+        help="capture the training step as a CUDA graph (default: on CUDA, where it is possible)",
+    )
+    add(
         "--compile",
         action="store_true",
         help="torch.compile both networks: slow to start, then faster on GPUs",

@@ -1,58 +1,115 @@
-"""A training step as a CUDA graph: recorded once, replayed on the batches that follow."""
+"""A training step as a CUDA graph: recorded once, replayed on the batches that follow, without a
+kernel launch from Python. https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.distiller import Batch
+import utils
+
+
+def why_not(cfg, device: torch.device, modes: dict[str, bool] = {}, tensors=()) -> str:
+    """Why a step cannot be captured, or ''. modes: {method: whether its row says that it can be};
+    tensors: of the method, which all have to be on the device."""
+    if device.type != "cuda":
+        return "the device is not CUDA"
+    if utils.world() > 1:
+        return "there are several processes"
+    if cfg.on_nan == "skip":
+        return "--on_nan skip reads the loss in every step"
+    for mode, capturable in modes.items():
+        if not capturable:
+            return f"{mode} reads values from the device in every step"
+    if not all(x.is_cuda for x in tensors):
+        return "the method keeps tensors on the CPU"
+    return ""
 
 
 class CapturedStep:
-    """A training step, called like `train_kd.train_step`, without a kernel launch from Python.
+    """A training step, called with the same arguments, as a CUDA graph.
 
-    A graph holds the phase, the learning rate, the weights and the batch's shape: where one
-    changes, it is recorded again. The first steps of a phase, those after a method's weight has
-    changed from or to 0, and a last batch of another size are ordinary ones.
+    The tensors among the arguments, and those in a dataclass, are inputs: copied into the graph's own
+    before a replay. Everything else is part of the graph: where it, a learning rate or an input's
+    shape changes, the step is recorded again. The first steps of an optimizer, those after a weight
+    has become 0 or is 0 no longer, and a last batch of another size are ordinary ones.
+
+    A step may be captured that reads no value from the device, copies nothing from pageable memory,
+    and draws random numbers from the device's default generator alone (tests/test_device.py).
     """
 
     WARM_UP = (
         3  # ordinary steps in which libraries choose kernels and the optimizer makes its state
     )
 
-    def __init__(self, train_step: Callable[..., dict[str, Tensor]]):
-        self.train_step = train_step
-        self.active, self.steps, self.recorded, self.graph = None, 0, None, None
+    def __init__(self, step: Callable):
+        self.step = step
+        self.begun, self.steps, self.fixed, self.graph = None, 0, None, None
 
-    def __call__(self, distiller, phase, optimizer, batch: Batch, weights, *args):
-        active = phase, tuple(bool(weight) for weight in weights.values())
-        if active != self.active:
-            self.active, self.steps, self.recorded, self.graph = active, 0, None, None
-        if self.steps < self.WARM_UP or batch.img.shape != self.shape:
-            if self.steps == 0:
-                self.shape = batch.img.shape
+    def __call__(self, *args):
+        inputs = [x for arg in args for x in _tensors(arg)]
+        shapes = [x.shape for x in inputs]
+        (optimizer,) = (x for x in args if isinstance(x, torch.optim.Optimizer))
+        begun = optimizer, [_active(arg) for arg in args]
+        if begun != self.begun:
+            self.begun, self.steps, self.fixed, self.graph = begun, 0, None, None
+            self.shapes = shapes
+        if self.steps < self.WARM_UP or shapes != self.shapes:
             self.steps += 1
-            return self._on_a_side_stream(distiller, phase, optimizer, batch, weights, *args)
-        values = optimizer.param_groups[0]["lr"], tuple(weights.values()), batch.img.shape
-        if values != self.recorded:
-            self.recorded, self.graph = values, torch.cuda.CUDAGraph()
-            copies = {name: x.clone() for name, x in batch.tensors().items()}
-            self.batch = Batch(**copies, epoch=batch.epoch, epochs=batch.epochs)
+            return _on_a_side_stream(lambda: self.step(*args))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        fixed = rates, [_fixed(arg) for arg in args]
+        if fixed != self.fixed:
+            self.fixed, self.graph = fixed, torch.cuda.CUDAGraph()
+            own = [_copied(arg) for arg in args]
+            self.inputs = [x for arg in own for x in _tensors(arg)]
             with torch.cuda.graph(self.graph):
-                self.terms = self.train_step(
-                    distiller, phase, optimizer, self.batch, weights, *args
-                )
-        with torch.no_grad():  # the images may require gradients
-            for name, value in batch.tensors().items():
-                getattr(self.batch, name).copy_(value)
+                self.result = self.step(*own)
+        with torch.no_grad():  # images may require gradients
+            for own, x in zip(self.inputs, inputs):
+                if own is not x:
+                    own.copy_(x)
         self.graph.replay()
-        return self.terms
+        return self.result
 
-    def _on_a_side_stream(self, *args):
-        """An ordinary step, on a stream of its own: what comes before a capture has to be."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            result = self.train_step(*args)
-        torch.cuda.current_stream().wait_stream(side)
-        return result
+
+def _tensors(arg) -> list[Tensor]:
+    if isinstance(arg, Tensor):
+        return [arg]
+    if is_dataclass(arg):
+        return [x for x in (getattr(arg, f.name) for f in fields(arg)) if isinstance(x, Tensor)]
+    return []
+
+
+def _copied(arg):
+    """The argument with tensors of its own; 0-dim ones, which their owner fills in place, stay."""
+    if isinstance(arg, Tensor):
+        return arg.clone() if arg.dim() else arg
+    if _tensors(arg):
+        own = {f.name: getattr(arg, f.name) for f in fields(arg)}
+        return replace(arg, **{k: _copied(x) for k, x in own.items() if isinstance(x, Tensor)})
+    return arg
+
+
+def _fixed(arg):
+    """What is part of the graph of an argument."""
+    if _tensors(arg):
+        return None
+    return dict(arg) if isinstance(arg, dict) else arg
+
+
+def _active(arg):
+    """Which weights are not 0."""
+    return [bool(x) for x in arg.values()] if isinstance(arg, dict) else None
+
+
+def _on_a_side_stream(run):
+    """What comes before a capture has to run on a stream of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = run()
+    torch.cuda.current_stream().wait_stream(side)
+    return result

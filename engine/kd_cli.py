@@ -158,11 +158,6 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
             help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)",
         )
     add(
-        "--cuda_graph",
-        action="store_true",
-        help="capture the training step as a CUDA graph, for methods that allow it",
-    )
-    add(
         "--gather",
         action="store_true",
         help="with several processes: relational methods compare the images of all processes",

@@ -231,6 +231,7 @@ class Run:
             "note",
             "img_root",
             "cuda",
+            "cuda_graph",
             "device",
             "workers",
         )
