@@ -182,8 +182,8 @@ class Precision:
 
 
 def precision(device: torch.device, amp: str = "auto") -> Precision:
-    """The precision of --amp. 'auto': bfloat16 where the hardware has it; float16 with a scaled loss
-    on other CUDA devices and XPUs; float32 elsewhere."""
+    """The precision of --amp. 'auto': bfloat16 where the hardware has it; float16 with a scaled
+    loss on other CUDA devices and XPUs; float32 elsewhere."""
     kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)
     if amp != "auto":
         return Precision(device, kinds[amp])

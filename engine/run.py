@@ -260,8 +260,8 @@ class Run:
         meta: dict,
         notes: dict | None = None,
     ) -> "Run":
-        """Make the folder and write args.json. `where`: device and precision, in words; `meta`: what checkpoints remember of network and
-        data; `notes`: what else belongs into args.json."""
+        """Make the folder and write args.json. `where`: device and precision, in words; `meta`:
+        what checkpoints remember of network and data; `notes`: what else belongs into args.json."""
         self.meta = meta
         all_gather(None)  # all have seen the folder as it was
         self.began = self.kept = time.perf_counter()

@@ -58,7 +58,7 @@ def distil(base, tmp_path):
         files = ["--t_model", base / "resnet14" / "model_best.pth.tar"]
         files += ["--s_init", base / "resnet8" / "initial_r8.pth.tar"]
         where = ["--save_root", tmp_path, "--note", note, "--kd_mode", mode, "--cuda", "0"]
-        small = [x for m in mode.split("+") for x in toys.small_flags(m)]
+        small = toys.small_flags(mode)
         return train_kd.main([str(x) for x in [*files, *where, *small, *argv]])
 
     return run

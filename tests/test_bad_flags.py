@@ -47,7 +47,12 @@ BASE = [
     "--cuda 2",
     "--cuda -1",
     "--flip maybe",
-    ("--amp fp16", "--amp", "fp16"),
+    ("--amp fp8", "--amp", "fp8"),
+    ("--device tpu", "--device", "tpu"),
+    ("--device cuda:x", "--device", "cuda"),
+    ("--device cpu --cuda 1", "--device", "--cuda"),
+    ("--cuda_graph 2", "--cuda_graph"),
+    ("--cuda_graph", "--cuda_graph"),
     ("--protocol mine", "--protocol", "mine"),
     "--protocol ''",
     "--num_class 1",
@@ -312,11 +317,8 @@ ODD = [
         + ".5 5. + - -- = , ,, 1,2 1,,2".split()
     ),
     *("2,1 measured cifar10 0,0,0,1,1,1 0,0,0,0,0,0 at st+at + at+ at++st None True []".split()),
-    *(
-        "٣ ½ ¹ \u200b1 1\u00a0 \0 \n \udce4 ../x a/b {} {0} %s %(prog)s * ~ $HOME -5 -x @x".split(
-            " "
-        )
-    ),
+    *"٣ ½ ¹ \u200b1 1\u00a0 \0 \n \udce4 ../x a/b".split(" "),
+    *"{} {0} %s %(prog)s * ~ $HOME -5 -x @x".split(),
     *("", " ", "9" * 400, "9" * 5000, "x" * 5000, "1e" + "9" * 50, "--lr", "--help=1", "-h"),
 ]
 

@@ -169,7 +169,9 @@ def test_a_step_moves_the_student_and_not_the_teacher(mode, t, s, bf16):
     before = [copy.deepcopy(x.state_dict()) for x in (made.teacher, made.student, made.kd)]
     params = made.learners()
     optimizer = torch.optim.SGD(params, lr=1e-3)
-    terms = train_det.train_step(made, optimizer, *batch(), utils.Machine(CPU.device, bf16))
+    terms = train_det.train_step(
+        made, optimizer, *batch(), utils.Precision("cpu", torch.bfloat16 if bf16 else None)
+    )
     assert all(x.isfinite() and x.dtype == torch.float32 for x in terms.values())
     assert {"reviewkd", "dkd"} & set(terms) == set(train_det.MODES[mode])
     for p in params:

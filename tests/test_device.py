@@ -114,7 +114,8 @@ def test_evaluation_and_meters_stay_on_the_device(monkeypatch):
 @pytest.mark.parametrize("img_size", [16, 24])
 @pytest.mark.parametrize("flags", [{}, dict(padding="zero"), dict(two_views=True)])
 def test_batches_are_made_on_the_device(flags, img_size):
-    """All the randomness is drawn up front; from the second batch on, nothing comes from the CPU."""
+    """All the randomness is drawn up front; from the second batch on, nothing comes from the
+    CPU."""
     take_batches(img_size, {}, **flags)
 
 

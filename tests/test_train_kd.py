@@ -306,7 +306,7 @@ def test_the_loss_is_the_weighted_sum():
         distiller.student.net.parameters(),
         torch.autograd.grad(loss, [*distiller.student.net.parameters()]),
     ):
-        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(p.grad, grad, rtol=2e-3, atol=1e-5)
     assert list(terms) == ["ce", "kd_st", "kd_at", "train_top1"]
 
 
@@ -526,7 +526,7 @@ def test_a_term_that_drowns_the_cross_entropy_is_said_once(distil, capsys):
 @pytest.fixture
 def broken(monkeypatch):
     """Soft targets whose every third loss is no number."""
-    forward, calls = METHODS["st"].build(None, None, None, T=4.0).__class__.forward, [0]
+    forward, calls = METHODS["st"].loss.forward, [0]
 
     def sometimes(self, *args):
         calls[0] += 1

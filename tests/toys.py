@@ -9,7 +9,7 @@ from engine import kd_cli
 from engine.distiller import Batch, Distiller
 
 BATCH = 8
-SMALL = dict(crd=["--nce_n", "16", "--feat_dim", "8"])  # flags that keep a toy small
+SMALL = dict(nce_n="16", feat_dim="8")  # flags of crd that keep a toy small
 
 
 class Mark(nn.Module):
@@ -67,7 +67,7 @@ def cfg(args, student):
 
 def distiller(mode, student=None, teacher=None, train=None, argv=()):
     """A Distiller of `mode` between toys."""
-    flags = [x for m in mode.split("+") for x in small_flags(m)]
+    flags = small_flags(mode)
     train = train or images()
     argv = ["--kd_mode", mode, "--t_model", "x", *flags, *argv]
     _, chosen = parse(argv, num_class=train.num_class, batch=BATCH)
@@ -79,8 +79,12 @@ def weights(distiller, weight=1.0, phase=None):
     return dict.fromkeys(distiller.criteria, weight if phase is None or phase.kd else 0.0)
 
 
-def small_flags(mode):
-    return SMALL.get(mode, [])
+def small_flags(modes):
+    """crd's flags; `--crd.NAME` beside other methods, which may have a flag of the name."""
+    if "crd" not in modes.split("+"):
+        return []
+    lead = "--crd." if "+" in modes else "--"
+    return [x for name, value in SMALL.items() for x in (lead + name, value)]
 
 
 def batch(n=BATCH, num_class=5, dtype=torch.float64, size=8, strong=False):

@@ -158,7 +158,7 @@ def _triples(bench, n: int) -> int:
 
 
 def _bank_rows(bench, n: int) -> int:
-    return n * (1 + bench.part.loss.nce_n) * bench.part.loss.memory_s.shape[1]
+    return n * (1 + bench.criterion.loss.nce_n) * bench.criterion.loss.memory_s.shape[1]
 
 
 BROADCAST = {  # the version, and how many numbers its largest tensor has where inputs have fewer

@@ -113,7 +113,8 @@ def titled(paths: list[str], found: list[Weights]) -> list[str]:
 
 
 def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | None = None):
-    """(networks' weights, networks, test images, device, precision) of args.what, then of `t_model`."""
+    """(networks' weights, networks, test images, device, precision) of args.what, then of
+    `t_model`."""
     given = args.net_name or [None]
     given = given * len(args.what) if len(given) == 1 else given
     if len(given) != len(args.what):
@@ -146,10 +147,11 @@ def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
 
 @torch.no_grad()
 def look(
-    net: nn.Module, name: str, images, device: torch.device, precision: utils.Precision, tap: str
+    net: nn.Module, name: str, images, where: tuple[torch.device, utils.Precision], tap: str
 ) -> list[Tensor]:
     """The logits of all the images, then what the tap 'feat' or 'stages' gives ('out': nothing
     else), in float32 on the CPU."""
+    device, precision = where
     tapped, parts = network.Tapped(net, (tap,)), []
     for img, *_ in stream.test_batches(images.to(device), BATCH):
         with precision.autocast():
@@ -218,7 +220,7 @@ def tsne(args: argparse.Namespace):
     color = colors(len(legend))[images.labels.numpy()]
     perplexity = min(30, (len(order) - 1) / 3)
     for net, title, axis in zip(nets, titles, axes):
-        _, feat = look(net, title, images, *where, "feat")
+        _, feat = look(net, title, images, where, "feat")
         try:
             places = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(feat.numpy())
         except ValueError as error:  # one image, one feature
@@ -239,7 +241,7 @@ def correlation(args: argparse.Namespace):
     found, nets, images, where = load(args, args.t_model, args.t_name)
     titles = args.labels or titled(args.what, found[:-1])
     *seen, teacher = (
-        correlations(look(net, weights.path, images, *where, "out")[0])
+        correlations(look(net, weights.path, images, where, "out")[0])
         for net, weights in zip(nets, found)
     )
     off = [matrix - teacher for matrix in seen]
@@ -274,7 +276,7 @@ def attention(args: argparse.Namespace):
     found, nets, images, where = load(args)
     check_places(args, len(images))
     images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
-    seen = [look(net, name, images, *where, "stages") for net, name in zip(nets, titles)]
+    seen = [look(net, name, images, where, "stages") for net, name in zip(nets, titles)]
     img, target, _ = next(stream.test_batches(images, len(images)))
     mean, std = (torch.tensor(x) for x in (images.mean, images.std))
     pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()

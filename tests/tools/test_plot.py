@@ -120,7 +120,7 @@ def test_many_colors_differ():
 
 def test_look_gives_the_network_s_own_numbers(runs):
     """Pooled features are the last stage's mean, what the classifier makes logits of."""
-    net, cpu = bare(runs, "at", "resnet8"), utils.Precision()
+    net, cpu = bare(runs, "at", "resnet8"), (torch.device("cpu"), utils.Precision())
     split = images(130)  # more than a batch
     logits, feat = tool.look(net, "at", split, cpu, "feat")
     assert feat.shape == (130, 64)
@@ -261,7 +261,9 @@ def test_attention_rows(runs, out):
             f"{name} (resnet{14 if name == 'base' else 8})",
             f"predicted: {split.classes[answer.argmax()]}, {answer.max():.0%}",
         ]
-        _, *maps = tool.look(nets[name], name, split, utils.Precision(), "stages")
+        _, *maps = tool.look(
+            nets[name], name, split, (torch.device("cpu"), utils.Precision()), "stages"
+        )
         for axis, fm in zip(stages, maps):
             image, attention = (x.get_array() for x in axis.images)
             np.testing.assert_allclose(image, split.pixels[0].numpy().mean(2) / 255, atol=1e-3)
