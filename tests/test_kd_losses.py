@@ -511,7 +511,7 @@ head = Sequential(Conv2d(4, 4, 3), Tanh(), Flatten(), Linear(64, 3))
 net = Sequential(Conv2d(3, 4, 3), Tanh(), Flatten(), Linear(64, 3))
 for path, call in zip(sys.argv[1::2], sys.argv[2::2]):
     names = {**globals(), **runpy.run_path(path)}
-    for active in (False, True):
+    for active in (False, True) if call else ():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=active):
             loss = eval(call, names)
         assert loss.shape == () and loss.dtype == torch.float32, path
@@ -522,10 +522,12 @@ for path, call in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_each_file_runs_alone(tmp_path):
-    """Copied into an empty folder, with torch and nothing else, also under autocast."""
-    assert set(ALONE) == set(METHODS)
+    """Copied into an empty folder, with torch and nothing else, also under autocast; a file without a
+    call above is imported."""
+    assert set(ALONE) <= set(METHODS)
     arguments = []
-    for mode, call in ALONE.items():
+    for mode in METHODS:
+        call = ALONE.get(mode, "")
         folder = tmp_path / mode
         folder.mkdir()
         (folder / f"{mode}.py").write_text((ROOT / "kd_losses" / f"{mode}.py").read_text())

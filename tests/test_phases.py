@@ -319,7 +319,10 @@ NEWER = dict(
 
 
 def test_the_newer_methods_are_all_there():
-    assert set(NEWER) == set(list(METHODS)[list(METHODS).index("lskd") :])
+    """All that a published table has settings for."""
+    newer = list(METHODS)[list(METHODS).index("lskd") :]
+    published_ones = {mode for by_mode in published.SETTINGS.values() for mode in by_mode}
+    assert set(newer) & published_ones <= set(NEWER) <= set(newer)
 
 
 @pytest.mark.parametrize("mode", NEWER)

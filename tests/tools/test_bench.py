@@ -310,7 +310,7 @@ def test_ratio_is_taken_round_by_round():
 
 
 def test_budgets():
-    assert set(bench.BUDGET) == set(METHODS)
+    assert set(bench.BUDGET) <= set(METHODS)
     assert [bench.verdict(x, 1.2) for x in (1.0, 1.15, 1.16, 1.2, 1.21)] == [
         "yes",
         "yes",
