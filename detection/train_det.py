@@ -271,7 +271,7 @@ class Caught:
     labels: Tensor | None = None
 
 
-class Distillation:
+class Distiller:
     """Student and frozen teacher, the parts of a mode between them, and hooks on the student for
     what they compare. student, teacher: torchvision's detectors, teacher None without parts; kd:
     nn.ModuleDict.
@@ -330,7 +330,7 @@ class Distillation:
 
             heads.select_training_samples = select_training_samples  # nothing else tells the labels
 
-    def learners(self) -> list[nn.Parameter]:
+    def set_trainable(self) -> list[nn.Parameter]:
         """What learns, in training mode; the teacher is not."""
         self.student.train(), self.kd.train()
         params = [*self.student.parameters(), *self.kd.parameters()]
@@ -381,16 +381,16 @@ def renormalised(images, own, other) -> Tensor:
     return inside * (x * std + mean - mean_t) / std_t
 
 
-def train_step(job: Distillation, optimizer, imgs, targets, precision) -> dict[str, Tensor]:
+def train_step(distiller: Distiller, optimizer, imgs, targets, precision) -> dict[str, Tensor]:
     """One step: the student's losses plus the weighted parts. Returns {name: detached 0-dim
     tensor}, on the device; 'loss' is their sum."""
     optimizer.zero_grad(set_to_none=True)
     with precision.autocast():
-        terms = job.losses(imgs, targets)
-    loss = sum(job.weights.get(name, 1.0) * value for name, value in terms.items())
-    loss.backward()
+        terms = distiller.losses(imgs, targets)
+    loss = sum(distiller.weights.get(name, 1.0) * value for name, value in terms.items())
+    precision.backward(loss)
     distributed.average_gradients(optimizer)
-    optimizer.step()
+    precision.step(optimizer)
     return {name: value.detach() for name, value in dict(loss=loss, **terms).items()}
 
 
@@ -503,7 +503,7 @@ def resolve(args, s: Found, t: Found | None):
     return cfg
 
 
-# --- the job --------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------------
 
 
 @console.command
@@ -547,7 +547,7 @@ def main(argv: list[str] | None = None) -> dict:
     student = found_s.build(data.num_class, view, cfg.seed)
     weight = dict(reviewkd=REVIEWKD_WEIGHT.get(tuple(names), 1.0))
     weights = cfg.lambda_kd or [weight.get(part, 1.0) for part in parts]
-    job = Distillation(student, teacher, parts, weights)
+    distiller = Distiller(student, teacher, parts, weights)
     meta = dict(
         network=found_s.name,
         num_class=data.num_class,
@@ -558,19 +558,21 @@ def main(argv: list[str] | None = None) -> dict:
     sha = sha256(found_t.path) if found_t and found_t.path else None
     run.learns_from(data.identity(), sha)
     where = utils.describe_device(device, precision)
-    lines = announcement(where, job, data, cfg, found_s, found_t)
+    lines = summary(where, distiller, data, cfg, found_s, found_t)
     if run.saved:
         with run.intact():  # or say so before anything is written
             stops = range(cfg.eval_every, cfg.iters + cfg.eval_every, cfg.eval_every)
             rows = [dict(step=min(stop, cfg.iters)) for stop in stops]
             run.fits(rows, cfg.eval_every)
-            restore(run, job, utils.sgd(job.learners(), cfg))
+            restore(run, distiller, utils.sgd(distiller.set_trainable(), cfg), precision)
     if cfg.dry_run:
         return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
 
-    job.to(device)
+    distiller.to(device)
     notes = dict(
-        parts={part: dict(lambda_kd=w, **parts[part].flags) for part, w in job.weights.items()}
+        parts={
+            part: dict(lambda_kd=w, **parts[part].flags) for part, w in distiller.weights.items()
+        }
     )
     if found_t:
         notes["teacher"] = dict(network=found_t.name, path=found_t.path, sha256=sha)
@@ -580,25 +582,30 @@ def main(argv: list[str] | None = None) -> dict:
         if teacher is not None and not run.saved:
             run.log(f"teacher AP {evaluate(teacher, data, cfg, device, precision)['AP']:.2f}")
         utils.seed_everything(cfg.seed + 1_000_003 * utils.rank())
-        distributed.broadcast_parameters(student, job.kd)
-        optimizer = run.watch(utils.sgd(job.learners(), cfg))
+        distributed.broadcast_parameters(student, distiller.kd)
+        optimizer = run.watch(utils.sgd(distiller.set_trainable(), cfg))
         if run.saved:
-            restore(run, job, optimizer)
+            restore(run, distiller, optimizer, precision)
             run.saved = None
         for start in range(0, cfg.iters, cfg.eval_every)[len(run.history) :]:
             stop = min(start + cfg.eval_every, cfg.iters)
-            train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer)
+            train_stretch(run, device, precision, distiller, data, cfg, start, stop, optimizer)
         return run.finish()
 
 
-def train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer):
+def train_stretch(run, device, precision, distiller, data, cfg, start, stop, optimizer):
     """The steps after `start` up to `stop`: train, evaluate, record, save."""
-    job.learners()  # evaluation has put the student into eval mode
+    distiller.set_trainable()  # evaluation has put the student into eval mode
 
     def state():
-        distributed.average_batch_norms(job.student, job.kd)
-        weights = dict(snet=job.student.state_dict(), meta=run.meta)
-        return dict(weights=weights, kd=job.kd.state_dict(), optimizer=optimizer.state_dict())
+        distributed.average_batch_norms(distiller.student, distiller.kd)
+        weights = dict(snet=distiller.student.state_dict(), meta=run.meta)
+        return dict(
+            weights=weights,
+            kd=distiller.kd.state_dict(),
+            optimizer=optimizer.state_dict(),
+            **precision.state(),
+        )
 
     meter, done = run.begin()
     batches = coco.train_batches(
@@ -615,7 +622,7 @@ def train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer
         lr = utils.step_decay(cfg.lr, step, cfg.milestones, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        meter.add(train_step(job, optimizer, imgs, targets, precision), len(imgs))
+        meter.add(train_step(distiller, optimizer, imgs, targets, precision), len(imgs))
         if step % cfg.print_freq == 0:
             now = meter.read()
             run.check_finite(now, f"step {step}")
@@ -628,7 +635,7 @@ def train_stretch(run, device, precision, job, data, cfg, start, stop, optimizer
     speed = meter.speed
     lr = utils.step_decay(cfg.lr, stop, cfg.milestones, cfg.warmup)
     saved = state()
-    row = dict(step=stop, lr=lr, **now, **evaluate(job.student, data, cfg, device, precision))
+    row = dict(step=stop, lr=lr, **now, **evaluate(distiller.student, data, cfg, device, precision))
     run.epoch(row, speed, saved)
 
 
@@ -643,21 +650,22 @@ def evaluate(net, data, cfg, device, precision) -> dict[str, float]:
     return coco.evaluate(detect, data.val, cfg.batch_size, cfg.workers, device)
 
 
-def restore(run, job: Distillation, optimizer) -> None:
+def restore(run, distiller: Distiller, optimizer, precision) -> None:
     """Put the state of the run's checkpoint back."""
     saved = run.saved
-    job.student.load_state_dict(saved["snet"])
-    utils.load_state(job.kd, saved["kd"])
+    distiller.student.load_state_dict(saved["snet"])
+    utils.load_state(distiller.kd, saved["kd"])
     utils.load_optimizer(optimizer, saved["optimizer"])
+    precision.load(saved)
     utils.set_rng_state(saved["rng"])
 
 
-def announcement(where: str, job, data, cfg, found_s, found_t) -> list[str]:
+def summary(where: str, distiller, data, cfg, found_s, found_t) -> list[str]:
     """The resolved recipe, as lines of the log."""
     start = (
         found_s.path or dict(fresh="fresh weights", backbone="ImageNet's backbone")[found_s.weights]
     )
-    learns = sum(p.numel() for p in job.learners())
+    learns = sum(p.numel() for p in distiller.set_trainable())
     lines = [
         f"{where}: {f'{found_t.name} -> ' if found_t else ''}{found_s.name}, {data.name}",
         f"{len(data.train)} training and {len(data.val)} validation images, "
@@ -671,8 +679,8 @@ def announcement(where: str, job, data, cfg, found_s, found_t) -> list[str]:
     ]
     if cfg.iters != COCO.epochs:
         lines.append(f"scaled from {COCO.epochs} steps to {cfg.iters}: milestones, warm-up")
-    for name, weight in job.weights.items():
-        flags = "".join(f", {key} {value}" for key, value in job.parts[name].flags.items())
+    for name, weight in distiller.weights.items():
+        flags = "".join(f", {key} {value}" for key, value in distiller.parts[name].flags.items())
         lines.append(f"{name}: lambda_kd {weight:g}{flags}")
     return lines + data.notes
 

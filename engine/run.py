@@ -32,6 +32,13 @@ from utils import (
     world,
 )
 
+# flags that do not decide the result: --resume may change them
+FREE = frozenset(
+    (
+        "print_freq tensorboard save_every resume dry_run save_root note img_root cuda cuda_graph device workers"
+    ).split()
+)
+
 
 class Run:
     """The folder save_root/note of one run and everything in it.
@@ -221,21 +228,7 @@ class Run:
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
-        free = (
-            "print_freq",
-            "tensorboard",
-            "save_every",
-            "resume",
-            "dry_run",
-            "save_root",
-            "note",
-            "img_root",
-            "cuda",
-            "cuda_graph",
-            "device",
-            "workers",
-        )
-        flags = {key: value for key, value in vars(self.cfg).items() if key not in free}
+        flags = {key: value for key, value in vars(self.cfg).items() if key not in FREE}
         return json.loads(json.dumps(flags, default=str))
 
     def _same_flags(self, saved: dict) -> None:
@@ -248,7 +241,7 @@ class Run:
         )
         if other != own:
             raise UserError(f"--resume: the run in {self.dir} is one of {other}")
-        for key in sorted(set(now) | set(saved)):
+        for key in sorted((set(now) | set(saved)) - FREE):
             if now.get(key) != saved.get(key):
                 raise UserError(
                     f"--resume: --{key} is {now.get(key)}, but the run has {saved.get(key)}"

@@ -33,10 +33,10 @@ def detector(name, seed=0, view=VIEW, **wishes):
     return train_det.build(name, 4, view, **wishes)
 
 
-def job(mode, s="fasterrcnn_mobilenet_v2", t="fasterrcnn_resnet18", weights=(1.0, 1.0)):
+def distiller_of(mode, s="fasterrcnn_mobilenet_v2", t="fasterrcnn_resnet18", weights=(1.0, 1.0)):
     parts = {name: train_det.PARTS[name] for name in train_det.MODES[mode]}
-    made = train_det.Distillation(detector(s), detector(t, 1), parts, weights[: len(parts)])
-    made.learners()
+    made = train_det.Distiller(detector(s), detector(t, 1), parts, weights[: len(parts)])
+    made.set_trainable()
     return made
 
 
@@ -94,7 +94,7 @@ def test_parameters_are_torchvisions():
 
 
 def test_both_heads_see_the_same_regions():
-    made = job("dkd")
+    made = distiller_of("dkd")
     seen = {}
     for side, net in (("s", made.student), ("t", made.teacher)):
         net.roi_heads.box_roi_pool.register_forward_pre_hook(
@@ -109,7 +109,7 @@ def test_both_heads_see_the_same_regions():
 
 
 def test_the_students_head_runs_once_and_the_images_are_resized_once():
-    made, calls = job("reviewdkd"), []
+    made, calls = distiller_of("reviewdkd"), []
     for name in ("roi_heads.box_head", "roi_heads.box_predictor", "backbone", "transform"):
         for side, net in (("s", made.student), ("t", made.teacher)):
             net.get_submodule(name).register_forward_hook(
@@ -123,7 +123,7 @@ def test_the_students_head_runs_once_and_the_images_are_resized_once():
 
 
 def test_terms_are_the_losses_of_what_was_caught():
-    made = job("reviewdkd")
+    made = distiller_of("reviewdkd")
     made.kd.eval(), made.student.backbone.eval()  # the fusion's batch norms are seen twice
     imgs, targets = batch()
     own, s, t = caught(made, imgs, targets)
@@ -144,7 +144,7 @@ def test_terms_are_the_losses_of_what_was_caught():
 
 def test_background_is_a_class():
     """Number 0, of every region of an image without boxes."""
-    made = job("dkd")
+    made = distiller_of("dkd")
     _, s, t = caught(made, *batch(empty=(True, True)))
     assert len(s.labels) > 0 and not s.labels.any()
     value = made.parts["dkd"].compare(made.kd["dkd"], s, t)
@@ -165,9 +165,9 @@ def test_background_is_a_class():
 )
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_moves_the_student_and_not_the_teacher(mode, t, s, bf16):
-    made = job(mode, s, t or s)
+    made = distiller_of(mode, s, t or s)
     before = [copy.deepcopy(x.state_dict()) for x in (made.teacher, made.student, made.kd)]
-    params = made.learners()
+    params = made.set_trainable()
     optimizer = torch.optim.SGD(params, lr=1e-3)
     terms = train_det.train_step(
         made, optimizer, *batch(), utils.Precision("cpu", torch.bfloat16 if bf16 else None)
@@ -195,17 +195,17 @@ def test_a_step_moves_the_student_and_not_the_teacher(mode, t, s, bf16):
 
 def test_the_method_alone_reaches_backbone_and_pyramid():
     for name in ("reviewkd", "dkd"):
-        made = job(name)
+        made = distiller_of(name)
         value = made.losses(*batch())[name]
-        grads = torch.autograd.grad(value, made.learners(), allow_unused=True)
-        params = {id(p): g for p, g in zip(made.learners(), grads)}
+        grads = torch.autograd.grad(value, made.set_trainable(), allow_unused=True)
+        params = {id(p): g for p, g in zip(made.set_trainable(), grads)}
         for module in (made.student.backbone.body, made.student.backbone.fpn, made.kd):
             found = [params[id(p)] for p in module.parameters()]
             assert all(g is not None and g.abs().max() > 0 for g in found[:1])
 
 
 def test_each_network_has_its_own_normalisation():
-    made = job("reviewkd")
+    made = distiller_of("reviewkd")
     own, other = made.student.transform, copy.deepcopy(made.student.transform)
     other.image_mean, other.image_std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     own.eval(), other.eval()  # the same sizes

@@ -95,7 +95,7 @@ def detectors(root: Path) -> bool:
         meta = dict(network="fasterrcnn_resnet18", num_class=8, **vars(view))
         save_checkpoint(dict(snet=teacher.state_dict(), meta=meta), root / "det.pth.tar")
     utils.all_gather(None)
-    jobs = kept(train_det.Distillation)
+    jobs = kept(train_det.Distiller)
     argv = ["--kd_mode", "reviewdkd", "--t_model", f"{root}/det.pth.tar", "--cuda", "0"]
     argv += ["--s_name", "fasterrcnn_resnet18", "--img_root", f"{root}/coco", "--batch_size", "4"]
     argv += ["--iters", "2", "--workers", "0", "--save_root", str(root), "--note", "det"]
