@@ -314,14 +314,13 @@ def sgd(parameters, cfg: argparse.Namespace, nesterov: bool | None = None) -> to
 
 
 def _start_momentum(optimizer: torch.optim.SGD, *args) -> None:
-    """Zero momentum for parameters whose first gradient comes in a later step than that of others:
-    a method's, whose weight was 0 until now. Fused SGD fails where only some have their
-    momentum."""
-    if optimizer.state:
-        for group in optimizer.param_groups:
-            for p in group["params"] if group["momentum"] else []:
-                if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
-                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    """Momentum starts at zero. Left to itself, fused SGD fails where only some parameters have a
+    momentum (those of a method whose weight was 0 until now have none), and leaves it uninitialised
+    in a first step that a loss scaler skips."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else []:
+            if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

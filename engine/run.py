@@ -34,9 +34,8 @@ from utils import (
 
 # flags that do not decide the result: --resume may change them
 FREE = frozenset(
-    (
-        "print_freq tensorboard save_every resume dry_run save_root note img_root cuda cuda_graph device workers"
-    ).split()
+    "print_freq tensorboard save_every resume dry_run save_root note img_root workers".split()
+    + "cuda cuda_graph device".split()
 )
 
 

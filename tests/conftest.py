@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
 
 
+def tiers(cases, *quick):
+    """The cases, those not in `quick` marked slow."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=[pytest.mark.slow] * (case not in quick)))
+    return found
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A trained teacher and a student's initial weights."""

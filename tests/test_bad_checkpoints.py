@@ -23,6 +23,8 @@ from engine import cli
 from engine.checkpoint import check_weights, find_weights
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def consume(tmp_path):

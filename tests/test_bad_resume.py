@@ -15,6 +15,8 @@ import train_kd
 import utils
 from engine.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):

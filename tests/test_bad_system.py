@@ -16,6 +16,8 @@ from engine import cli
 from engine.checkpoint import read_checkpoint
 from engine.run import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # --- what the machine refuses ---------------------------------------------------------------------
 
 

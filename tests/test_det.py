@@ -163,7 +163,7 @@ def test_background_is_a_class():
         ("none", None, "fasterrcnn_resnet18"),
     ],
 )
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_moves_the_student_and_not_the_teacher(mode, t, s, bf16):
     made = distiller_of(mode, s, t or s)
     before = [copy.deepcopy(x.state_dict()) for x in (made.teacher, made.student, made.kd)]
@@ -328,6 +328,7 @@ def command(teacher, root, note, *more):
     return [*argv, "--save_root", str(root), "--note", note, *more]
 
 
+@pytest.mark.slow
 def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
     whole = train_det.main(command(teacher, tmp_path, "whole"))
     out = capsys.readouterr().out

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import toys
+from conftest import tiers
 from on_meta import Guard, Illegal, batch_on, distiller_on, like_on, without_autocast
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,7 +90,9 @@ def test_the_bank_on_the_host_is_there():
     assert all(x.device.type == "cpu" for x in distiller.added.buffers())
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if METHODS[m].capturable])
+@pytest.mark.parametrize(
+    "mode", tiers([m for m in MODES if METHODS[m].capturable], "st", "dkd", "crd", "ctkd", "wkd_l")
+)
 def test_no_number_that_changes_is_baked_into_a_step(mode):
     """A captured graph replays Python numbers as they were: those of two epochs are the same."""
     one, two = (steps(mode, epoch=epoch) for epoch in (1, 200))
@@ -144,7 +147,7 @@ def cuda_autocast(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", tiers([torch.bfloat16, torch.float16], torch.bfloat16))
 @pytest.mark.parametrize("mode", MODES)
 def test_the_losses_are_float32_under_cudas_autocast(mode, dtype, cuda_autocast):
     """CUDA casts other operators than the CPU does. Forward alone: backward needs a driver."""

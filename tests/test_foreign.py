@@ -10,6 +10,8 @@ import torchvision
 from messages import ends, names, one_line, refused
 from torch import nn
 
+from conftest import tiers
+
 import network
 import train_base
 import train_kd
@@ -488,7 +490,7 @@ def distil(argv, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["at", "ofd", "crd", "reviewkd"])
+@pytest.mark.parametrize("mode", tiers(["at", "ofd", "crd", "reviewkd"], "at"))
 def test_a_network_of_ones_own(teachers, file, mode, tmp_path, capsys):
     out = distil(
         ["--kd_mode", mode, "--t_model", str(teachers["build"]), "--t_name", f"{file}:build"]

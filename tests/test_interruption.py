@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from conftest import tiers
 from messages import ends, names, one_line
 from PIL import Image
 
@@ -114,7 +115,7 @@ def kill_and_go_on(mode, teacher, root, kills, rng, epochs=2):
     return root / "killed"
 
 
-@pytest.mark.parametrize("mode", STATES)
+@pytest.mark.parametrize("mode", tiers(STATES, "crd"))
 def test_killed_at_a_random_point(mode, teacher, tmp_path):
     train_kd.main(command(mode, teacher, tmp_path, "whole"))
     folder = kill_and_go_on(mode, teacher, tmp_path, 1, random.Random(mode))

@@ -522,8 +522,8 @@ for path, call in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_each_file_runs_alone(tmp_path):
-    """Copied into an empty folder, with torch and nothing else, also under autocast; a file without a
-    call above is imported."""
+    """Copied into an empty folder, with torch and nothing else, also under autocast; a file without
+    a call above is imported."""
     assert set(ALONE) <= set(METHODS)
     arguments = []
     for mode in METHODS:

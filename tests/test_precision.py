@@ -1,7 +1,7 @@
 """Device and precision: which is chosen, float16's loss scaling, and going on with a scaler.
 
-float16 has no fast kernels on most CPUs: the scaler's path runs here with float32 forward passes, and
-once, in the slow tier, in float16 itself.
+float16 has no fast kernels on most CPUs: the scaler's path runs here with float32 forward passes,
+and once, in the slow tier, in float16 itself.
 """
 
 import contextlib
@@ -78,7 +78,13 @@ def test_the_scaler_is_saved_and_loaded():
 
 @pytest.mark.parametrize("mode", ["st", "at", "vkd", "fsp"])
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2"]])
-def test_a_training_with_the_scaler_is_that_without(mode, more, teacher, tmp_path, float32_forward):  # noqa: F811
+def test_a_training_with_the_scaler_is_that_without(
+    mode,
+    more,
+    teacher,
+    tmp_path,
+    float32_forward,  # noqa: F811
+):
     """Parameter groups, phases and micro-batches: a scale of powers of two changes no digit."""
     rows = []
     for amp in ("off", "fp16"):
@@ -87,7 +93,12 @@ def test_a_training_with_the_scaler_is_that_without(mode, more, teacher, tmp_pat
     assert rows[0] == rows[1]
 
 
-def test_stopped_with_a_scaler_goes_on_exactly(teacher, tmp_path, monkeypatch, float32_forward):  # noqa: F811
+def test_stopped_with_a_scaler_goes_on_exactly(
+    teacher,
+    tmp_path,
+    monkeypatch,
+    float32_forward,  # noqa: F811
+):
     argv = command("crd", teacher, tmp_path, "stopped")
     train_kd.main([*command("crd", teacher, tmp_path, "whole"), *FP16])
     with monkeypatch.context() as patch:

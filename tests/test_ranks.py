@@ -22,6 +22,8 @@ from engine.distiller import Distiller  # noqa: E402
 from engine.run import Run, read_metrics  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TRAINED = ["st", "at", "rkd", "crd", "fsp", "sobolev", "dml"]
 SAME = [
     "st",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from conftest import tiers
 from messages import ends, names
 
 import network
@@ -38,7 +39,9 @@ def same(one, two):
 # --- every mode trains ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", METHODS)
+@pytest.mark.parametrize(
+    "mode", tiers(METHODS, "at", "crd", "fsp", "dml", "simkd", "mlkd", "lwm", "ctkd")
+)
 def test_one_epoch(mode, base, distil, monkeypatch):
     """Finite, the student changed, the teacher not (unless it learns), a gradient everywhere."""
     step, seen = train_kd.train_step, {}
@@ -126,8 +129,8 @@ def test_the_same_seed_gives_the_same_bytes(distil, mode):
     assert metrics[0] == metrics[1] != metrics[2]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("mode", ["crd", "fsp", "dml", "vid", *SLOWLY])
+@pytest.mark.parametrize("rows", tiers([1, 2], 1))
+@pytest.mark.parametrize("mode", tiers(["crd", "fsp", "dml", "vid"], "crd") + SLOWLY)
 def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):
     """Stopped in any phase, or between two, and gone on with: the same bytes, the same weights."""
     flags = ["--epochs", "3", "--batch_size", "512"]
@@ -183,6 +186,7 @@ def teachers(tmp_path_factory):
     return taught
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher, mode", PAIRS)
 def test_the_term_falls(mode, teacher, teachers, tmp_path, monkeypatch):
     """The unweighted term's mean over the last epoch of its phase is below that of the phase's
@@ -373,8 +377,13 @@ def test_protocol_changes_the_settings():
     assert rows["crd"].flags["nce_t"] == 0.2
 
 
-@pytest.mark.parametrize("protocol", published.PROTOCOLS)
-@pytest.mark.parametrize("mode", METHODS)
+@pytest.mark.parametrize(
+    "mode, protocol",
+    tiers(
+        [(mode, protocol) for mode in METHODS for protocol in published.PROTOCOLS],
+        *[(mode, x) for x, modes in published.SETTINGS.items() for mode in modes],
+    ),
+)
 def test_every_mode_under_every_protocol(mode, protocol):
     """Its flags parse, also when its defaults are given; its comparison fits ResNets of two
     widths."""

@@ -17,6 +17,8 @@ from engine.run import read_metrics
 from kd_losses import METHODS, crd
 from tools import bench, bench_data, bench_loss, bench_meter, bench_steps, plain_losses
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = ["--cuda", "0", "--rounds", "1"]
 STEP = ["step", *TINY, "--student", "resnet8", "--teacher", "resnet8", "--num_class", "4"]

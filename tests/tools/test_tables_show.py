@@ -131,6 +131,7 @@ def test_a_table_of_one_row_is_shown(finished, tmp_path, capsys):
     assert (tmp_path / "out" / "small.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nonsense", "module://nonsense", "TkAgg", ""])
 def test_a_window_system_that_is_not_there(backend, tmp_path):
     code = "import sys, engine.run as run; sys.exit(not run.import_matplotlib())"

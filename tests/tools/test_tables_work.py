@@ -14,6 +14,8 @@ from finished_runs import DIGITS
 from engine import locks
 from tools import tables, tables_plan, tables_work
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
