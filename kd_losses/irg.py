@@ -1,6 +1,7 @@
 """IRG: Knowledge Distillation via Instance Relationship Graph (Liu, Cao, Li, Yuan, Hu, Li, Duan,
 CVPR 2019, section 3),
-https://openaccess.thecvf.com/content_CVPR_2019/html/Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html
+https://openaccess.thecvf.com/content_CVPR_2019/html/
+Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """MLKD: Multi-Level Logit Distillation (Jin, Wang, Lin, CVPR 2023, section 3),
-https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
+https://openaccess.thecvf.com/content/CVPR2023/html/
+Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
 """
 
 import torch

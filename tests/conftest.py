@@ -56,6 +56,16 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The checkpoint of a trained teacher, resnet14 on digits."""
+    import train_base
+
+    argv = ["--net_name", "resnet14", *DIGITS, "--epochs", "1", "--note", "t", "--print_freq", "3"]
+    root = tmp_path_factory.mktemp("teacher")
+    return train_base.main([*argv, "--save_root", str(root)])["dir"] + "/model_best.pth.tar"
+
+
 @pytest.fixture
 def distil(base, tmp_path):
     """A function: (mode, flags of train_kd.py, note) -> what its main returns, between those

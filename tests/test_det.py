@@ -22,6 +22,8 @@ from engine.run import read_metrics
 from kd_losses.dkd import DKD
 from kd_losses.reviewkd import hcl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CPU = utils.Precision()
 VIEW = train_det.View(min_size=(64, 96), max_size=128, anchor=8, rois=16)

@@ -78,7 +78,7 @@ def test_standardised_logits_stay_on_the_device(mode):
     assert steps(mode, standardise=True)
 
 
-@pytest.mark.parametrize("protocol", ["crd", "mdistiller-imagenet", "reviewkd"])
+@pytest.mark.parametrize("protocol", tiers(["crd", "mdistiller-imagenet", "reviewkd"], "crd"))
 @pytest.mark.parametrize("mode", ["ab", "fsp", "ft", "ofd", "reviewkd", "wkd_l", "cc", "fitnet"])
 def test_published_settings_stay_on_the_device(mode, protocol):
     assert steps(mode, "--protocol", protocol)

@@ -65,13 +65,6 @@ train_kd.main(sys.argv[2:])
 """
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teacher")
-    argv = ["--net_name", "resnet14", *SMALL, "--epochs", "1", "--note", "t"]
-    return train_base.main([*argv, "--save_root", str(root)])["dir"] + "/model_best.pth.tar"
-
-
 def command(mode, teacher, root, note, epochs=2):
     argv = ["--kd_mode", mode, *NETS, *SMALL, *toys.small_flags(mode), "--epochs", str(epochs)]
     argv += ["--t_model", teacher] if mode != "dml" else []
@@ -145,12 +138,15 @@ def stop_at(monkeypatch, step, number):
 
 @pytest.mark.parametrize(
     "number, code, step, where",
-    [
-        (signal.SIGTERM, 143, 6, ("SIGTERM", 1, 5)),  # signal, epoch, step
-        (signal.SIGINT, 130, 16, ("SIGINT", 2, 3)),
-        (signal.SIGTERM, 143, 12, ("SIGTERM", 1, 11)),  # its last
-        (signal.SIGTERM, 143, 13, ("SIGTERM", 1)),  # the epoch's end
-    ],
+    tiers(
+        [
+            (signal.SIGTERM, 143, 6, ("SIGTERM", 1, 5)),  # signal, epoch, step
+            (signal.SIGINT, 130, 16, ("SIGINT", 2, 3)),
+            (signal.SIGTERM, 143, 12, ("SIGTERM", 1, 11)),  # its last
+            (signal.SIGTERM, 143, 13, ("SIGTERM", 1)),  # the epoch's end
+        ],
+        (signal.SIGTERM, 143, 6, ("SIGTERM", 1, 5)),
+    ),
 )
 def test_a_signal_saves_and_ends(number, code, step, where, teacher, tmp_path, monkeypatch, capsys):
     argv = command("crd", teacher, tmp_path, "stopped")
@@ -181,6 +177,7 @@ def test_train_base_goes_on_inside_an_epoch(tmp_path, monkeypatch):
     assert_same(result(tmp_path / "whole"), result(tmp_path / "stopped"))
 
 
+@pytest.mark.slow
 def test_streamed_images_go_on_inside_an_epoch(tmp_path, monkeypatch):
     """Files that workers read: the same images in the same order, cropped alike."""
     rng = np.random.default_rng(0)
@@ -220,6 +217,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
     one_line(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint.pth.tar", "metrics.csv", "model_best.pth.tar"])
 def test_a_full_disk(what, teacher, tmp_path, monkeypatch, capsys):
     """The old checkpoint survives, nothing is left half written, one line; then it goes on."""
@@ -271,6 +269,7 @@ def test_two_runs_cannot_write_one_folder(tmp_path, capsys):
     train_base.main([*argv, "--note", "r", "--resume"])  # free again
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
     argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
     whole = Path(train_base.main([*argv, "--note", "whole"])["dir"])
@@ -287,6 +286,7 @@ def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
 # --- killed before its args.json ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["killed", "", ".lock", ".lock args.json.tmp log.txt"])
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_killed_before_its_args_are_there(left, more, tmp_path):
@@ -491,6 +491,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint(tmp_path, capsys, monkeypat
         train_base.main(argv)
 
 
+@pytest.mark.slow
 def test_a_wrong_backend_does_not_end_a_run(tmp_path):
     """MPLBACKEND chooses a window system, of which no curve has need."""
     argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]

@@ -34,9 +34,8 @@ PAIRS = [
     ("resnet32x4", "ShuffleV2"),
     ("wrn_40_2", "ShuffleV1"),
 ]
-QUICK = [("wrn_40_2", "wrn_40_1")]
 CASES = [
-    pytest.param(*pair, mode, protocol, marks=[pytest.mark.slow] * (pair not in QUICK))
+    (*pair, mode, protocol)
     for pair in PAIRS
     for mode in METHODS
     for protocol in ("kdzoo", "crd")
@@ -68,6 +67,7 @@ def make(teacher, student, mode, argv):
     return distiller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher, student, mode, protocol", CASES)
 def test_a_step(teacher, student, mode, protocol):
     distiller = make(teacher, student, mode, ["--protocol", protocol])

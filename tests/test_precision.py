@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_interruption import assert_same, command, result, stop_at, teacher  # noqa: F401
+from conftest import tiers
+from test_interruption import assert_same, command, result, stop_at
 from torch import nn
 
 import network
@@ -76,14 +77,14 @@ def test_the_scaler_is_saved_and_loaded():
     Precision().load({})
 
 
-@pytest.mark.parametrize("mode", ["st", "at", "vkd", "fsp"])
-@pytest.mark.parametrize("more", [[], ["--accumulate", "2"]])
+@pytest.mark.parametrize("mode", tiers(["st", "at", "vkd", "fsp"], "vkd"))
+@pytest.mark.parametrize("more", tiers([[], ["--accumulate", "2"]], []))
 def test_a_training_with_the_scaler_is_that_without(
     mode,
     more,
     teacher,
     tmp_path,
-    float32_forward,  # noqa: F811
+    float32_forward,
 ):
     """Parameter groups, phases and micro-batches: a scale of powers of two changes no digit."""
     rows = []
@@ -97,7 +98,7 @@ def test_stopped_with_a_scaler_goes_on_exactly(
     teacher,
     tmp_path,
     monkeypatch,
-    float32_forward,  # noqa: F811
+    float32_forward,
 ):
     argv = command("crd", teacher, tmp_path, "stopped")
     train_kd.main([*command("crd", teacher, tmp_path, "whole"), *FP16])

@@ -353,6 +353,7 @@ def script(photos, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_both_scripts_on_photographs(photos, script, monkeypatch):
     """Any number of workers, stopped and gone on with: the same bytes."""
     data = ["--net_name", "resnet8", "--epochs", "2"]

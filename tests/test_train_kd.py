@@ -121,6 +121,7 @@ def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
 SLOWLY = [pytest.param(mode, marks=pytest.mark.slow) for mode in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["at", "crd", *SLOWLY])
 def test_the_same_seed_gives_the_same_bytes(distil, mode):
     one, two = (Path(distil(mode, *FEW, note=note)["dir"]) for note in "ab")

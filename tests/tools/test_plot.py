@@ -299,6 +299,7 @@ def detector(tmp_path_factory):
     return root / "checkpoint.pth.tar"
 
 
+@pytest.mark.slow
 def test_boxes(detector, out):
     """The annotated ones beside those found, image by image; a score of 0 lets all through."""
     argv = ["boxes", str(detector), "--images", "0,2", "--score", "0", "--labels", "mine", *PLAIN]
@@ -443,6 +444,7 @@ def test_force_writes_over(runs, out):
     draw(out, "curves", str(runs / "at"), "--force")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", [pytest.param("nonsense", marks=pytest.mark.slow), "module://nonsense"]
 )

@@ -89,6 +89,7 @@ CRD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table, row, parts",
     [

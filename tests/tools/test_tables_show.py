@@ -43,6 +43,7 @@ def test_the_newer_methods_say_what_they_spend(tmp_path, capsys):
     assert "resnet32x4 -> ShuffleNetV2_1.5" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tables_plan.TABLES)
 def test_show_prints_every_published_figure(name, tmp_path, capsys):
     figures = tables_plan.figures_of(name)
