@@ -323,6 +323,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_kd, train_base])
 def test_random_flags(fuzz, capsys, script):
     own = ["--kd_mode", "at"] if script is train_kd else ["--net_name", "resnet8"]

@@ -504,6 +504,7 @@ def test_a_network_of_ones_own(teachers, file, mode, tmp_path, capsys):
     assert (folder / "model_best.pth.tar").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["st", "at"])
 def test_a_transformer_teaches(teachers, file, mode, tmp_path, capsys):
     out = distil(

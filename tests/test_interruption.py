@@ -108,6 +108,7 @@ def kill_and_go_on(mode, teacher, root, kills, rng, epochs=2):
     return root / "killed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", tiers(STATES, "crd"))
 def test_killed_at_a_random_point(mode, teacher, tmp_path):
     train_kd.main(command(mode, teacher, tmp_path, "whole"))
@@ -248,6 +249,7 @@ def test_a_full_disk(what, teacher, tmp_path, monkeypatch, capsys):
     assert_same(result(tmp_path / "whole"), result(tmp_path / "full"))
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_write_one_folder(tmp_path, capsys):
     argv = ["--net_name", "resnet8", *SMALL, "--epochs", "1", "--save_root", str(tmp_path)]
     folder = Path(train_base.main([*argv, "--note", "r"])["dir"])
@@ -425,6 +427,7 @@ def test_a_moved_folder_is_the_same(on_files, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "r" / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_another_teacher_is_refused(old, teacher, tmp_path, capsys, monkeypatch):
     """The same weights in another file are the same teacher; other ones under its name are not."""

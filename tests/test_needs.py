@@ -171,6 +171,7 @@ def test_distances_of_the_classes(what):
     assert torch.equal(cost, cost.T) and not cost.diag().any() and (cost >= 0).all()
 
 
+@pytest.mark.slow
 def test_classes_are_looked_at_once(distil, capsys):
     argv = ["wkd_l", "--epochs", "2", "--batch_size", "256"]
     epoch = Run.epoch
@@ -213,6 +214,7 @@ def test_parameters_that_do_not_decay():
 # --- a student with the teacher's classifier ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_deployed_student(distil, tmp_path, capsys):
     result = distil("simkd", "--epochs", "2", "--batch_size", "128", "--amp", "off")
     file = f"{result['dir']}/checkpoint.pth.tar"

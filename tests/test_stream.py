@@ -112,6 +112,7 @@ def children():
     return {process.pid for process in multiprocessing.active_children()}
 
 
+@pytest.mark.slow
 def test_processes_go_on_from_epoch_to_epoch(photos):
     """The same from the first, begun inside an epoch, on; a test's own end with it. Where an epoch
     is left half-way, or the images go, they end."""

@@ -63,6 +63,7 @@ def test_a_run_and_its_folder(tmp_path, capsys):
     assert score == pytest.approx(last["prec@1"]) == pytest.approx(result["last"])
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_run(tmp_path, monkeypatch):
     """Stopped after an epoch and gone on with: byte for byte the same metrics and weights."""
     whole = run(tmp_path, "--epochs", "3", note="whole")

@@ -39,9 +39,7 @@ def same(one, two):
 # --- every mode trains ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode", tiers(METHODS, "at", "crd", "fsp", "dml", "simkd", "mlkd", "lwm", "ctkd")
-)
+@pytest.mark.parametrize("mode", tiers(METHODS, "at", "crd", "fsp", "dml", "mlkd"))
 def test_one_epoch(mode, base, distil, monkeypatch):
     """Finite, the student changed, the teacher not (unless it learns), a gradient everywhere."""
     step, seen = train_kd.train_step, {}
@@ -233,6 +231,7 @@ def test_a_wider_teacher(mode):
     assert any("projection" in note for note in notes) == ("channels" in METHODS[mode].match)
 
 
+@pytest.mark.slow
 def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
     result = train_base.main(
         [*DATA, "--net_name", "resnet8x4", "--epochs", "1", "--save_root", str(tmp_path)]
@@ -252,6 +251,7 @@ def test_the_adapter_learns_and_is_announced(base, tmp_path, capsys):
 # --- phases, weights, composition -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_phases_scale_with_epochs(distil):
     rows = read_metrics(distil("fsp", "--epochs", "8", "--batch_size", "1297")["dir"])
     assert [row["phase"] for row in rows] == ["init"] * 2 + ["train"] * 8
@@ -315,6 +315,7 @@ def test_the_loss_is_the_weighted_sum():
     assert list(terms) == ["ce", "kd_st", "kd_at", "train_top1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, compiled", [("at", 2), ("sobolev", 0)])
 def test_compile_both_networks_or_say_why_not(mode, compiled, distil, monkeypatch, capsys):
     calls = []
@@ -518,6 +519,7 @@ def test_chance(top1, n, classes, says):
     assert utils.by_chance(top1, n, classes) is says
 
 
+@pytest.mark.slow
 def test_an_initial_student_that_is_trained_is_said(base, distil, capsys):
     trained = base / "resnet8" / "model_best.pth.tar"
     distil("st", "--epochs", "1", "--s_init", trained)
@@ -526,6 +528,7 @@ def test_an_initial_student_that_is_trained_is_said(base, distil, capsys):
     assert "s_init" not in " ".join(warnings(capsys))
 
 
+@pytest.mark.slow
 def test_a_term_that_drowns_the_cross_entropy_is_said_once(distil, capsys):
     argv = ["--epochs", "2", "--lr", "1e-9", "--print_freq", "2"]
     distil("st", *argv, "--lambda_kd", "1e6")

@@ -301,6 +301,7 @@ def a_process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_keep_equal_banks(tmp_path):
     torch.multiprocessing.spawn(a_process, (str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

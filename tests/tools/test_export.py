@@ -86,6 +86,7 @@ def assert_same_logits(path, checkpoint, name="resnet8", size=12, batches=(1, 3,
 # --- the files ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_gives_the_checkpoint_s_logits(kind, student, capfd):
     """At several batch sizes; the metadata is the checkpoint's, without paths of this machine."""
