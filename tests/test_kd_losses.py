@@ -327,6 +327,7 @@ def test_exactly_what_learns_is_in_training_mode(mode):
 # --- 5: no host synchronisation -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bss"])  # picks its images
 def test_no_value_is_read_back(mode):
     """Fake tensors have no values: an .item(), a mask or a branch on data raises."""

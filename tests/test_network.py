@@ -119,6 +119,7 @@ def test_no_batch_norm_runs_twice(name):
         assert x.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_larger_images(name):
     """Every map is as much larger as the image is; VGG pools once more above 32 pixels."""
@@ -145,6 +146,7 @@ def classifier(net):
     return net.get_submodule(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_norms_run_last_before_the_preacts(name):
     with torch.device("meta"):

@@ -55,6 +55,7 @@ def test_the_paraphraser_learns_by_the_plain_error(protocol):
     assert weights("ft", protocol, [1, 30], phase=1) == [200.0, 200.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--protocol", CRD], []])
 def test_ft_trains_through(tmp_path, flags):
     """Without batch norm in the paraphraser: under crd, and above ten classes."""

@@ -94,6 +94,7 @@ def test_a_training_with_the_scaler_is_that_without(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_stopped_with_a_scaler_goes_on_exactly(
     teacher,
     tmp_path,
@@ -212,6 +213,7 @@ def test_auto_takes_float16_where_bfloat16_is_emulated(native, dtype, monkeypatc
     assert utils.precision(torch.device("mps"), "auto").dtype is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "amp, words", [("bf16", "bfloat16"), ("fp16", "float16"), ("off", "float32")]
 )

@@ -100,6 +100,7 @@ def test_the_frozen_teacher_is_bit_for_bit_the_same(mode):
     assert same(before, distiller.teacher.net.state_dict()) == (METHODS[mode].teacher != "trained")
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
     """The design's command as it stands: the checkpoints know network, dataset and size."""
     command = [sys.executable, ROOT / "train_kd.py", "--kd_mode=at", "--cuda", "0", *FEW]
@@ -128,6 +129,7 @@ def test_the_same_seed_gives_the_same_bytes(distil, mode):
     assert metrics[0] == metrics[1] != metrics[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", tiers([1, 2], 1))
 @pytest.mark.parametrize("mode", tiers(["crd", "fsp", "dml", "vid"], "crd") + SLOWLY)
 def test_resumed_is_the_same_run(distil, monkeypatch, mode, rows):

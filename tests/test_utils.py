@@ -319,6 +319,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step():
     """In a process of its own, which has freed nothing else, once it has settled (five steps at
     most were seen: a block may be taken beside the hole that its like has left)."""

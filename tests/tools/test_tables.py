@@ -44,6 +44,7 @@ def test_bad_input_is_one_line(argv, says, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_another_network(tmp_path, capsys):
     argv = ["--net_name", "resnet14", "--data_name", "digits", "--epochs", "1", "--note", "t"]
     teacher = train_base.main([*argv, "--save_root", str(tmp_path)])["dir"] + "/model_best.pth.tar"

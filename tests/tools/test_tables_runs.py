@@ -362,6 +362,7 @@ def sheets(draw):
     return draw(spoilt(text.encode("utf-8", "surrogatepass")))
 
 
+@pytest.mark.slow
 def test_random_files(finished, tmp_path, capsys, monkeypatch, request):
     """`show` never ends in a traceback, whatever the files hold that it reads: it shows, or it says
     what is wrong in a line. With --slow, 2000 of them."""
