@@ -43,8 +43,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimizer step on
 
-        loss = lambda_ce * CE(student) + sum over the methods of weights[method] * KD(student,
-        teacher)
+        loss = lambda_ce * CE(student) + sum over methods of weights[method] * KD(student, teacher)
 
     for what the phase has of these; a method of weight 0 is not computed. Where both networks are
     trained, or see two views, CE is the sum over these. Returns {name: 0-dim tensor on the device}:

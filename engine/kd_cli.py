@@ -127,7 +127,8 @@ def _default_text(defaults: dict[str, Settings], mode: str, name: str) -> str:
 
 
 def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict) -> None:
-    add = parser.add_argument_group("distillation").add_argument
+    group = parser.add_argument_group("distillation")
+    add = group.add_argument
     add(
         "--kd_mode",
         required=True,
@@ -168,12 +169,14 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         help="standardise the logits of both networks first (LSKD), for logit methods",
     )
     weight = cli.number(float, 0)
-    texts = [_default_text(defaults, mode, "lambda_kd") for mode in modes if mode in defaults]
+    text = _default_text(defaults, modes[0], "lambda_kd") if modes else ""
+    if len(defaults) > 1:
+        text = f" (default {','.join(str(x.lambda_kd) for x in defaults.values())})"
     add(
         "--lambda_kd",
         type=cli.comma(weight),
         metavar="X[,X]",
-        help="weight of each method's loss" + "".join(texts),
+        help="weight of each method's loss" + text,
     )
     text = _default_text(defaults, modes[0], "lambda_ce") if modes else ""
     add("--lambda_ce", type=weight, metavar="X", help="weight of the cross-entropy" + text)
@@ -190,7 +193,7 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         owners = _owners(name, modes)
         for mode in owners or modes[:1]:
             text = fields["help"] + (_default_text(defaults, mode, name) if owners else "")
-            _add_flag(parser, modes, mode, name, **fields | dict(help=text))
+            _add_flag(group, modes, mode, name, **fields | dict(help=text))
 
 
 def _add_flag(group, modes: list[str], mode: str, name: str, **fields) -> None:
