@@ -9,6 +9,8 @@ of a method and their defaults.
 """
 
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +86,9 @@ def train_step(
     return means
 
 
-def train_epoch(job: "Job", phase: Phase, epoch: int, epochs: int, optimizer) -> None:
+def train_epoch(training: "Training", phase: Phase, epoch: int, epochs: int, optimizer) -> None:
     """One epoch of a phase of `epochs`: train, evaluate, record, save."""
-    run, distiller, data, cfg = job.run, job.distiller, job.data, job.cfg
+    run, distiller, data, cfg = training.run, training.distiller, training.data, training.cfg
     lr = learning_rate(phase, epoch, epochs, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -108,7 +110,9 @@ def train_epoch(job: "Job", phase: Phase, epoch: int, epochs: int, optimizer) ->
     for i, tensors in enumerate(batches, done + 1):
         batch = distiller.batch(*tensors)
         weights = loss_weights(distiller, phase, (epoch - 1 + (i - 1) / steps) / epochs, cfg)
-        terms = job.step(distiller, phase, optimizer, batch, weights, job.precision, cfg.accumulate)
+        terms = training.step(
+            distiller, phase, optimizer, batch, weights, training.precision, cfg.accumulate
+        )
         meter.add(terms, len(batch.img))
         if i % cfg.print_freq == 0:
             now = meter.read()
@@ -117,17 +121,17 @@ def train_epoch(job: "Job", phase: Phase, epoch: int, epochs: int, optimizer) ->
             shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
             run.log(f"  {where} step {i:4d}  {shown}  {meter.speed:.0f} img/s")
         if run.due():
-            run.pause(lambda: state(job, phase, optimizer), meter, i, f"{where}, step {i}")
+            run.pause(lambda: state(training, phase, optimizer), meter, i, f"{where}, step {i}")
     now, speed = meter.read(), meter.speed
     run.check_finite(now, where)
     warn_of_imbalance(run, distiller, phase, weights, now)
 
-    saved = state(job, phase, optimizer)
+    saved = state(training, phase, optimizer)
     row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
     if phase.student_learns:
-        row |= evaluate(distiller.deployed, data.test, job.precision)
+        row |= evaluate(distiller.deployed, data.test, training.precision)
     if phase.teacher_learns:
-        peer = evaluate(distiller.teacher.net, data.test, job.precision)
+        peer = evaluate(distiller.teacher.net, data.test, training.precision)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
             saved |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
@@ -155,19 +159,19 @@ def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, no
 # --- save and resume ------------------------------------------------------------------------------
 
 
-def state(job: "Job", phase: Phase, optimizer) -> dict:
+def state(training: "Training", phase: Phase, optimizer) -> dict:
     """What a checkpoint holds besides what `Run` adds."""
-    distiller = job.distiller
+    distiller = training.distiller
     student, teacher = distiller.student.net, distiller.teacher.net
     distributed.average_batch_norms(student, teacher, distiller.added)
-    weights = dict(snet=distiller.deployed.state_dict(), meta=job.run.meta)
+    weights = dict(snet=distiller.deployed.state_dict(), meta=training.run.meta)
     if phase.teacher_learns:  # KD-Zoo's names for two networks that learn
         weights |= dict(net1=teacher.state_dict(), net2=weights["snet"])
     return dict(
         weights=weights,
         kd=distiller.added.state_dict(),
         optimizer=optimizer.state_dict(),
-        **job.precision.state(),
+        **training.precision.state(),
     )
 
 
@@ -199,15 +203,15 @@ def check_checkpoint(run: Run, distiller: Distiller, phases, data, cfg, precisio
 
 
 @dataclass
-class Job:
+class Training:
     """What the epochs of a run share."""
 
     run: Run
     distiller: Distiller
     data: dataset.Data
-    cfg: object
+    cfg: Namespace
     precision: utils.Precision
-    step: object
+    step: Callable[..., dict[str, Tensor]]
 
 
 @console.command
@@ -255,7 +259,9 @@ def main(argv: list[str] | None = None) -> dict:
             run.log(line)
         data = data.to(device)
         prepare(run, distiller, data, cfg, precision, found_s)
-        job = Job(run, distiller, data, cfg, precision, choose_step(run, distiller, cfg, device))
+        training = Training(
+            run, distiller, data, cfg, precision, choose_step(run, distiller, cfg, device)
+        )
         for phase, first, epochs in remaining_phases(phases, len(run.history)):
             groups = distiller.param_groups(phase)
             optimizer = run.watch(utils.sgd(groups, cfg, phase.nesterov))
@@ -263,7 +269,7 @@ def main(argv: list[str] | None = None) -> dict:
                 restore(run, distiller, first, optimizer, precision)
                 run.saved = None
             for epoch in range(first, epochs + 1):
-                train_epoch(job, phase, epoch, epochs, optimizer)
+                train_epoch(training, phase, epoch, epochs, optimizer)
         return run.finish()
 
 
