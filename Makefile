@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # tests side by side, of one thread each: threads of several processes stall each other
 JOBS ?= 2
 
-.PHONY: demo test test-all
+.PHONY: demo test test-all soak
 
 demo: $(VENV)/ready
 	$(PY) tools/demo.py
@@ -16,6 +16,10 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests --slow
+
+# the same tests with more repetitions, seeds, pairs of networks, and CUDA's stand-in: hours
+soak: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests --slow --soak
 
 $(VENV)/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)

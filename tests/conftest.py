@@ -22,17 +22,22 @@ def seed():
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow cases too")
+    parser.addoption("--soak", action="store_true", help="and those that repeat others for long")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only with --slow (make test-all)")
+    config.addinivalue_line(
+        "markers", "soak: repeats others for long, only with --soak (make soak)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    for tier in ("slow", "soak"):
+        if not config.getoption(f"--{tier}"):
+            left_out = [item for item in items if item.get_closest_marker(tier)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(tier)]
 
 
 def tiers(cases, *quick):
@@ -97,7 +102,7 @@ def fuzz(request):
     from hypothesis import HealthCheck, settings
 
     def make(examples):
-        slow = request.config.getoption("--slow")
+        slow = request.config.getoption("--soak")
         return settings(
             max_examples=examples * (10 if slow else 1),
             deadline=None,

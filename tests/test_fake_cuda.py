@@ -1,5 +1,5 @@
 """Training on CUDA without a GPU: a stand-in for the CUDA runtime counts copies, synchronisations
-and kernels, and runs none. Slow; skipped where that stand-in is not beside the repository.
+and kernels, and runs none. Only with --soak; skipped where that stand-in is not beside the repository.
 
 FAKE_CUDA names it; started by it, this file trains the methods that it is given.
 """
@@ -31,7 +31,7 @@ WAITS = ("h2d_pageable", "d2h_pinned", "d2h_pageable", "stream_sync", "device_sy
 WAITING = {"bss": "the attack looks at its images", "kdsvd": "eigenvectors are found step by step"}
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(not FAKE.exists(), reason="no stand-in for CUDA: set FAKE_CUDA"),
 ]
 

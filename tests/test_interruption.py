@@ -116,7 +116,7 @@ def test_killed_at_a_random_point(mode, teacher, tmp_path):
     assert_same(result(tmp_path / "whole"), result(folder))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", STATES)
 def test_killed_twenty_times(mode, teacher, tmp_path):
     train_kd.main(command(mode, teacher, tmp_path, "whole", 8))

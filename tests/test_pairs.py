@@ -34,8 +34,9 @@ PAIRS = [
     ("resnet32x4", "ShuffleV2"),
     ("wrn_40_2", "ShuffleV1"),
 ]
+QUICK = [("wrn_40_2", "wrn_40_1"), ("vgg13", "MobileNetV2")]
 CASES = [
-    (*pair, mode, protocol)
+    pytest.param(*pair, mode, protocol, marks=[pytest.mark.soak] * (pair not in QUICK))
     for pair in PAIRS
     for mode in METHODS
     for protocol in ("kdzoo", "crd")

@@ -117,7 +117,7 @@ def test_the_command_of_the_readme_in_a_process_of_its_own(base, tmp_path):
     assert args["teacher"]["sha256"] == sha256(base / "resnet14" / "model_best.pth.tar")
 
 
-SLOWLY = [pytest.param(mode, marks=pytest.mark.slow) for mode in METHODS]
+SLOWLY = [pytest.param(mode, marks=pytest.mark.soak) for mode in METHODS]
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ PAIRS = [("resnet20", mode) for mode in METHODS] + [
     pytest.param(
         "resnet8x4",
         mode,
-        marks=() if learns_more_with_a_wider_teacher(mode) else pytest.mark.slow,
+        marks=() if learns_more_with_a_wider_teacher(mode) else pytest.mark.soak,
     )
     for mode in METHODS
 ]

@@ -5,7 +5,7 @@ import pytest
 from tools import demo
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_demo(tmp_path, capsys):
     """The whole demo, an epoch each; a second one goes beside the first."""
     for name in ("demo", "demo-2"):

@@ -374,7 +374,7 @@ def test_random_files(finished, tmp_path, capsys, monkeypatch, request):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
     @settings(
-        max_examples=2000 if request.config.getoption("--slow") else 200,
+        max_examples=2000 if request.config.getoption("--soak") else 200,
         deadline=None,
         derandomize=True,
         database=None,
