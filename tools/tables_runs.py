@@ -187,7 +187,7 @@ def parsed(key: str, cell: str, cut: str):
     if kind in (NAME, NAME_OR_NOTHING):
         return checked(key, text)
     number = text.replace(",", ".") if cut == ";" else text
-    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?(e[-+][0-9]{1,2})?", number):
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?(e[-+][0-9]{1,3})?", number):
         return checked(key, text)
     value = float(number)
     whole = number.isdigit() or kind in (COUNT, AT_LEAST_1) and value % 1 == 0
