@@ -1,5 +1,6 @@
 """Training on CUDA without a GPU: a stand-in for the CUDA runtime counts copies, synchronisations
-and kernels, and runs none. Only with --soak; skipped where that stand-in is not beside the repository.
+and kernels, and runs none. Only with --soak; skipped where that stand-in is not beside the
+repository.
 
 FAKE_CUDA names it; started by it, this file trains the methods that it is given.
 """

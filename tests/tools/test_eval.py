@@ -198,7 +198,8 @@ def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsy
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_resnet", "MobileNetV2"])
 def test_foreign_networks_are_as_in_training(tmp_path, name):
     argv = ["--net_name", name, "--data_name", "digits", "--cuda", "0", "--epochs", "1"]
-    folder = train_base.main([*argv, "--img_size", "16", "--save_root", str(tmp_path)])["dir"]
+    argv += ["--lr", "0.01", "--img_size", "16", "--save_root", str(tmp_path)]
+    folder = train_base.main(argv)["dir"]
     row = read_metrics(folder)[-1]
     result = tool.main([last(Path(folder)), "--cuda", "0"])
     assert [result[k] for k in ("top1", "loss")] == [row["test_top1"], row["test_loss"]]
