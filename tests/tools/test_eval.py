@@ -195,7 +195,14 @@ def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_resnet", "MobileNetV2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision/resnet18",
+        pytest.param("timm/test_resnet", marks=pytest.mark.soak),
+        "MobileNetV2",
+    ],
+)
 def test_foreign_networks_are_as_in_training(tmp_path, name):
     argv = ["--net_name", name, "--data_name", "digits", "--cuda", "0", "--epochs", "1"]
     argv += ["--lr", "0.01", "--img_size", "16", "--save_root", str(tmp_path)]

@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_part_runs_and_is_summed_up(tmp_path):
     rng = np.random.default_rng(0)
     for split, n in (("train", 40), ("test", 8)):
