@@ -18,10 +18,9 @@ import network
 import utils
 from engine import cli, console, distributed, foreign, published, stream
 from engine.checkpoint import save_checkpoint
-from engine.cuda_graph import CapturedStep, why_not
+from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.find_taps import check_trainable, dry_pass
 from engine.run import Run
-from utils import UserError
 
 
 def parse(argv: list[str]):
@@ -91,9 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
     cfg = resolve(args)
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
-    reason = why_not(cfg, device)
-    if cfg.cuda_graph and reason:
-        raise UserError(f"--cuda_graph: {reason}")
+    check_cuda_graph(cfg, device, {})
     note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
@@ -141,12 +138,7 @@ def main(argv: list[str] | None = None) -> dict:
             restore(run.saved, net, optimizer, precision)
             run.saved = None
         distributed.broadcast_parameters(net)
-        step = train_step
-        if device.type == "cuda" and cfg.cuda_graph != 0:
-            run.log(
-                f"not captured as a CUDA graph: {reason}" if reason else "captured as a CUDA graph"
-            )
-            step = step if reason else CapturedStep(train_step)
+        step = choose_step(train_step, cfg, device, run.log)
         for epoch in range(len(run.history) + 1, cfg.epochs + 1):
             train_epoch(run, step, precision, net, data, cfg, epoch, optimizer)
         return run.finish()
@@ -190,15 +182,14 @@ def train_epoch(run, step, precision, net, data, cfg, epoch, optimizer):
             run.pause(state, meter, i, f"epoch {epoch}, step {i}")
     now = meter.read()
     run.check_finite(now, f"epoch {epoch}")
-    speed = meter.speed
-    distributed.average_batch_norms(net)
+    speed, saved = meter.speed, state()
     row = dict(
         epoch=epoch,
         lr=lr,
         **now,
         **utils.evaluate(net, stream.test_batches(data.test, share=utils.share()), precision),
     )
-    run.epoch(row, speed, state())
+    run.epoch(row, speed, saved)
 
 
 def restore(saved: dict, net, optimizer, precision) -> None:

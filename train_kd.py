@@ -21,7 +21,7 @@ import dataset
 import utils
 from engine import cli, console, distributed, foreign, kd_cli, stream
 from engine.checkpoint import Weights, find_weights, sha256
-from engine.cuda_graph import CapturedStep, why_not
+from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
 from engine.find_taps import check_trainable
 from engine.run import Run
@@ -259,9 +259,8 @@ def main(argv: list[str] | None = None) -> dict:
             run.log(line)
         data = data.to(device)
         prepare(run, distiller, data, cfg, precision, found_s)
-        training = Training(
-            run, distiller, data, cfg, precision, choose_step(run, distiller, cfg, device)
-        )
+        step = choose_step(train_step, cfg, device, run.log, distiller.added)
+        training = Training(run, distiller, data, cfg, precision, step)
         for phase, first, epochs in remaining_phases(phases, len(run.history)):
             groups = distiller.param_groups(phase)
             optimizer = run.watch(utils.sgd(groups, cfg, phase.nesterov))
@@ -271,17 +270,6 @@ def main(argv: list[str] | None = None) -> dict:
             for epoch in range(first, epochs + 1):
                 train_epoch(training, phase, epoch, epochs, optimizer)
         return run.finish()
-
-
-def choose_step(run: Run, distiller: Distiller, cfg, device: torch.device):
-    """`train_step`, as a CUDA graph where that is possible."""
-    capturable = {x.mode: x.settings.method.capturable for x in distiller.added}
-    reason = why_not(cfg, device, capturable, distiller.added.state_dict().values())
-    if cfg.cuda_graph and reason:
-        raise UserError(f"--cuda_graph: {reason}")
-    if device.type == "cuda" and cfg.cuda_graph != 0:
-        run.log(f"not captured as a CUDA graph: {reason}" if reason else "captured as a CUDA graph")
-    return train_step if reason or cfg.cuda_graph == 0 else CapturedStep(train_step)
 
 
 def find_networks(args, modes: list[str]) -> tuple[Weights, Weights]:
@@ -308,9 +296,7 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
             raise UserError(f"--logit_stand: {mode} compares more than logits")
         if args.gather and not method.relational:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
-    reason = why_not(args, device, {mode: METHODS[mode].capturable for mode in modes})
-    if args.cuda_graph and reason:
-        raise UserError(f"--cuda_graph: {reason}")
+    check_cuda_graph(args, device, {mode: METHODS[mode].capturable for mode in modes})
 
 
 def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:

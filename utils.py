@@ -89,6 +89,16 @@ def cpus() -> int:
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps", "xpu")
 
 
+AMP = ("auto", "bf16", "fp16", "off")
+
+
+def accelerator() -> str | None:
+    """The type of the accelerator that torch sees."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.accelerator.current_accelerator().type
+
+
 def select_device(
     device: str = "auto", cuda: int | None = None, ranks: bool = False
 ) -> torch.device:
@@ -103,12 +113,11 @@ def select_device(
             raise UserError(f"--device {device} contradicts --cuda {cuda}")
         device = wanted if device == "auto" else device
     kind, _, number = device.partition(":")
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind == "auto":
-        kind = there.type if there else "cpu"
+        kind = accelerator() or "cpu"
     if kind not in ("cpu", "cuda", "mps", "xpu") or (number and kind in ("cpu", "mps")):
         raise UserError(f"unknown --device {device}: expected one of {', '.join(DEVICES)}")
-    if kind != "cpu" and (there is None or there.type != kind):
+    if kind not in ("cpu", accelerator()):
         flag = "--cuda 1" if cuda else f"--device {device}"
         raise UserError(
             f"{flag}: torch sees no {kind} device; leave the flag out to use what is there"
@@ -282,8 +291,7 @@ def seed_everything(seed: int) -> None:
 def rng_state() -> dict[str, Tensor]:
     """The states of torch's generators, as tensors."""
     state = dict(cpu=torch.get_rng_state())
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    if kind := accelerator():
         state[kind] = torch.get_device_module(kind).get_rng_state()
     return state
 
@@ -291,10 +299,9 @@ def rng_state() -> dict[str, Tensor]:
 def set_rng_state(state: dict[str, Tensor]) -> None:
     """Go on where `rng_state()` was taken."""
     torch.set_rng_state(state["cpu"])
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        if kind in state:
-            torch.get_device_module(kind).set_rng_state(state[kind])
+    kind = accelerator()
+    if kind in state:
+        torch.get_device_module(kind).set_rng_state(state[kind])
     if rank() > 0:  # its own state is nowhere, and it must not draw what the first rank draws
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
@@ -317,6 +324,8 @@ def _start_momentum(optimizer: torch.optim.SGD, *args) -> None:
     """Momentum starts at zero. Left to itself, fused SGD fails where only some parameters have a
     momentum (those of a method whose weight was 0 until now have none), and leaves it uninitialised
     in a first step that a loss scaler skips."""
+    if len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups):
+        return  # all have theirs: nothing to look through in every step
     for group in optimizer.param_groups:
         for p in group["params"] if group["momentum"] else []:
             if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:

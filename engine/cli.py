@@ -278,7 +278,7 @@ def add_device_flags(parser: Parser) -> None:
     )
     add(
         "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
+        choices=utils.AMP,
         default="auto",
         help="autocast: bfloat16, float16 with a scaled loss, or off (default auto: bf16 where the "
         "hardware has it, else fp16 on a GPU)",

@@ -11,9 +11,30 @@ from torch import Tensor
 import utils
 
 
-def why_not(cfg, device: torch.device, modes: dict[str, bool] = {}, tensors=()) -> str:
-    """Why a step cannot be captured, or ''. modes: {method: whether its row says that it can be};
-    tensors: of the method, which all have to be on the device."""
+def choose_step(
+    step: Callable, cfg, device: torch.device, log: Callable[[str], None], criteria=()
+) -> Callable:
+    """`step`, captured as a CUDA graph where that is possible and --cuda_graph does not forbid it.
+    criteria: the `distiller.Criterion`s that it calls."""
+    if device.type != "cuda" or cfg.cuda_graph == 0:
+        return step
+    modes = {criterion.mode: criterion.settings.method.capturable for criterion in criteria}
+    tensors = [x for criterion in criteria for x in criterion.state_dict().values()]
+    reason = check_cuda_graph(cfg, device, modes, tensors)
+    log(f"not captured as a CUDA graph: {reason}" if reason else "captured as a CUDA graph")
+    return step if reason else CapturedStep(step)
+
+
+def check_cuda_graph(cfg, device: torch.device, modes: dict[str, bool], tensors=()) -> str:
+    """Why a step cannot be captured, or ''. Raises UserError where --cuda_graph asks for it all the
+    same. modes: {method: whether its row says that it can be}; tensors: of the methods."""
+    reason = _why_not(cfg, device, modes, tensors)
+    if cfg.cuda_graph and reason:
+        raise utils.UserError(f"--cuda_graph: {reason}")
+    return reason
+
+
+def _why_not(cfg, device: torch.device, modes: dict[str, bool], tensors) -> str:
     if device.type != "cuda":
         return "the device is not CUDA"
     if utils.world() > 1:
@@ -40,9 +61,8 @@ class CapturedStep:
     and draws random numbers from the device's default generator alone (tests/test_device.py).
     """
 
-    WARM_UP = (
-        3  # ordinary steps in which libraries choose kernels and the optimizer makes its state
-    )
+    # ordinary steps, in which libraries choose kernels and the optimizer makes its state
+    WARM_UP = 3
 
     def __init__(self, step: Callable):
         self.step = step
@@ -88,8 +108,7 @@ def _copied(arg):
     if isinstance(arg, Tensor):
         return arg.clone() if arg.dim() else arg
     if _tensors(arg):
-        own = {f.name: getattr(arg, f.name) for f in fields(arg)}
-        return replace(arg, **{k: _copied(x) for k, x in own.items() if isinstance(x, Tensor)})
+        return replace(arg, **{f.name: _copied(getattr(arg, f.name)) for f in fields(arg)})
     return arg
 
 

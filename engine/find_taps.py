@@ -120,7 +120,7 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{name} does not take {img_size}-pixel images ({brief(error)}): try --img_size"
+            f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
         ) from error
     finally:
         for hook in hooks:

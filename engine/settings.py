@@ -42,10 +42,6 @@ class Settings:
     def __deepcopy__(self, memo) -> "Settings":
         return self  # nothing in it changes
 
-    @property
-    def compares_stages(self) -> bool:
-        return bool({"stages", "preacts"} & set(self.inputs.reads))
-
 
 def settings(
     mode: str,
@@ -110,7 +106,7 @@ def batch_size(modes: list[str], protocol: str) -> int | None:
 def uses(method: Method, inputs: Inputs, name: str) -> bool:
     """Whether --stages, --reduce, --adapter or --lambda_ce has an effect on a method."""
     if name == "stages":
-        return bool({"stages", "preacts"} & set(inputs.reads))
+        return inputs.reads_stages
     if name == "reduce":
         return inputs.per_stage
     if name == "adapter":

@@ -30,7 +30,7 @@ def summary(
         origin = criterion.settings.origin
         parts = [
             f"{name} {value}" + (f" ({origin[name]})" if origin[name] != "default" else "")
-            for name, value in settings_of(criterion, distiller).items()
+            for name, value in _values(criterion, distiller).items()
         ]
         lines.append(f"{mode}: " + ", ".join(parts))
         if cfg.protocol != "kdzoo" and not published.settings_of(mode, cfg.protocol):
@@ -46,11 +46,11 @@ def summary(
     return lines + found_t.warnings(data.train) + found_s.warnings(data.train)
 
 
-def settings_of(criterion: Criterion, distiller: Distiller) -> dict:
+def _values(criterion: Criterion, distiller: Distiller) -> dict:
     """{name: value} of what the method is run with."""
     settings = criterion.settings
     values = dict(lambda_kd=settings.lambda_kd, lambda_ce=distiller.lambda_ce)
-    if settings.compares_stages:
+    if settings.inputs.reads_stages:
         stages = [distiller.student.numbers[i] for i in criterion.stage_ids]
         values |= dict(stages=stages, reduce=settings.reduce)
     return values | settings.flags
@@ -59,7 +59,7 @@ def settings_of(criterion: Criterion, distiller: Distiller) -> dict:
 def recorded_settings(distiller: Distiller) -> dict:
     """For args.json: the methods' values, where each comes from, and the parameters that they
     add."""
-    methods = {x.mode: settings_of(x, distiller) for x in distiller.added}
+    methods = {x.mode: _values(x, distiller) for x in distiller.added}
     origins = {
         x.mode: {name: x.settings.origin[name] for name in methods[x.mode]} for x in distiller.added
     }

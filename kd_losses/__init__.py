@@ -350,8 +350,8 @@ NKD_FLAGS = dict(
     gamma=Flag(3.5, "weight of the non-target classes"),
     T=Flag(3.0, "temperature of the non-target classes"),
 )
-TTM_FLAGS = dict(gamma=Flag(0.1, "power of the teacher's probabilities (temperature 1 / gamma)"))
-WTTM_FLAGS = dict(gamma=Flag(0.2, "power of the teacher's probabilities (temperature 1 / gamma)"))
+POWER = "power of the teacher's probabilities (temperature 1 / gamma)"
+TTM_FLAGS, WTTM_FLAGS = dict(gamma=Flag(0.1, POWER)), dict(gamma=Flag(0.2, POWER))
 RLD_FLAGS = dict(
     alpha=Flag(1.0, "weight of the confidence part"),
     beta=Flag(8.0, "weight of the classes ranked below the label"),

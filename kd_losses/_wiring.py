@@ -61,6 +61,10 @@ class Inputs:
     one_stage: bool = False
     logits_only: bool = False
 
+    @property
+    def reads_stages(self) -> bool:
+        return bool({"stages", "preacts"} & set(self.reads))
+
 
 def reads(*kinds: str, **fields):
     """A decorator: the function becomes an `Inputs` that reads these features."""

@@ -10,9 +10,16 @@ import pytest
 from utils import UserError
 
 
+def named(name: str, text: str) -> bool:
+    """Whether a text has a name as a whole word: `--lr` is not named by `--lr_decay`. `abc*` is a
+    word that begins with abc."""
+    after = "" if name.endswith("*") else r"(?![\w-])"
+    return re.search(r"(?<!\w)" + re.escape(name.removesuffix("*")) + after, text) is not None
+
+
 def names(text: str, *wanted: object) -> bool:
-    """Whether a text has each of these names as a whole: `--lr` is not named by `--lr_decay`."""
-    return all(re.search(rf"(?<!\w){re.escape(str(x))}(?!\w)", text) for x in wanted)
+    """Whether a text has each of these names."""
+    return all(named(str(x), text) for x in wanted)
 
 
 def one_line(text: str, *wanted: object) -> str:

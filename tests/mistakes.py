@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import pickle
-import re
 import shlex
 import shutil
 import struct
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from messages import named
 from PIL import Image
 
 import engine.run as run_module
@@ -326,12 +326,6 @@ def make_places(root):
 
 
 # --- what a refusal must be -----------------------------------------------------------------------
-
-
-def named(name: str, message: str) -> bool:
-    """Whether a message has a name in it as a whole word. `abc*` is a word that begins with abc."""
-    after = "" if name.endswith("*") else r"(?![\w-])"
-    return re.search(r"(?<!\w)" + re.escape(name.removesuffix("*")) + after, message) is not None
 
 
 def missing(names, message: str, root="/none/") -> list[str]:

@@ -5,7 +5,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mistakes import DIGITS, cases, missing, named, refused
+from messages import named
+from mistakes import DIGITS, cases, missing, refused
 
 import train_base
 import train_kd

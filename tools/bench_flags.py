@@ -46,9 +46,8 @@ def add_rounds(parser: cli.Parser) -> None:
 
 def add_amp(parser: cli.Parser) -> None:
     """The precision, as the training scripts have it."""
-    choices = ("auto", "bf16", "fp16", "off")
     parser.add_argument(
-        "--amp", choices=choices, default="auto", help="as in training (default auto)"
+        "--amp", choices=utils.AMP, default="auto", help="as in training (default auto)"
     )
 
 

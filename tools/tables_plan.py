@@ -283,7 +283,7 @@ def compared(settings: Settings, phases: list[tuple], classes_known: bool) -> st
     if not classes_known and settings.origin["lambda_kd"].endswith(" classes"):
         weight = "by the number of classes"
     what = dict(lambda_kd=weight, lambda_ce=settings.lambda_ce, **settings.flags)
-    if settings.compares_stages:
+    if settings.inputs.reads_stages:
         what |= dict(stages=settings.stages or "all", reduce=settings.reduce)
     if len(phases) > 1:
         what["phases"] = " + ".join(f"{phase.name} {epochs}" for phase, epochs in phases)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import mistakes
 from mistakes import is_line, missing
 
 import network
@@ -15,16 +16,7 @@ from tools import eval as evaluation
 from tools import export
 
 KINDS = list(export.SUFFIXES)
-META = dict(
-    network="resnet8",
-    data_name="digits",
-    img_root="/somewhere/of/mine",
-    img_size=12,
-    num_class=10,
-    classes=[str(i) for i in range(10)],
-    mean=[0.3, 0.3, 0.3],
-    std=[0.4, 0.4, 0.4],
-)
+META = mistakes.META | dict(img_root="/somewhere/of/mine", std=[0.4] * 3)
 
 
 def weights(name="resnet8", num_class=10, size=12):

@@ -365,7 +365,7 @@ def sheets(draw):
 @pytest.mark.slow
 def test_random_files(finished, tmp_path, capsys, monkeypatch, request):
     """`show` never ends in a traceback, whatever the files hold that it reads: it shows, or it says
-    what is wrong in a line. With --slow, 2000 of them."""
+    what is wrong in a line. With --soak, 2000 of them."""
     finished("at-2", last=60.0)
     bad = finished()
     result, args = (json.loads((bad / f"{x}.json").read_text()) for x in ("result", "args"))
@@ -380,7 +380,11 @@ def test_random_files(finished, tmp_path, capsys, monkeypatch, request):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(changed(result), changed(args), st.none() | sheets())
+    @given(
+        changed(result) | st.just(json.dumps(result).encode()),
+        changed(args) | st.just(json.dumps(args).encode()),
+        st.none() | sheets(),
+    )
     def check(result, args, sheet):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
@@ -403,4 +407,4 @@ def test_random_files(finished, tmp_path, capsys, monkeypatch, request):
         tables_runs.remembered(path)  # what it writes it can read
 
     check()
-    assert 0.01 < sum(shown) / len(shown) < 0.95  # both kinds are there
+    assert 0.05 < sum(shown) / len(shown) < 0.95  # both kinds are there
