@@ -80,7 +80,7 @@ def build(
     num_class: with the background, number 0. weights: 'fresh', 'backbone' (torchvision's of
     ImageNet; of a ResNet the stem and the first stage stay as they are) or 'detector'
     (torchvision's of COCO). norm: 'batch', or 'frozen' batch norms. Raises UserError where the
-    weights cannot be had.
+    weights are missing.
     """
     kind, backbone = utils.named(DETECTORS, name, "detector")
     sizes = dict(min_size=view.min_size, max_size=view.max_size)

@@ -43,9 +43,8 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low=None, high=None, open_low=False):
     """An argparse type: an int or a float in [low, high], or (low, high] with `open_low`; none so
     large that torch would overflow."""
-    what = {int: "a whole number", float: "a number"}[kind]
-    bounds = [] if low is None else [f"{'above' if open_low else 'of at least'} {low}"]
-    bounds += [] if high is None else [f"at most {high}"]
+    bounds = [] if low is None else [f"{'>' if open_low else '>='} {low}"]
+    bounds += [] if high is None else [f"<= {high}"]
 
     def parse(text: str):
         try:
@@ -56,8 +55,8 @@ def number(kind, low=None, high=None, open_low=False):
         except (ValueError, OverflowError):
             fine = False
         if not fine:
-            wanted = " ".join([what, " and ".join(bounds)]).strip()
-            raise argparse.ArgumentTypeError(f"{wanted} is wanted, not {text!r}")
+            expected = " ".join([kind.__name__, " and ".join(bounds)]).strip()
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return parse
@@ -223,25 +222,44 @@ def add_run_flags(parser: Parser) -> None:
     """The flags of a run's folder."""
     add = parser.add_argument_group("run directory").add_argument
     add("--save_root", type=filled, default="./runs", metavar="DIR", help="(default ./runs)")
-    add("--note", type=one_folder, metavar="NAME", help="name of the run's folder in save_root")
-    add("--print_freq", type=number(int, 1), default=50, metavar="N", help="steps (default 50)")
-    add("--tensorboard", action="store_true", help="write the epochs' metrics as events too")
-    add("--resume", action="store_true", help="go on with the run that is in the folder")
+    add("--note", type=one_folder, metavar="NAME", help="name of the run directory in save_root")
+    add(
+        "--print_freq",
+        type=number(int, 1),
+        default=50,
+        metavar="N",
+        help="log every N steps (default 50)",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="also write the metrics of each epoch for TensorBoard",
+    )
+    add("--resume", action="store_true", help="continue the run in the folder")
     add(
         "--save_every",
         type=number(float, 0),
         metavar="MIN",
-        help="a checkpoint inside an epoch too, after this many minutes",
+        help="also save a checkpoint within an epoch, every MIN minutes",
     )
-    add("--dry_run", action="store_true", help="check everything, say the recipe, train nothing")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check everything and print the settings; train nothing",
+    )
 
 
 def add_data_flags(parser: Parser, training: bool = False) -> None:
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
     add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
-    add("--img_root", type=filled, metavar="DIR", help="where the images are (default ./datasets)")
-    add("--num_class", type=number(int, *CLASSES), metavar="N", help="checked against the dataset")
+    add("--img_root", type=filled, metavar="DIR", help="folder of the images (default ./datasets)")
+    add(
+        "--num_class",
+        type=number(int, *CLASSES),
+        metavar="N",
+        help="number of classes, must be that of the dataset",
+    )
     add(
         "--img_size",
         type=number(int, *SIZES),
@@ -249,7 +267,12 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
         help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
     )
     if training:
-        add("--flip", type=number(int, 0, 1), metavar="0|1", help="mirror training images or not")
+        add(
+            "--flip",
+            type=number(int, 0, 1),
+            metavar="0|1",
+            help="1: flip training images at random, 0: do not (default: by dataset)",
+        )
     add(
         "--mean_std",
         type=mean_std,
@@ -361,7 +384,7 @@ def describe_recipe(cfg: argparse.Namespace, augmented: bool) -> str:
         f"{cfg.momentum:g}{' (Nesterov)' if cfg.nesterov else ''}, weight decay "
         f"{cfg.weight_decay:g}, batch {cfg.batch_size}"
         + (f", warm-up {cfg.warmup}" if cfg.warmup else "")
-        + (f", {cfg.accumulate} pieces a batch" if cfg.accumulate > 1 else "")
+        + (f", {cfg.accumulate} gradient accumulation steps" if cfg.accumulate > 1 else "")
         + (f", label smoothing {smoothing:g}" if smoothing else "")
         + (f", {cfg.padding} padding" if augmented else "")
     )
@@ -404,7 +427,7 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
     )
     if cfg.num_class not in (None, data.train.num_class):
         raise UserError(
-            f"{cfg.num_class} classes are wanted (--num_class or the checkpoint), "
+            f"expected {cfg.num_class} classes (--num_class or the checkpoint), "
             f"{cfg.data_name} has {data.train.num_class}"
         )
     if batch_size is not None and batch_size > len(data.train):

@@ -21,7 +21,9 @@ class Stopped(Exception):
     """A run that a signal stopped, its checkpoint written."""
 
     def __init__(self, number: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(number).name} {where}: --resume goes on")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} {where}: continue with --resume"
+        )
         self.signal = number
 
 

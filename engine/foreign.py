@@ -168,8 +168,8 @@ def downloaded(create, name: str) -> nn.Module:
         return create()
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the weights of {name} cannot be had ({first_line(error)}): a network connection is "
-            f"needed, or the file in {torch.hub.get_dir()}/checkpoints"
+            f"the weights of {name} cannot be loaded ({first_line(error)}): a network connection "
+            f"is needed, or the file in {torch.hub.get_dir()}/checkpoints"
         ) from error
 
 

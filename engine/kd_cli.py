@@ -225,7 +225,7 @@ def _kind_of(flag: Flag) -> dict:
 
 
 def _owner(flag: str, modes: list[str]) -> str | None:
-    """Why an unknown flag is none: what to say of one that belongs to some method."""
+    """The reason why a flag is unknown, where some method has it."""
     name = flag.lstrip("-").split(".")[-1]
     own = _owners(name, modes)
     if len(own) > 1 or (own and "." in flag):

@@ -379,8 +379,8 @@ class Run:
 
     def _full(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.dir} cannot be written ({error.strerror}): {self._kept()}, make room and go on "
-            "with --resume"
+            f"{self.dir} cannot be written ({error.strerror}): {self._kept()}, make room and "
+            "continue with --resume"
         )
 
     def _kept(self) -> str:
@@ -388,7 +388,7 @@ class Run:
         return "the last checkpoint is whole" if there else "there is no checkpoint yet"
 
     def check_finite(self, values: dict[str, float], where: str) -> None:
-        """Stop a run whose loss is no number, and say what is left of it."""
+        """Stop a run at a NaN or infinite loss, and say which checkpoint is left."""
         try:
             check_finite(values, where)
         except UserError as error:
@@ -521,7 +521,7 @@ def summary_writer():
 
 
 def check_finite(values: dict[str, float], where: str) -> None:
-    """Stop a run whose loss is no number, naming the term."""
+    """Raise UserError at a NaN or infinite value, naming the term."""
     if not values:
         raise UserError(f"{where}: every step was left out, none had finite losses: lower --lr")
     bad = [name for name, value in values.items() if not np.isfinite(value)]
