@@ -157,7 +157,7 @@ def total(distiller, phase, weights, terms: dict) -> torch.Tensor:
     return ce + sum(w * terms[name] for name, w in weights.items() if name in terms)
 
 
-@pytest.mark.parametrize("pair, name, phase_name", cases())
+@pytest.mark.parametrize("pair, name, phase_name", list(cases()))
 def test_a_whole_step_is_the_public_codes(pair, name, phase_name):
     expected = recorded(pair)[name][phase_name]
     distiller, phase, cfg = start(pair, name, phase_name)

@@ -27,7 +27,7 @@ def finished(tmp_path):
         (["run", "small"], "--data is needed"),
         (["run", "small", "--data", "imagefolder"], "needs --img_root DIR"),
         (["run", "small", "--data", "digit"], "digit"),
-        (["run", "small", "--data", "digits", "--seeds", "0"], "of at least 1"),
+        (["run", "small", "--data", "digits", "--seeds", "0"], ">= 1"),
         (["run", "small", "--data", "digits", "--teacher", "nowhere"], "nowhere"),
         (["run", "small", "--data", "imagefolder", "--img_root", "nowhere"], "nowhere"),
         (["show", "crd", "--seeds", "2"], "unknown flag --seeds"),
