@@ -152,7 +152,8 @@ class Precision:
     """
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        self.device_type, self.dtype = torch.device(device).type, dtype
+        self.device, self.dtype = torch.device(device), dtype
+        self.device_type = self.device.type
         scaled = dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self.device_type) if scaled else None
 
@@ -282,8 +283,11 @@ def all_gather(value) -> list:
     return values
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch (all devices) and numpy."""
+def seed_everything(seed: int, name: str = "") -> None:
+    """Seed torch (all devices) and numpy; with a name, with other numbers than under any other."""
+    if name:
+        mixed = np.random.SeedSequence([seed % 2**64, *name.encode()])
+        seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -296,13 +300,15 @@ def rng_state() -> dict[str, Tensor]:
     return state
 
 
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Go on where `rng_state()` was taken."""
+def set_rng_state(state: dict[str, Tensor], exact: bool = False) -> None:
+    """Continue where `rng_state()` was taken; with `exact`, by this process itself."""
     torch.set_rng_state(state["cpu"])
     kind = accelerator()
     if kind in state:
         torch.get_device_module(kind).set_rng_state(state[kind])
-    if rank() > 0:  # its own state is nowhere, and it must not draw what the first rank draws
+    if (
+        rank() > 0 and not exact
+    ):  # its own state is nowhere, and it must not draw what the first rank draws
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
 
