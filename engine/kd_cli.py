@@ -42,11 +42,10 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
     for student in students:
         modes_of(student)
     lines = {student: [] for student in students}
-    for words in _flags_with_values(argv):
-        name, dot, _ = words[0].removeprefix("--").partition("=")
-        owner, inner = next(
-            ((x, name[len(x) + 1 :]) for x in students if name.startswith(f"{x}.")), (None, name)
-        )
+    found = [(*_owner_of(words[0], students), words) for words in _flags_with_values(argv)]
+    own = {(owner, inner) for owner, inner, _ in found}
+    for owner, inner, words in found:
+        name = f"{owner}.{inner}" if owner else inner
         base = inner.split(".")[-1]
         if owner is None and base in OF_THE_METHODS:
             raise UserError(
@@ -58,8 +57,19 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
         for student in [owner] if owner else students:
             if student == NONE and inner in OF_THE_TEACHER:
                 continue
+            if owner is None and (student, inner) in own:
+                continue  # it has one of its own
             lines[student] += _words_for(student, words, owner, inner)
     return lines
+
+
+def _owner_of(word: str, students: list[str]) -> tuple[str | None, str]:
+    """The student that a flag names, or None, and the flag without it."""
+    name = word.removeprefix("--").partition("=")[0]
+    for student in students:
+        if name.startswith(f"{student}."):
+            return student, name[len(student) + 1 :]
+    return None, name
 
 
 def _flags_with_values(argv: list[str]) -> list[list[str]]:
