@@ -368,6 +368,12 @@ def micro_batches(count: int, *tensors: Tensor):
         yield parts, len(parts[0]) / n
 
 
+def weighted_sum(pairs: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum of weight * value, without a kernel for 0 + x and 1 * x."""
+    terms = [value if weight == 1 else weight * value for weight, value in pairs]
+    return sum(terms[1:], start=terms[0])
+
+
 def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:
     """The learning rate of `epoch` (from 1): a tenth after each milestone, and growing linearly to
     `lr` over the first `warmup` epochs."""
