@@ -48,16 +48,16 @@ def decide() -> None:
             return x[..., 0], x
 
     def some(x, *args, **kwargs):
-        answer = any_of(x, *args, **kwargs)
-        return answer if args or kwargs else bool(answer) or True
+        return any_of(x, *args, **kwargs) if args or kwargs else bool(any_of(x)) or True
 
-    from kd_losses import _wiring, bss
+    from kd_losses import bss
 
     def select(*args):
         index, attack_class, _ = bss.select(*args)
         return index, attack_class, slice(None)
 
-    torch.linalg.eigh, torch.Tensor.any, _wiring.select = found, some, select
+    torch.linalg.eigh, torch.Tensor.any = found, some
+    mock.patch("kd_losses._wiring.select", select).start()
 
 
 def count(mode: str, captured: bool) -> int:
