@@ -13,12 +13,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import utils  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import dataset
-import utils
 from engine import cli, console, distributed, foreign, kd_cli, stream
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step

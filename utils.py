@@ -10,6 +10,11 @@ import reprlib
 import time
 from contextlib import nullcontext, suppress
 
+# Before torch is imported. A thread of libgomp that waits for work spins for milliseconds before it
+# sleeps: processes that share cores then slow each other down ten times and more.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
