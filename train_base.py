@@ -10,12 +10,12 @@ Writes into save_root/note, before its first step, the initial weights (`initial
 import re
 import sys
 
+import utils  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 
 import dataset
 import network
-import utils
 from engine import cli, console, distributed, foreign, published, stream
 from engine.checkpoint import save_checkpoint
 from engine.cuda_graph import check_cuda_graph, choose_step

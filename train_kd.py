@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 
+import utils  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import dataset
-import utils
 from engine import cli, console, distributed, foreign, kd_cli, stream
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
@@ -73,15 +73,15 @@ def train_step(
                 for name, criterion in distiller.criteria.items()
                 if weights[name]
             }
-        loss = sum(weights[name] * kd for name, kd in terms.items())
+        weighted = [(weights[name], kd) for name, kd in terms.items()]
         logits = distiller.logits_to_label(phase, s, t)
         if logits:
             with torch.set_grad_enabled(phase.ce):
                 ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
-            if phase.ce:
-                loss = loss + distiller.lambda_ce * sum(ce)
+            weighted += [(distiller.lambda_ce, x) for x in ce if phase.ce]
             top1 = utils.top1(s.out.detach(), micro.target)
             terms = {"ce": ce[0], **terms, "train_top1": top1}
+        loss = utils.weighted_sum(weighted)
         precision.backward(loss if share == 1 else share * loss)
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()

@@ -10,6 +10,11 @@ import reprlib
 import time
 from contextlib import nullcontext, suppress
 
+# Before torch is imported. A thread of libgomp that waits for work spins for milliseconds before it
+# sleeps: processes that share cores then slow each other down ten times and more.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -372,6 +377,12 @@ def micro_batches(count: int, *tensors: Tensor):
     count = max(1, min(count, n // 2))
     for parts in zip(*(x.tensor_split(count) for x in tensors)):
         yield parts, len(parts[0]) / n
+
+
+def weighted_sum(pairs: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum of weight * value, without a kernel for 0 + x and 1 * x."""
+    terms = [value if weight == 1 else weight * value for weight, value in pairs]
+    return sum(terms[1:], start=terms[0])
 
 
 def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:
