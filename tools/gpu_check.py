@@ -173,6 +173,7 @@ def runs(args: argparse.Namespace, device: torch.device, precision: utils.Precis
     files += ["--s_init", str(root / "resnet8" / "initial_r8.pth.tar")]
     jobs = [(m, ["--kd_mode", m, *files, *data, "--note", m]) for m in args.modes]
     failed = dict.fromkeys(args.modes, "not run")
+    save(args.out / "runs.json", dict(count=len(args.modes), failed=failed))
     # processes that take one method after another: to start Python for each takes longer than to
     # train
     context = torch.multiprocessing.get_context("spawn")
@@ -417,7 +418,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
     add("--tiny", action="store_true", help="small sizes, to try the script")
     bench_flags.add_amp(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.steps, args.pairs = min(args.steps, 2), 1
+    return args
 
 
 @console.command

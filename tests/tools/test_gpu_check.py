@@ -33,6 +33,7 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
         JOBS="2",
         TEST_JOBS="1",
         PARTS="steps runs epoch rows",
+        SECONDS_RUNS="200",  # a machine that runs other tests beside this one
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )
@@ -48,6 +49,6 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
     rows = [json.loads(x) for x in (out / "steps.jsonl").read_text().splitlines()]
     assert {row["mode"] for row in rows if "mode" in row} >= {"st", "at", "bss"}
     assert not any("error" in row for row in rows), rows
-    assert set(json.loads((out / "runs.json").read_text())) == {"st", "at", "bss"}
+    assert json.loads((out / "runs.json").read_text()) == dict(count=3, failed={})
     text = (out / "summary.md").read_text()
     assert "st" in text and "images" in text
