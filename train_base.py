@@ -35,12 +35,13 @@ def parse(argv: list[str]):
         type=cli.filled,
         required=True,
         metavar="NAME",
-        help="network: one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
+        help="network: one of network.py, torchvision/NAME, timm/NAME, hf/NAME or "
+        "path/to/file.py:function",
     )
     parser.add_argument(
         "--pretrained",
         action="store_true",
-        help="start from the library's weights (torchvision, timm)",
+        help="start from the library's weights (torchvision/, timm/ and hf/NAME)",
     )
     parser.add_argument(
         "--label_smoothing",
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
     utils.seed_everything(cfg.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
-    check_trainable(net, args.net_name, data.train.num_class, data.train.size)
+    notes = check_trainable(net, args.net_name, data.train.num_class, data.train.size)
     meta = dict(network=args.net_name, **cli.describe_data(cfg, data))
 
     where = utils.describe_device(device, precision)
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
+        *notes,
         cli.describe_recipe(cfg, dataset.padded(data.train)),
     ]
     if run.saved:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter import shape_of
+from engine.outputs import forward_logits, logits_of, notes_of
 from network import as_map, first_tensor, split_tap
 from utils import UserError, brief, named, out_of_memory
 
@@ -73,6 +74,8 @@ def ensure_taps(
     found.
     """
     if hasattr(net, "taps") and stages is None:
+        if ".py:" in name:
+            forward_logits(net, name, num_class, img_size)
         return []
     given = {key: net.taps[key] for key in ("stem", "feat") if key in getattr(net, "taps", {})}
     in_place = [m for m in net.modules() if getattr(m, "inplace", False)]
@@ -88,7 +91,8 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
     """Every call of a module of `net` on two images, in the order in which they ended, `net`'s own
     last.
 
-    Raises UserError where `net` does not take such images or gives no logits (2, num_class).
+    From here on `net` gives its logits alone. Raises UserError where it does not take such images
+    or gives no logits (2, num_class).
     """
     ended, open_calls, times = [], [], Counter()
     root = _Call("", net, None, 0)
@@ -130,15 +134,17 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
     for call in ended:
         path, number = call.path.split("#")
         call.path = path if times[path] == 1 else f"{path}#{number}"
-    if not torch.is_tensor(out) or out.shape != (2, num_class):
-        what = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
+    out = logits_of(net, name, out, num_class)
+    if out.shape != (2, num_class):
+        what = tuple(out.shape)
         raise UserError(f"{name} gives {what} for two images, not logits of shape (2, {num_class})")
     root.out = out
     return [*ended, root]
 
 
-def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> None:
-    """Let `net` learn from two images, and leave it as it was. Raises UserError where it cannot."""
+def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> list[str]:
+    """Let `net` learn from two images, and leave it as it was, but that it gives its logits alone.
+    Returns notes on what else it returns. Raises UserError where it cannot learn."""
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError(f"{name} has no parameters that learn (requires_grad)")
     modes = {module: module.training for module in net.modules()}
@@ -147,11 +153,14 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             out = net.train()(torch.randn(2, 3, img_size, img_size))
-            if not torch.is_tensor(out) or out.shape != (2, num_class):
+            out = logits_of(net, name, out, num_class)
+            if out.shape != (2, num_class):
                 raise TypeError(f"a {type(out).__name__} that is not logits (2, {num_class})")
             F.cross_entropy(out.float(), torch.tensor([0, 1])).backward()
         if all(p.grad is None for p in net.parameters()):
             raise RuntimeError("no parameter gets a gradient")
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # whatever somebody's network does
         if out_of_memory(error):
             raise
@@ -165,6 +174,7 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
             for key, x in net.named_buffers():
                 if key in buffers and x.shape == buffers[key].shape:
                     x.copy_(buffers[key])
+    return notes_of(net)
 
 
 def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:

@@ -61,6 +61,9 @@ CRAFTED = dict(
     surrogate=("data_name", "\ud800"),
     classes=("num_class", 2**63),
     digits=("num_class", 10**400),
+    names=("classes", list(range(10))),
+    few_names=("classes", ["cat", "dog"]),
+    one_name=("classes", "0123456789"),
     logical=("num_class", True),
     tensor=("num_class", torch.tensor(10)),
     pixels=("img_size", 2.0**70),
@@ -249,6 +252,13 @@ class Raises(Net):
 class Two(Net):
     def forward(self, x):
         return (super().forward(x), x) if self.training else super().forward(x)
+class TwoOfOne(Net):
+    def forward(self, x):
+        out = super().forward(x)
+        return out, 2 * out
+class NoneOfThem(Net):
+    def forward(self, x):
+        return dict(features=x)
 class Exits(Net):
     def forward(self, x):
         return sys.exit(0) if self.training else super().forward(x)

@@ -76,7 +76,7 @@ TEACHERS = [
     ("--t_model /dev/null", "/dev/null"),
     (f"--t_model {{ck}}/other.pth --t_name resnet8 {DIGITS}", "{ck}/other.pth", "resnet8"),
     ("--t_model {ck}/nowhere.pth", "gone"),
-    ("--t_model {ck}/hundred.pth --data_name digits", "100", "digits"),
+    ("--kd_mode st --t_model {ck}/hundred.pth --data_name digits", "100", "digits"),
     ("--s_init {ck}/nan.pth", "{ck}/nan.pth", "fc.bias"),
 ]
 # the files of {ck} that are no teachers, and what the message must name besides the file

@@ -34,6 +34,7 @@ import network  # noqa: E402
 from engine import cli, console  # noqa: E402
 from engine.checkpoint import Weights, find_weights  # noqa: E402
 from engine.find_taps import dry_pass  # noqa: E402
+from engine.outputs import notes_of  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
@@ -57,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="its network, where the file does not know it",
     )
+    add("--key", type=cli.filled, metavar="KEY", help="entry of the file that holds the weights")
     add("--num_class", type=cli.number(int, *dataset.CLASSES), metavar="N", help="the same")
     size = cli.number(int, 4, dataset.SIZES[1])
     add("--img_size", type=size, metavar="N", help="the same: NxN pixels")
@@ -222,9 +224,12 @@ def difference(net: nn.Module, other, img: Tensor) -> float:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     kind, out = target(args)
-    found = find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+    what = args.net, args.checkpoint, "net", "CHECKPOINT"
+    found = find_weights(*what, key=args.key, key_flag="key")
     num_class, size = agreed(args, found, "num_class"), agreed(args, found, "img_size")
     net = build(found, num_class, size)
+    for line in [*found.notes, *notes_of(net)]:
+        print(line)
     # without the folder of the images: it is this machine's
     meta = {key: value for key, value in found.meta.items() if key != "img_root"}
     meta |= dict(network=found.name, num_class=num_class, img_size=size)
