@@ -107,40 +107,36 @@ def _quoted(code: str) -> str:
     return shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
 
 
+PROGRAMS = {  # what a zip archive of this kind has in it: (its kind, what reads it)
+    "constants.pkl": ("TorchScript", "torch.jit.load"),
+    "archive_format": ("torch.export", "torch.export.load"),
+    "serialized_exported_program.json": ("torch.export", "torch.export.load"),
+}
+
+
 def _check_kind(path: Path) -> None:
     """Raise UserError for a program: TorchScript, torch.export's or ONNX."""
-    with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        with open(path, "rb") as file:
-            head = file.read(3)
-        if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:] == b"\x12"):
-            raise UserError(
-                f"{path} is an ONNX graph, whose weights have lost their names: give the "
-                "checkpoint that it was exported from"
-            )
-        if head[:2] != b"PK":
-            return
-        with zipfile.ZipFile(path) as archive:
-            names = [name.partition("/")[2] for name in archive.namelist()]
-        kinds = {
-            "TorchScript": ("constants.pkl", "torch.jit.load({})"),
-            "torch.export": ("archive_format", "torch.export.load({})"),
-            "torch.export of an older torch": (
-                "serialized_exported_program.json",
-                "torch.export.load({})",
-            ),
-        }
-        for kind, (mark, call) in kinds.items():
-            if mark in names or (mark in archive.namelist()):
-                if kind == "TorchScript" and not any(x.startswith("code/") for x in names):
-                    continue
-                save = (
-                    f"import torch; torch.save({call.format(repr(str(path)))}.state_dict(), "
-                    f"{path.stem + '.converted.pth'!r})"
-                )
-                raise UserError(
-                    f"{path} is a program ({kind}); reading it may run code. If you trust it, take "
-                    f"its weights out once: python -c {_quoted(save)}"
-                )
+    with open(path, "rb") as file:
+        head = file.read(3)
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:] == b"\x12"):
+        raise UserError(
+            f"{path} is an ONNX graph, in which weights do not keep their names: give the "
+            "checkpoint that it was exported from"
+        )
+    names = set()
+    if head[:2] == b"PK":
+        with suppress(Exception), zipfile.ZipFile(path) as archive:  # broken: said when it is read
+            names = {part for x in archive.namelist() for part in (x, x.partition("/")[2])}
+    found = [kind for mark, kind in PROGRAMS.items() if mark in names]
+    scripted = any(name.startswith("code/") for name in names)
+    if found and (scripted or found[0][0] != "TorchScript"):
+        save = f"import torch; torch.save({found[0][1]}({str(path)!r}).state_dict"
+        save += "()" if found[0][0] == "TorchScript" else ""
+        save += f", {path.stem + '.converted.pth'!r})"
+        raise UserError(
+            f"{path} is a program ({found[0][0]}), and reading it may run code. If you trust it, "
+            f"take its weights out once: python -c {_quoted(save)}"
+        )
 
 
 UNPACKED = 4  # times its size that a file may unpack to; torch does not compress

@@ -233,7 +233,7 @@ def match_classes(
     what else to do. Raises UserError where they have to and are not.
     """
     n, (count, names) = len(classes), found.classes(len(classes), img_size)
-    what = f"{flag} {found.path}" if found.path else f"{flag} {found.name}"
+    what = f"{flag} {found.path or found.name}".strip()
     if lines is not None:
         index = _chosen(lines, classes, data_name, count, names, lines_flag)
         note = f"{found.name}: its outputs are mapped to the classes of {data_name} ({lines_flag})"

@@ -98,7 +98,7 @@ def build(found: Weights, data, device, classes: tuple[str, ...] | None, flag: s
     Raises UserError where they do not fit."""
     num_class, size = data.train.num_class, data.train.size
     found.outputs = match_classes(
-        *(found, data.train.classes, data.name, size, "CHECKPOINT"),
+        *(found, data.train.classes, data.name, size, ""),
         *(classes, f"--{flag}", "its answers are compared with the labels"),
         advice=f"--{flag} FILE maps its outputs to the dataset's classes",
     )
