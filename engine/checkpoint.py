@@ -244,8 +244,8 @@ class Weights:
             count, names = library_classes(self.name) if self.pretrained else (None, None)
             return count or num_class, names
         names = self.meta.get("classes")
-        if "num_class" in self.meta:
-            return self.meta["num_class"], names and list(names)
+        if names or "num_class" in self.meta:
+            return self.meta.get("num_class") or len(names), names and list(names)
         own = self.make(num_class, img_size, False).state_dict()
         state, _ = fitted(self.state, own, self.path, self.key_flag)
         counts = {

@@ -153,7 +153,7 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             out = net.train()(torch.randn(2, 3, img_size, img_size))
-            out = logits_of(net, name, out, num_class)
+            out = logits_of(net, name, out, num_class, training=True)
             if out.shape != (2, num_class):
                 raise TypeError(f"a {type(out).__name__} that is not logits (2, {num_class})")
             F.cross_entropy(out.float(), torch.tensor([0, 1])).backward()

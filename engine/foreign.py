@@ -117,7 +117,9 @@ def _of_simkd(name: str):
 
 
 def file_name(name: str) -> str:
-    """A network's name as a part of file names: torchvision-resnet18, my_net-build."""
+    """A network's name as a part of file names: torchvision-resnet18, my_net-build, hf-vit."""
+    if name.startswith("hf/"):
+        return f"hf-{Path(name).name}"
     return re.sub(r"^(.*/)?([^/]+)\.py:", r"\2-", name).replace("/", "-")
 
 
@@ -194,7 +196,7 @@ def _of_timm(name: str):
 
 
 def _of_hf(name: str):
-    transformers = _transformers(name)
+    classifier = _transformers(name).AutoModelForImageClassification
 
     def make(num_class, img_size, pretrained):
         if not pretrained:
@@ -203,16 +205,17 @@ def _of_hf(name: str):
             if img_size and isinstance(getattr(config, "image_size", None), int):
                 config.image_size = img_size
             try:
-                return transformers.AutoModelForImageClassification.from_config(config)
-            except (ValueError, KeyError) as error:
+                return classifier.from_config(config, trust_remote_code=False)
+            except (ValueError, KeyError, ImportError) as error:
                 raise UserError(f"hf/{name}: {first_line(error)}") from error
-        load = transformers.AutoModelForImageClassification.from_pretrained
+        wishes = dict(num_labels=num_class, ignore_mismatched_sizes=True)
         try:
-            return load(name, num_labels=num_class, ignore_mismatched_sizes=True)
+            return classifier.from_pretrained(name, trust_remote_code=False, **wishes)
         except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
             raise UserError(
                 f"the weights of hf/{name} cannot be loaded ({first_line(error)}): the name of an "
-                "image classifier on huggingface.co, or a folder that save_pretrained wrote"
+                "image classifier on huggingface.co, or a folder that save_pretrained wrote, is "
+                "needed"
             ) from error
 
     return make
@@ -230,7 +233,7 @@ def _transformers(name: str):
 
 def _hf_config(name: str):
     try:
-        return _transformers(name).AutoConfig.from_pretrained(name)
+        return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no network hf/{name} ({first_line(error)}): the name of an image classifier on "

@@ -26,11 +26,13 @@ class TakeLogits:
         self.keys, self.notes = {}, []
 
     def __call__(self, net: nn.Module, args, output) -> Tensor:
-        if torch.is_tensor(output):
-            return output
-        if net.training not in self.keys:
-            self.keys[net.training] = self._find(output, " in training" if net.training else "")
-        return _parts(output)[self.keys[net.training]]
+        return output if torch.is_tensor(output) else self.take(output, net.training)
+
+    def take(self, output, training: bool) -> Tensor:
+        """The logits in what a network returned in this mode."""
+        if training not in self.keys:
+            self.keys[training] = self._find(output, " in training" if training else "")
+        return _parts(output)[self.keys[training]]
 
     def _find(self, output, when: str) -> str | int:
         parts = _parts(output)
@@ -50,7 +52,8 @@ class TakeLogits:
                 f"{what}, in which {some([str(key) for key in picked])} may all be the {shape}: "
                 "return the logits alone, or in a dict with the key 'logits'"
             )
-        self.notes.append(f"{what}: its {shown(str(picked[0]))!r} is taken as the logits")
+        if picked[0] not in self.keys.values():  # said for the other mode
+            self.notes.append(f"{what}: its {shown(str(picked[0]))!r} is taken as the logits")
         return picked[0]
 
 
@@ -63,8 +66,8 @@ def _parts(output) -> dict:
     return {name: getattr(output, name) for name in NAMES if hasattr(output, name)}
 
 
-def logits_of(net: nn.Module, name: str, output, num_class: int):
-    """The logits in what `net` returned. Where it returned more, `net` gives the logits alone from
+def logits_of(net: nn.Module, name: str, output, num_class: int, training: bool = False):
+    """The logits in what `net` returned in training or eval mode. Where it returned more, `net` gives the logits alone from
     now on.
 
     A tensor is returned as it is, whatever its shape. Raises UserError where there are no logits
@@ -73,7 +76,7 @@ def logits_of(net: nn.Module, name: str, output, num_class: int):
     if torch.is_tensor(output):
         return output
     take = TakeLogits(name, num_class)
-    logits = take(net, None, output)
+    logits = take.take(output, training)
     net.take_logits = take
     net.register_forward_hook(take)
     return logits
@@ -119,7 +122,7 @@ def forward_logits(
         raise UserError(
             f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
         ) from error
-    out = logits_of(net, name, out, num_class)
+    out = logits_of(net, name, out, num_class, training)
     if out.shape != (2, num_class):
         raise UserError(
             f"{name} gives {tuple(out.shape)} for two images, not logits of shape (2, {num_class})"
