@@ -17,6 +17,7 @@ import dataset
 import network
 import utils
 from engine import cli, console, distributed, foreign, published, stream
+from engine.channels import check_grey
 from engine.checkpoint import save_checkpoint
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.find_taps import check_trainable, dry_pass
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict:
     net = make(data.train.num_class, data.train.size, args.pretrained)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     notes = check_trainable(net, args.net_name, data.train.num_class, data.train.size)
+    notes += check_grey(net, args.net_name, data.train)
     meta = dict(network=args.net_name, **cli.describe_data(cfg, data))
 
     where = utils.describe_device(device, precision)

@@ -20,6 +20,7 @@ from torch import Tensor
 import dataset
 import utils
 from engine import cli, console, distributed, foreign, kd_cli, outputs, stream
+from engine.channels import check_grey
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
@@ -326,6 +327,8 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
     for found, net in ((found_s, student), (found_t, teacher))[: 1 + trained]:
         found.say(check_trainable(net.requires_grad_(True), found.name, num_class, size))
         net.requires_grad_(False)
+    for found, net in ((found_s, student), (found_t, teacher)):
+        found.say(check_grey(net, found.name, data.train))
     if any(x.teacher_bn == "batch" for x in chosen):  # in training mode, it may give more
         outputs.forward_logits(teacher, found_t.name, found_t.outputs.shown, size, training=True)
     if trained and utils.equal_states(student, teacher):

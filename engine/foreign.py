@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.channels import give_one_channel
 from engine.find_taps import ensure_taps
 from network import NETWORKS, Tapped, classifier_of
 from utils import UserError, brief, first_line, named, printable, shown
@@ -205,12 +206,13 @@ def _of_hf(name: str):
             if img_size and isinstance(getattr(config, "image_size", None), int):
                 config.image_size = img_size
             try:
-                return classifier.from_config(config, trust_remote_code=False)
+                return give_one_channel(classifier.from_config(config, trust_remote_code=False))
             except (ValueError, KeyError, ImportError) as error:
                 raise UserError(f"hf/{name}: {first_line(error)}") from error
         wishes = dict(num_labels=num_class, ignore_mismatched_sizes=True)
         try:
-            return classifier.from_pretrained(name, trust_remote_code=False, **wishes)
+            found = classifier.from_pretrained(name, trust_remote_code=False, **wishes)
+            return give_one_channel(found)
         except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
             raise UserError(
                 f"the weights of hf/{name} cannot be loaded ({first_line(error)}): the name of an "
@@ -302,6 +304,6 @@ def _of_file(path: str, function: str):
             raise UserError(f"{path}: {function}({num_class}) failed ({brief(error)})") from error
         if not isinstance(net, nn.Module):
             raise UserError(f"{path}: {function} returns a {type(net).__name__}, not an nn.Module")
-        return net
+        return give_one_channel(net)
 
     return call

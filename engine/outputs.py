@@ -67,8 +67,8 @@ def _parts(output) -> dict:
 
 
 def logits_of(net: nn.Module, name: str, output, num_class: int, training: bool = False):
-    """The logits in what `net` returned in training or eval mode. Where it returned more, `net` gives the logits alone from
-    now on.
+    """The logits in what `net` returned in training or eval mode. Where it returned more, `net`
+    gives the logits alone from now on.
 
     A tensor is returned as it is, whatever its shape. Raises UserError where there are no logits
     (B, num_class), or several and no name that tells.

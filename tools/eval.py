@@ -28,6 +28,7 @@ import network  # noqa: E402
 import utils  # noqa: E402
 from engine import cli, console, published, stream  # noqa: E402
 from engine.adapter import count_macs  # noqa: E402
+from engine.channels import check_grey  # noqa: E402
 from engine.checkpoint import (  # noqa: E402
     Weights,
     find_weights,
@@ -93,18 +94,21 @@ def find_peer(name: str | None, path: str) -> Weights:
     return Weights(name, state, meta, path)
 
 
-def build(found: Weights, data, device, classes: tuple[str, ...] | None, flag: str) -> nn.Module:
+def build(
+    found: Weights, data, device, classes: tuple[str, ...] | None = None, flag: str = ""
+) -> nn.Module:
     """The network with its weights as training evaluates it. classes: the lines of `--{flag}`.
     Raises UserError where they do not fit."""
     num_class, size = data.train.num_class, data.train.size
     found.outputs = match_classes(
         *(found, data.train.classes, data.name, size, ""),
         *(classes, f"--{flag}", "its answers are compared with the labels"),
-        advice=f"--{flag} FILE maps its outputs to the dataset's classes",
+        advice=f"--{flag} FILE maps its outputs to the dataset's classes" if flag else "",
     )
     net = found.load(num_class, size)
     dry_pass(net, found.name, num_class, size)
-    for line in [*found.notes, *notes_of(net), *found.warnings(data.train)]:
+    found.say(notes_of(net), check_grey(net, found.name, data.test))
+    for line in [*found.notes, *found.warnings(data.train)]:
         print(line, file=sys.stderr)
     return net.to(device, memory_format=torch.channels_last)
 
