@@ -17,7 +17,7 @@ import dataset
 import network
 import utils
 from engine import cli, console, distributed, foreign, published, stream
-from engine.channels import check_grey
+from engine.channels import check_channels, check_grey, make_one_channel
 from engine.checkpoint import save_checkpoint
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.find_taps import check_trainable, dry_pass
@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> dict:
     run.learns_from(data.identity())
     utils.seed_everything(cfg.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
+    if args.channels == 1:
+        make_one_channel(net, args.net_name)
+    check_channels(net, args.net_name, args.channels)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
     notes = check_trainable(net, args.net_name, data.train.num_class, data.train.size)
     notes += check_grey(net, args.net_name, data.train)

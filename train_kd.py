@@ -20,7 +20,7 @@ from torch import Tensor
 import dataset
 import utils
 from engine import cli, console, distributed, foreign, kd_cli, outputs, stream
-from engine.channels import check_grey
+from engine.channels import check_channels, check_grey
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
@@ -320,10 +320,13 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
     """Both networks and what is between them."""
     num_class, size = data.train.num_class, data.train.size
     match_outputs(args, found_t, found_s, data)
+    trained = any(x.method.teacher == "trained" for x in chosen)
+    found_s.channels = args.channels
+    found_t.channels = args.channels if trained else None
     # a second network that is trained has another seed: two equal networks would stay equal
     teacher = found_t.build(num_class, cfg.seed + 1, size)
     student = found_s.build(num_class, cfg.seed, size)
-    trained = any(x.method.teacher == "trained" for x in chosen)
+    check_channels(student, found_s.name, args.channels)
     for found, net in ((found_s, student), (found_t, teacher))[: 1 + trained]:
         found.say(check_trainable(net.requires_grad_(True), found.name, num_class, size))
         net.requires_grad_(False)

@@ -10,14 +10,49 @@ from utils import UserError
 LOOKED_AT = 16  # images of those that are read from disk
 
 
+def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    """The path of the first convolution, and itself."""
+    convs = ((path, m) for path, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    return next(convs, ("", None))
+
+
 def give_one_channel(net: nn.Module) -> nn.Module:
     """Let `net` see the first channel alone of the images, where its first convolution takes one.
     The others are equal to it in grey images; see `check_grey`. Returns `net`."""
-    convs = (m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.modules.conv.LazyConv2d)))
-    first = next(convs, None)
-    if first is not None and first.in_channels == 1 == first.groups:
+    _, first = first_convolution(net)
+    if first is not None and first.in_channels == 1 == first.groups and channels_of(net) == 3:
         net.first_channel = net.register_forward_pre_hook(_first_channel)
     return net
+
+
+def make_one_channel(net: nn.Module, name: str) -> nn.Module:
+    """Let the first convolution of `net` take one channel instead of three: its weights are summed,
+    which makes the same of grey images. Returns `net`. Raises UserError where it has none that
+    takes three."""
+    path, first = first_convolution(net)
+    if first is not None and first.in_channels == 3 and first.groups == 1:
+        weight = first.weight.detach().sum(1, keepdim=True)
+        first.weight = nn.Parameter(weight, requires_grad=first.weight.requires_grad)
+        first.in_channels = 1
+    give_one_channel(net)
+    if channels_of(net) == 3:
+        raise UserError(f"--channels 1: {name} has no first convolution of three channels")
+    return net
+
+
+def one_channel_in(state: dict[str, torch.Tensor], net: nn.Module) -> bool:
+    """Whether weights are those of `net` with one channel instead of three."""
+    path, first = first_convolution(net)
+    if first is None or first.in_channels != 3 or first.groups != 1:
+        return False
+    key, shape = f"{path}.weight", (len(first.weight), 1, *first.kernel_size)
+    return any(f".{k}".endswith(f".{key}") and x.shape == shape for k, x in state.items())
+
+
+def check_channels(net: nn.Module, name: str, wanted: int | None) -> None:
+    """Raises UserError where --channels says otherwise than the network."""
+    if wanted not in (None, channels_of(net)):
+        raise UserError(f"--channels {wanted}: {name} takes {channels_of(net)}")
 
 
 def _first_channel(net: nn.Module, args):

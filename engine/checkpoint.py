@@ -10,17 +10,18 @@ import shlex
 import warnings
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dataset import CLASSES, SIZES
+from engine.channels import make_one_channel, one_channel_in
 from engine.cli import filled
 from engine.find_taps import ensure_taps
 from engine.foreign import constructor, library_classes
-from engine.outputs import Outputs, notes_of, select_outputs
+from engine.outputs import Outputs, forward_logits, notes_of, select_outputs
 from engine.state_dicts import (
     average_beside,
     check_weights,
@@ -31,6 +32,7 @@ from engine.state_dicts import (
     plain_dict,
     read_weights,
 )
+from network import NETWORKS
 from utils import UserError, first_line, seed_everything, shown
 
 
@@ -218,8 +220,9 @@ class Weights:
 
     pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was
     trained for, as its file says; notes: lines about it; key_flag: the flag that chooses among the
-    networks of a file; outputs: which of its outputs are the dataset's classes, None: all; make:
-    what `constructor` gives for the name. Raises UserError where there is no such network.
+    networks of a file; outputs: which of its outputs are the dataset's classes, None: all;
+    channels: of the images that a network without a file takes, None: as it is made; make: what
+    `constructor` gives for the name. Raises UserError where there is no such network.
     """
 
     name: str
@@ -232,6 +235,7 @@ class Weights:
     notes: list[str] = field(default_factory=list)
     key_flag: str | None = None
     outputs: Outputs | None = None
+    channels: int | None = None
 
     def __post_init__(self):
         auxiliary = any(AUXILIARY.match(key) for key in self.state or {})
@@ -242,7 +246,7 @@ class Weights:
         fresh weights."""
         if self.state is None:
             count, names = library_classes(self.name) if self.pretrained else (None, None)
-            return count or num_class, names
+            return num_class if count is None else count, names
         names = self.meta.get("classes")
         if names or "num_class" in self.meta:
             return self.meta.get("num_class") or len(names), names and list(names)
@@ -261,6 +265,8 @@ class Weights:
         outputs = self.outputs or Outputs(num_class)
         net = self.make(outputs.count, img_size, self.pretrained)
         lines = []
+        if self.channels == 1 if self.state is None else one_channel_in(self.state, net):
+            make_one_channel(net, self.name)
         if self.state is not None:
             lines = load_weights(net, self.state, self.path, self.name, self.key_flag)
         if outputs.index is not None:
@@ -279,8 +285,14 @@ class Weights:
         net = self.load(num_class, img_size).requires_grad_(False)
         if self.state is not None:
             check_weights(net, self.path)
-        shown = self.outputs.shown if self.outputs else num_class
-        self.say(ensure_taps(net, self.name, shown, img_size, self.taps), notes_of(net))
+        count = self.outputs.shown if self.outputs else num_class
+        if self.outputs and not self.outputs.needed and self.name not in NETWORKS:
+            try:
+                forward_logits(net, self.name, count, img_size)
+            except UserError:  # a backbone: or the dry pass says what is wrong
+                count, self.outputs = None, replace(self.outputs, answers=False)
+                self.say([f"{self.name} gives no logits: it is taken for its feature maps alone"])
+        self.say(ensure_taps(net, self.name, count, img_size, self.taps), notes_of(net))
         return net
 
     def warnings(self, images) -> list[str]:

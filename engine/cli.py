@@ -297,6 +297,13 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             metavar="0|1",
             help="1: flip training images at random, 0: do not (default: by dataset)",
         )
+        add(
+            "--channels",
+            type=int,
+            choices=(1, 3),
+            help="1: the network that is trained takes grey images of one channel (default: as the "
+            "network is made, or as its checkpoint says)",
+        )
     add(
         "--mean_std",
         type=mean_std,

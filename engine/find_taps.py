@@ -62,7 +62,11 @@ ACTIVATIONS = (
 
 
 def ensure_taps(
-    net: nn.Module, name: str, num_class: int, img_size: int, stages: tuple[str, ...] | None = None
+    net: nn.Module,
+    name: str,
+    num_class: int | None,
+    img_size: int,
+    stages: tuple[str, ...] | None = None,
 ) -> list[str]:
     """Let `net` have `taps`: its own, or found by a dry pass. Returns what to print: a table of
     taps.
@@ -74,7 +78,7 @@ def ensure_taps(
     found.
     """
     if hasattr(net, "taps") and stages is None:
-        if ".py:" in name:
+        if ".py:" in name and num_class is not None:
             forward_logits(net, name, num_class, img_size)
         return []
     given = {key: net.taps[key] for key in ("stem", "feat") if key in getattr(net, "taps", {})}
@@ -82,17 +86,17 @@ def ensure_taps(
     for module in in_place:  # they would overwrite what the hooks catch
         module.inplace = False
     calls = dry_pass(net, name, num_class, img_size)
-    found = _find(calls, name, net, stages)
+    found = _find(calls, name, net, stages, backbone=num_class is None)
     net.taps = found | given
     return _table(net, name, calls, len(in_place))
 
 
-def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_Call]:
+def dry_pass(net: nn.Module, name: str, num_class: int | None, img_size: int) -> list[_Call]:
     """Every call of a module of `net` on two images, in the order in which they ended, `net`'s own
     last.
 
-    From here on `net` gives its logits alone. Raises UserError where it does not take such images
-    or gives no logits (2, num_class).
+    From here on `net` gives its logits alone. num_class: None for a network that need not give any.
+    Raises UserError where it does not take such images or gives no logits (2, num_class).
     """
     ended, open_calls, times = [], [], Counter()
     root = _Call("", net, None, 0)
@@ -134,6 +138,9 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
     for call in ended:
         path, number = call.path.split("#")
         call.path = path if times[path] == 1 else f"{path}#{number}"
+    if num_class is None:
+        root.out = first_tensor(out) if torch.is_tensor(first_tensor(out)) else None
+        return [*ended, root]
     out = logits_of(net, name, out, num_class)
     if out.shape != (2, num_class):
         what = tuple(out.shape)
@@ -177,21 +184,29 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
     return notes_of(net)
 
 
-def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
-    """The taps of a network whose calls these are; `calls[-1]` is its own."""
+def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool) -> dict:
+    """The taps of a network whose calls these are; `calls[-1]` is its own. backbone: whether it may
+    have no classifier."""
     linear = [
         call
         for call in calls
         if isinstance(call.module, nn.Linear) and call.x is not None and call.x.ndim == 2
     ]
     taps, lacks, layout, every_call = {}, {}, {}, calls
-    if linear:
+    if backbone:
+        linear = [call for call in linear if call.out is calls[-1].out]
+    if backbone and not linear and _pooled_of_backbone(calls):
+        taps["feat"] = _pooled_of_backbone(calls)
+    elif linear:
         taps["feat"] = f"{linear[-1].path}:in"
         calls = calls[: calls.index(linear[-1])] + calls[-1:]
     else:
         lacks["feat"] = "no linear layer ends it, so it has no pooled features"
         convs = [call for call in calls if isinstance(call.module, nn.Conv2d)]
-        if convs and convs[-1].module.out_channels == calls[-1].out.shape[1]:  # it classifies
+        out = calls[-1].out
+        if (
+            convs and out is not None and convs[-1].module.out_channels == out.shape[1]
+        ):  # classifies
             calls = calls[: calls.index(convs[-1])] + calls[-1:]
     pooled = {id(call.out) for call in calls if isinstance(call.module, POOLING)}
     units = _units(calls[-1], pooled, {id(call) for call in calls})
@@ -251,6 +266,13 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
         layout[taps["stem"]] = _layout(stem.out, side, name, stem.path)
     layout = {path: how for path, how in layout.items() if how is not None}
     return taps | dict(lacks=lacks, layout=layout)
+
+
+def _pooled_of_backbone(calls: list[_Call]) -> str | None:
+    """The module whose output is that of a network without a classifier, pooled features (B, D)."""
+    out = calls[-1].out
+    ends = [call for call in calls[:-1] if out is not None and out.ndim == 2 and call.out is out]
+    return ends[-1].path if ends else None
 
 
 def _side(x: Tensor | None) -> int:

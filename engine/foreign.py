@@ -140,7 +140,12 @@ def library_classes(name: str) -> tuple[int | None, list[str] | None]:
         found = timm.models.get_pretrained_cfg(model)
         return getattr(found, "num_classes", None), None
     if library == "hf":
-        names = _hf_config(model).id2label
+        config = _hf_config(model)
+        names = config.id2label
+        if not any(
+            "ImageClassification" in x for x in config.architectures or ["ImageClassification"]
+        ):
+            return 0, None  # a backbone: its classifier would be a fresh one
         return len(names), [str(names[i]) for i in range(len(names))]
     return None, None
 

@@ -201,7 +201,8 @@ class Outputs:
 
     count: outputs of the network as it is built; index: of each class, its output; None: as they
     are; answers: whether the outputs then stand for the dataset's classes; in_classifier: whether
-    the selection has to be one of the classifier's rows; note: a line for the log, or ''.
+    the selection has to be one of the classifier's rows; note: a line for the log, or ''; needed:
+    whether the network has to give logits.
     """
 
     count: int
@@ -209,6 +210,7 @@ class Outputs:
     answers: bool = True
     in_classifier: bool = False
     note: str = ""
+    needed: bool = True
 
     @property
     def shown(self) -> int:
@@ -244,7 +246,7 @@ def match_classes(
         return Outputs(count, None if same else index, True, in_classifier, note)
     compared = names if found.state is not None else None  # a library's own names are worded freely
     if count == n and compared in (None, classes):
-        return Outputs(count)
+        return Outputs(count, needed=bool(needed))
     if count == n and set(names) == set(classes):
         index = tuple(map(names.index, classes))
         moved = sum(i != k for k, i in enumerate(index))
@@ -261,7 +263,8 @@ def match_classes(
         differ = f"{what} has other classes than {data_name}, {some(mine)} and not {some(theirs)}"
     if needed:
         raise UserError(f"{differ}: " + "; ".join(filter(None, (needed, advice))))
-    return Outputs(count, None, False, note=f"{differ}: it is taken for its feature maps alone")
+    note = f"{differ}: it is taken for its feature maps alone"
+    return Outputs(count, None, False, note=note, needed=False)
 
 
 def _chosen(lines, classes, data_name, count, names, flag) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Grey images and networks of one channel."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ import dataset
 import train_base
 import train_kd
 from engine import foreign
-from engine.channels import bare, channels_of, give_one_channel, is_grey
+from engine.channels import bare, channels_of, give_one_channel, is_grey, make_one_channel
+from engine.checkpoint import read_checkpoint
 from tools import eval as evaluation
 from tools import export
 
@@ -79,6 +82,44 @@ def test_the_first_channel_is_what_is_seen(grey):
     assert torch.equal(bare(net)(img), seen) and channels_of(net) == 1
     colour = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4))
     assert channels_of(give_one_channel(colour)) == 3 and not colour._forward_pre_hooks
+
+
+def test_networks_of_three_channels_made_of_one(grey, tmp_path, capsys):
+    """They make the same of grey images as before; their files say it by the weights' shape, and a
+    teacher of three channels teaches a student of one."""
+    img = torch.randn(3, 1, 32, 32)
+    for name in ("resnet8", "ShuffleV1", "torchvision/squeezenet1_1", "vgg8"):
+        net = foreign.build(name, 10, 32).eval()
+        before = net(img.expand(-1, 3, -1, -1))
+        make_one_channel(net, name)
+        torch.testing.assert_close(net(img.expand(-1, 3, -1, -1)), before)
+        assert torch.equal(net(img), net(img.expand(-1, 3, -1, -1))) and channels_of(net) == 1
+    where = ["--save_root", str(tmp_path), *QUICK]
+    data = ["--data_name", "imagefolder", "--img_root", str(grey), "--channels", "1"]
+    train_base.main(["--net_name", "resnet8", *data, *where, "--note", "one"])
+    train_base.main(["--net_name", "resnet14", *data[:-2], *where, "--note", "three"])
+    one, three = (str(tmp_path / x / "model_best.pth.tar") for x in ("one", "three"))
+    assert read_checkpoint(one)["net"]["conv1.weight"].shape == (16, 1, 3, 3)
+    assert evaluation.main([one, "--cuda", "0", "--amp", "off"])["top1"] >= 0
+    start = str(tmp_path / "one/initial_r8.pth.tar")
+    for mode, teacher, student in (
+        ("st+at", three, ["--s_name", "resnet8", "--channels", "1"]),
+        ("st+at", one, ["--s_name", "resnet8"]),
+        ("simkd", one, ["--s_init", start]),
+        ("dml", None, ["--s_name", "resnet8", *data]),
+    ):
+        note = f"{mode}-{Path(teacher or 'none').parent.name}"
+        files = ["--t_model", teacher] * bool(teacher) + student
+        train_kd.main(["--kd_mode", mode, *files, *where, "--note", note])
+        file = str(tmp_path / note / "model_best.pth.tar")
+        state = read_checkpoint(file)["snet"]
+        first = next(x for key, x in state.items() if key.endswith("conv1.weight"))
+        assert first.shape[1] == (3 if student == ["--s_name", "resnet8"] else 1)
+        evaluation.main([file, "--cuda", "0"])
+    with ends(capsys, "--channels", "3", "1"):
+        train_kd.main(
+            ["--kd_mode", "at", "--t_model", three, "--s_init", start, *where, *data[:-1], "3"]
+        )
 
 
 @pytest.mark.parametrize("size", [[], ["--img_size", "97", "--workers", "0"]], ids=["as is", "97"])

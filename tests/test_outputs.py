@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
-from messages import names, refused
+from messages import ends, names, refused
 from torch import Tensor, nn
 
 import network
@@ -211,6 +211,55 @@ def test_auxiliary_classifiers_of_torchvision(name, size, tmp_path, monkeypatch)
     assert not any("aux" in key.lower() for key in plain.state_dict())
 
 
+# --- networks without a classifier ----------------------------------------------------------------
+
+BACKBONES = """
+import torch
+from torch import nn
+
+class Pooled(nn.Module):
+    def __init__(self, num_class):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.two = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 12, 3), nn.ReLU())
+        self.squeeze, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+    def forward(self, x):
+        x = self.two(self.one(x))
+        x = x * self.squeeze(x.mean((2, 3)))[:, :, None, None].sigmoid()
+        return self.norm(x.mean((2, 3)))
+class Map(Pooled):
+    def forward(self, x):
+        return dict(map=self.two(self.one(x)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["Pooled", "Map"])
+def test_a_backbone_teaches_features(kind, tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(BACKBONES)
+    name, file = f"{tmp_path}/nets.py:{kind}", str(tmp_path / "x.pth")
+    torch.save(foreign.build(name, 10).state_dict(), file)
+    argv = ["--t_name", name, "--t_model", file, "--s_name", "resnet8", *DATA, *QUICK]
+    argv += ["--save_root", str(tmp_path / "runs")]
+    train_kd.main(["--kd_mode", "at", *argv])
+    out = capsys.readouterr().out
+    assert "teacher test_top1" not in out
+    assert any(names(line, name, "logits", "alone") for line in out.splitlines())
+    with ends(capsys, name, "logits"):
+        train_kd.main(["--kd_mode", "st", *argv, "--note", "st"])
+    if kind == "Pooled":  # whose output is what others feed their classifier
+        train_kd.main(["--kd_mode", "rkd+pkt", *argv, "--note", "feat"])
+        assert any(names(x, "feat", "norm", "12") for x in capsys.readouterr().out.splitlines())
+    else:
+        with ends(capsys, "Map", "pooled"):
+            train_kd.main(["--kd_mode", "rkd", *argv, "--note", "feat"])
+
+
+def test_a_library_s_backbone_has_no_classes():
+    pytest.importorskip("timm")
+    assert foreign.library_classes("timm/vit_small_patch14_dinov2") == (0, None)
+    assert foreign.library_classes("timm/resnet18")[0] == 1000
+
+
 # --- transformers ---------------------------------------------------------------------------------
 
 
@@ -268,6 +317,27 @@ def test_transformers(vit, tmp_path, capsys):
     train_base.main(["--net_name", name, *DATA, *QUICK, *where, "--note", "base"])
     file = str(tmp_path / "base/model_best.pth.tar")
     evaluation.main([file, "--cuda", "0", "--net", name])
+
+
+def test_a_backbone_of_transformers(tmp_path, capsys):
+    """Whose classifier would be a fresh one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
+        num_labels=10,
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    name = f"hf/{tmp_path / 'dino'}"
+    argv = ["--t_pretrained", "--t_name", name, "--s_name", "resnet8", *DATA, *QUICK]
+    argv += ["--save_root", str(tmp_path / "runs")]
+    train_kd.main(["--kd_mode", "at+rkd", *argv])
+    assert "alone" in capsys.readouterr().out
+    with ends(capsys, "--t_pretrained", name, "0", "10", "st"):
+        train_kd.main(["--kd_mode", "st", *argv, "--note", "st"])
 
 
 @pytest.mark.parametrize("name", ["hf/nowhere/at/all", "hf/{tmp}"])
