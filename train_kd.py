@@ -19,8 +19,7 @@ from torch import Tensor
 
 import dataset
 import utils
-from engine import cli, console, distributed, foreign, kd_cli, outputs, stream
-from engine.channels import check_channels, check_grey
+from engine import cli, console, distributed, foreign, kd_cli, pair, stream
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
     found_t, found_s = find_networks(args, modes)
-    cfg = kd_cli.resolve(args, found_s.name, kd_cli.known_data(args, found_t, found_s))
+    cfg = kd_cli.resolve(args, found_s.name, pair.known_data(args, found_t, found_s))
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
     check_flags(args, modes, device)
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
         for line in lines:
             run.log(line)
         data = data.to(device)
-        prepare(run, distiller, data, cfg, precision, found_s, found_t.outputs.answers)
+        prepare(run, distiller, data, cfg, precision, found_s, pair.has_answers(found_t))
         step = choose_step(train_step, cfg, device, run.log, distiller.added)
         training = Training(run, distiller, data, cfg, precision, step)
         for phase, first, epochs in remaining_phases(phases, len(run.history)):
@@ -283,11 +282,11 @@ def find_networks(args, modes: list[str]) -> tuple[Weights, Weights]:
     if args.t_model or args.t_name or args.t_pretrained:
         found_t = find_weights(
             *(args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps),
-            **dict(key=args.t_key, key_flag="t_key"),
+            *(Weights, args.t_key, "t_key"),
         )
     found_s = find_weights(
         *(args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps),
-        **dict(key=args.s_key, key_flag="s_key"),
+        *(Weights, args.s_key, "s_key"),
     )
     return found_t or Weights(found_s.name, taps=args.t_taps), found_s
 
@@ -319,21 +318,16 @@ def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
 def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distiller:
     """Both networks and what is between them."""
     num_class, size = data.train.num_class, data.train.size
-    match_outputs(args, found_t, found_s, data)
-    trained = any(x.method.teacher == "trained" for x in chosen)
-    found_s.channels = args.channels
-    found_t.channels = args.channels if trained else None
+    pair.match_outputs(args, found_t, found_s, data)
     # a second network that is trained has another seed: two equal networks would stay equal
     teacher = found_t.build(num_class, cfg.seed + 1, size)
     student = found_s.build(num_class, cfg.seed, size)
-    check_channels(student, found_s.name, args.channels)
+    batch_norms = any(x.teacher_bn == "batch" for x in chosen)
+    pair.check_images(args, found_t, found_s, teacher, student, data, batch_norms)
+    trained = any(x.method.teacher == "trained" for x in chosen)
     for found, net in ((found_s, student), (found_t, teacher))[: 1 + trained]:
         found.say(check_trainable(net.requires_grad_(True), found.name, num_class, size))
         net.requires_grad_(False)
-    for found, net in ((found_s, student), (found_t, teacher)):
-        found.say(check_grey(net, found.name, data.train))
-    if any(x.teacher_bn == "batch" for x in chosen):  # in training mode, it may give more
-        outputs.forward_logits(teacher, found_t.name, found_t.outputs.shown, size, training=True)
     if trained and utils.equal_states(student, teacher):
         raise UserError(
             "both networks start from the same weights and would stay equal: change one"
@@ -349,28 +343,6 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
         if not (phase.ce and distiller.lambda_ce) and not (phase.kd and (has_kd or phase.weight)):
             raise UserError(f"--lambda_kd, --lambda_ce: with 0, phase {phase.name} has no loss")
     return distiller
-
-
-def match_outputs(args, found_t, found_s, data) -> None:
-    """Compare the classes of both networks with the dataset's: see `match_classes`."""
-    modes = kd_cli.modes_of(args.kd_mode)
-    where = data.train.classes, data.name, data.train.size
-    trained = any(METHODS[mode].teacher == "trained" for mode in modes)
-    fresh = outputs.Outputs(data.train.num_class)  # of a library, whose classifier is replaced
-    found_t.outputs = found_s.outputs = fresh
-    if not (trained and found_t.pretrained):
-        found_t.outputs = outputs.match_classes(
-            *(found_t, *where, "--t_model" if found_t.path else "--t_pretrained"),
-            *(args.t_classes, "--t_classes", *kd_cli.needed_classes(modes)),
-            in_classifier=any(METHODS[mode].reads_classifier for mode in modes),
-        )
-    if found_s.pretrained:
-        return
-    found_s.outputs = outputs.match_classes(
-        *(found_s, *where, "--s_init"),
-        needed="a student starts from weights for its own classes: leave --s_init out",
-        in_classifier=True,
-    )
 
 
 def prepare(run: Run, distiller: Distiller, data, cfg, precision, found_s, answers=True) -> None:

@@ -277,7 +277,8 @@ class Weights:
 
     def say(self, *lines: list[str]) -> None:
         """Add what is not yet among the notes."""
-        self.notes += [line for part in lines for line in part if line not in self.notes]
+        new = [line for part in lines for line in part if line not in self.notes]
+        self.notes = [*self.notes, *new]  # copies have their own
 
     def build(self, num_class: int, seed: int, img_size: int) -> nn.Module:
         """The network, frozen, its weights loaded, its feature maps found."""

@@ -6,7 +6,7 @@ from engine import cli
 from engine.checkpoint import find_weights
 from engine.settings import ADAPTERS, Settings, batch_size, settings, uses
 from kd_losses import METHODS, Flag
-from utils import UserError, named, shown
+from utils import UserError, named
 
 SHARED = ("stages", "reduce", "adapter")  # flags of every method that can use them
 
@@ -79,46 +79,6 @@ def settings_of(
     given, composed = given_flags(args, modes), len(modes) > 1
     where = args.protocol, teacher, student, num_class
     return {mode: settings(mode, *where, given[mode], composed, micro_batch) for mode in modes}
-
-
-def known_data(args: Namespace, found_t, found_s) -> dict:
-    """What the checkpoints know of the data: the teacher's, or else the student's.
-
-    Where the teacher's classes need not be the dataset's, because no method reads them or
-    --t_classes maps them, flags have precedence over the teacher's checkpoint. How many classes the
-    teacher has is compared later, by `match_classes`. Raises UserError where --data_name
-    contradicts a checkpoint.
-    """
-    knows = {key: x for key, x in found_t.meta.items() if key != "num_class"}
-    if not knows:
-        return dict(found_s.meta)
-    needed, advice = needed_classes(modes_of(args.kd_mode))
-    given = {k: getattr(args, k) for k in ("data_name", "img_size") if getattr(args, k) is not None}
-    for key, value in given.items():
-        known, mine = (found.meta.get(key, value) for found in (found_t, found_s))
-        if mine != value:
-            raise UserError(f"--{key} {value} contradicts {found_s.path}, which says {shown(mine)}")
-        if known != value and needed and not args.t_classes:
-            raise UserError(
-                f"--{key} {value} contradicts {found_t.path}, which says {shown(known)}"
-                + f": {needed}; {advice}" * (key == "data_name")
-            )
-        if known != value:
-            knows.pop("img_root" if key == "data_name" else key, None)
-    return knows | given
-
-
-def needed_classes(modes: list[str]) -> tuple[str, str]:
-    """Why the teacher's classes have to be the dataset's ('' where they need not), and what else
-    to do."""
-    reading = [mode for mode in modes if METHODS[mode].reads_answers]
-    if not reading:
-        return "", ""
-    others = [mode for mode, method in METHODS.items() if not method.reads_answers]
-    few = ", ".join([mode for mode in ("at", "fitnet", "crd", "rkd", "sp") if mode in others])
-    why = f"--kd_mode {'+'.join(reading)} reads the teacher's logits or its classifier"
-    more = f"{few} and {len(others) - 5} more methods compare feature maps alone"
-    return why, f"--t_classes FILE maps the teacher's outputs to the dataset's classes; {more}"
 
 
 def resolve(args: Namespace, student: str, knows: dict) -> Namespace:

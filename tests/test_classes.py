@@ -13,9 +13,10 @@ import network
 import toys
 import train_base
 import train_kd
-from engine import foreign, kd_cli
+from engine import foreign
 from engine.checkpoint import Weights, find_weights, read_checkpoint
 from engine.outputs import forward_logits, match_classes, select_outputs
+from engine.pair import needed_classes
 from kd_losses import METHODS
 from tools import eval as evaluation
 from tools import export
@@ -268,9 +269,9 @@ def test_what_a_row_says_it_reads(mode):
     """With a teacher of other classes, the methods that read no answers take a whole step, and the
     same step as with a teacher of the dataset's classes; the others are not among those named."""
     if METHODS[mode].reads_answers:
-        assert kd_cli.needed_classes([mode])[0]
+        assert needed_classes([mode])[0]
         return
-    assert kd_cli.needed_classes([mode]) == ("", "")
+    assert needed_classes([mode]) == ("", "")
     found = []
     for num_class in (5, 9):
         torch.manual_seed(3)
