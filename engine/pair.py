@@ -1,6 +1,7 @@
 """The two networks of a run: what the teacher's classes and the images have to do with them."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 from engine import kd_cli, outputs
 from engine.channels import check_channels, check_grey
@@ -92,3 +93,22 @@ def check_images(args: Namespace, found_t, found_s, teacher, student, data, batc
 def has_answers(found_t) -> bool:
     """Whether the teacher's accuracy on the dataset has a meaning."""
     return found_t.outputs is None or found_t.outputs.answers
+
+
+def take_over(found_t, first, teacher, img_size: int) -> None:
+    """Let a student have the teacher that was built for another student.
+
+    found_t, first: the teacher (checkpoint.Weights) as this student and as the other one found it;
+    teacher: the network. Raises UserError where it lacks what this student's methods read.
+    """
+    found_t.notes = first.notes
+    if not found_t.outputs.needed:
+        found_t.outputs = replace(found_t.outputs, answers=first.outputs.answers)
+        return
+    if not first.outputs.answers:
+        outputs.forward_logits(teacher, found_t.name, found_t.outputs.shown, img_size)
+    if found_t.outputs.in_classifier and hasattr(teacher, "selected_outputs"):
+        raise UserError(
+            f"{found_t.name}: its classes cannot be put into another order, since its logits are "
+            "not those of one last layer"
+        )
