@@ -316,37 +316,46 @@ def train_batches(
     generator = generator_of(seed, epoch)
     order = torch.randperm(n, generator=generator)
     bounds = share_of(batch_bounds(n, batch_size, share[1])[skip:], *share)
-    size, side = images.size, round(images.size * 256 / 224)
+    size = images.size
+    side = round(size * 256 / 224) if images.enlarged else size
     low, high = (0, side - size) if images.enlarged else (-pad, pad)
 
-    def draw() -> list[Tensor]:
-        shift = torch.randint(low, high + 1, (2, n), generator=generator)
-        flip = torch.randint(0, 2, (n,), generator=generator).bool() & images.flip
-        return [shift, flip]
+    windows = _windows(size, low, high, device)
+    inside = (windows >= 0) & (windows < size)
+    if padding == "zero":
+        windows = windows.clamp(0, side - 1)
+    elif not images.enlarged:
+        windows = size - 1 - (size - 1 - windows.abs()).abs()
 
-    views = [[*draw(), augment and augment(n, size, generator, bounds, device)]]
+    def draw() -> Tensor:
+        """The numbers of the windows that are an image's rows and its columns (2, n)."""
+        which = torch.randint(low, high + 1, (2, n), generator=generator) - low
+        flip = torch.randint(0, 2, (n,), generator=generator)
+        which[1] += flip * images.flip * (high + 1 - low)
+        return which
+
+    views = [[draw(), augment and augment(n, size, generator, bounds, device)]]
     if second_view:
-        views.append([*draw(), second_view(n, size, generator, bounds, device)])
+        views.append([draw(), second_view(n, size, generator, bounds, device)])
     order = order.to(device, non_blocking=True)
-    views = [
-        (shift.to(device, non_blocking=True), flip.to(device, non_blocking=True), change)
-        for shift, flip, change in views
-    ]
+    views = [(which.to(device, non_blocking=True), change) for which, change in views]
     scale_shift = scale_shift_of(images)
-    arange = torch.arange(size, device=device)
 
-    def crop(index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
-        rows = arange + shift[0, :, None]
-        columns = torch.where(flip[:, None], arange.flip(0), arange) + shift[1, :, None]
+    def crop(index: Tensor, which: Tensor) -> Tensor:
+        rows, columns = windows[which]
         if images.enlarged:
             return _enlarge(images.pixels[index], rows, columns, side)
-        return _gather(images, index, rows, columns, padding).permute(0, 3, 1, 2)
+        pixels = _gather(images, index, rows, columns)
+        if padding == "zero":
+            rows, columns = inside[which]
+            pixels = pixels * (rows[:, :, None] & columns[:, None, :])[..., None]
+        return pixels.permute(0, 3, 1, 2)
 
     for k, (start, stop) in enumerate(bounds):
         index = order[start:stop]
         batch = []
-        for number, (shift, flip, change) in enumerate(views):
-            pixels = crop(index, shift[:, start:stop], flip[start:stop])
+        for number, (which, change) in enumerate(views):
+            pixels = crop(index, which[:, start:stop])
             if number:
                 pixels = pixels.contiguous()
             batch.append(change(k, pixels) if change else pixels)
@@ -363,22 +372,19 @@ def test_batches(images: Images, batch_size: int, share: tuple[int, int] = (0, 1
         yield normalise(_shown(images, i), *scale_shift), images.labels[i], i
 
 
-def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
-    """Pixels (rows[b, i], columns[b, j]) of image index[b], uint8 (B, H, W, 3); outside is
-    padding."""
-    last = images.size - 1
-    if padding == "zero":
-        inside_rows, inside_columns = ((x >= 0) & (x <= last) for x in (rows, columns))
-        rows, columns = rows.clamp(0, last), columns.clamp(0, last)
-    else:
-        rows, columns = (last - (last - x.abs()).abs() for x in (rows, columns))
+def _windows(size: int, low: int, high: int, device) -> Tensor:
+    """Every run of `size` places that begins at `low` to `high`, then every one backwards. Looked
+    up, so that a batch takes few kernels."""
+    ahead = torch.arange(low, high + 1, device=device)[:, None] + torch.arange(size, device=device)
+    return torch.cat([ahead, ahead.flip(1)])
+
+
+def _gather(images: Images, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels (rows[b, i], columns[b, j]) of image index[b], uint8 (B, H, W, 3)."""
     # one flat gather of whole pixels: three times as fast as indexing by three tensors
-    line = index[:, None] * images.size + rows
-    place = line[:, :, None] * images.size + columns[:, None, :]
-    pixels = images.pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
-    if padding == "zero":
-        pixels = pixels * (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
-    return pixels
+    line = torch.add(rows, index[:, None], alpha=images.size)
+    place = torch.add(columns[:, None, :], line[:, :, None], alpha=images.size)
+    return images.pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
 
 
 def _shown(images: Images, index: Tensor) -> Tensor:

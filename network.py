@@ -611,6 +611,7 @@ class Tapped:
             for kind, paths in taps.items()
             if kind in want
         }
+        self.kinds = frozenset(self._paths)
         for kind in self._paths.values():
             for path in [kind] if isinstance(kind, str) else kind:
                 self._hook(path)

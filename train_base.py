@@ -10,12 +10,12 @@ Writes into save_root/note, before its first step, the initial weights (`initial
 import re
 import sys
 
+import utils  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 
 import dataset
 import network
-import utils
 from engine import cli, console, distributed, foreign, published, stream
 from engine.channels import check_channels, check_grey, make_one_channel
 from engine.checkpoint import save_checkpoint

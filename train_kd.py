@@ -1,33 +1,38 @@
-"""Distil a teacher into a student with one of the methods of kd_losses, or several at once.
+"""Distil a teacher into a student with one of the methods of kd_losses, or several.
 
     python train_kd.py --kd_mode=at --t_model=runs/base-c10/model_best.pth.tar \\
                        --s_init=runs/base-c10-s/initial_r20.pth.tar
     python train_kd.py --kd_mode st+at --lambda_kd 0.9,1000 --t_model ... --s_name resnet20
+    python train_kd.py --kd_mode none,at,dkd --dkd.beta 6 --t_model ... --s_name resnet20
 
+A `+` joins several terms for one student. A comma separates several students, which are trained
+side by side with one forward pass of the teacher; `none` is a student without a teacher.
 Network, dataset and classes are read from the checkpoints. `--kd_mode MODE --help` lists the flags
 of a method and their defaults.
 """
 
 import sys
-from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from copy import copy
+from pathlib import Path
 
+import utils  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import dataset
-import utils
 from engine import cli, console, distributed, foreign, kd_cli, pair, stream
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
 from engine.find_taps import check_trainable
 from engine.run import Run
-from engine.schedule import learning_rate, loss_weights, remaining_phases, schedule
+from engine.schedule import loss_weights, schedule
 from engine.settings import Settings
+from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
+from engine.together import Group, SharedTeacher
 from kd_losses import METHODS, Phase
 from utils import UserError
 
@@ -60,7 +65,7 @@ def train_step(
         with precision.autocast():
             if distiller.teacher_runs(phase, weights):  # first: the student reuses its memory
                 with torch.set_grad_enabled(distiller.teacher_has_grad(phase)):
-                    t = micro.features(distiller.teacher)
+                    t = micro.teacher_features(distiller.teacher)
             if distiller.student_runs(phase):
                 s = micro.features(distiller.student)
             terms = {
@@ -68,15 +73,15 @@ def train_step(
                 for name, criterion in distiller.criteria.items()
                 if weights[name]
             }
-        loss = sum(weights[name] * kd for name, kd in terms.items())
+        weighted = [(weights[name], kd) for name, kd in terms.items()]
         logits = distiller.logits_to_label(phase, s, t)
         if logits:
             with torch.set_grad_enabled(phase.ce):
                 ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
-            if phase.ce:
-                loss = loss + distiller.lambda_ce * sum(ce)
+            weighted += [(distiller.lambda_ce, x) for x in ce if phase.ce]
             top1 = utils.top1(s.out.detach(), micro.target)
             terms = {"ce": ce[0], **terms, "train_top1": top1}
+        loss = utils.weighted_sum(weighted)
         precision.backward(loss if share == 1 else share * loss)
         for name, value in terms.items():
             value = value.detach() if share == 1 else share * value.detach()
@@ -86,56 +91,83 @@ def train_step(
     return means
 
 
-def train_epoch(training: "Training", phase: Phase, epoch: int, epochs: int, optimizer) -> None:
-    """One epoch of a phase of `epochs`: train, evaluate, record, save."""
-    run, distiller, data, cfg = training.run, training.distiller, training.data, training.cfg
-    lr = learning_rate(phase, epoch, epochs, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    distiller.set_trainable(phase)  # evaluation has put the networks into eval mode
-    where = f"{phase.name} epoch {epoch}"
-    meter, done = run.begin()
-    steps = len(dataset.batch_bounds(len(data.train), cfg.batch_size, utils.world()))
+def train_epoch(students: list[Student], group: Group, teacher: SharedTeacher | None) -> None:
+    """One epoch of the students, on the same batches: train, evaluate, record, save.
+
+    teacher: the pass that they share; None where each has its own.
+    """
+    for student in students:
+        with group.alone(student):
+            student.begin_epoch()
+    students = group.active(students)
+    if not students:
+        return
+    data, cfg = students[0].data, students[0].cfg
+    first = min(student.done for student in students)
     batches = stream.train_batches(
         data.train,
         cfg.batch_size,
         cfg.seed,
-        len(run.history) + 1,
+        students[0].row,
         padding=cfg.padding,
-        skip=done,
+        skip=first,
         share=utils.share(),
-        two_views=distiller.two_views,
+        two_views=any(student.distiller.two_views for student in students),
     )
-    weights = loss_weights(distiller, phase, (epoch - 1) / epochs, cfg)
-    for i, tensors in enumerate(batches, done + 1):
-        batch = distiller.batch(*tensors)
-        weights = loss_weights(distiller, phase, (epoch - 1 + (i - 1) / steps) / epochs, cfg)
-        terms = training.step(
-            distiller, phase, optimizer, batch, weights, training.precision, cfg.accumulate
-        )
-        meter.add(terms, len(batch.img))
-        if i % cfg.print_freq == 0:
-            now = meter.read()
-            run.check_finite(now, f"{where}, step {i}")
-            warn_of_imbalance(run, distiller, phase, weights, now)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
-            run.log(f"  {where} step {i:4d}  {shown}  {meter.speed:.0f} img/s")
-        if run.due():
-            run.pause(lambda: state(training, phase, optimizer), meter, i, f"{where}, step {i}")
-    now, speed = meter.read(), meter.speed
-    run.check_finite(now, where)
-    warn_of_imbalance(run, distiller, phase, weights, now)
+    for i, tensors in enumerate(batches, first + 1):
+        if teacher:
+            teacher.forget()
+        students = group.active(students)
+        if not students:
+            break
+        for student in students:
+            if i > student.done:
+                with group.alone(student):
+                    train_batch(student, i, tensors, teacher)
+    for student in group.active(students):
+        with group.alone(student):
+            end_epoch(student, len(students))
 
-    saved = state(training, phase, optimizer)
-    row = dict(phase=phase.name, epoch=epoch, lr=lr, **now)
+
+def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None) -> None:
+    """Step `i` of the epoch on (img, target, index) and perhaps a second view of the images."""
+    run, distiller, phase, cfg = student.run, student.distiller, student.phase, student.cfg
+    done = (student.epoch - 1 + (i - 1) / student.steps) / student.epochs
+    student.weights = weights = loss_weights(distiller, phase, done, cfg)
+    batch = distiller.batch(*tensors[: 4 if distiller.two_views else 3])
+    if teacher and distiller.teacher_runs(phase, weights):
+        batch = teacher.batch(distiller, batch, cfg.accumulate)
+    terms = student.step(
+        distiller, phase, student.optimizer, batch, weights, student.precision, cfg.accumulate
+    )
+    student.meter.add(terms, len(batch.img))
+    if i % cfg.print_freq == 0:
+        now = student.meter.read()
+        run.check_finite(now, f"{student.where}, step {i}")
+        warn_of_imbalance(run, distiller, phase, weights, now)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
+        run.log(f"  {student.where} step {i:4d}  {shown}  {student.meter.speed:.0f} img/s")
+    if run.due():
+        run.pause(lambda: state(student), student.meter, i, f"{student.where}, step {i}")
+
+
+def end_epoch(student: Student, beside: int) -> None:
+    """Evaluate, record, save. beside: the number of students that shared the epoch's time."""
+    run, distiller, phase, data = student.run, student.distiller, student.phase, student.data
+    now, speed = student.meter.read(), student.meter.speed
+    run.check_finite(now, student.where)
+    warn_of_imbalance(run, distiller, phase, student.weights, now)
+
+    saved = state(student)
+    row = dict(phase=phase.name, epoch=student.epoch, lr=student.lr, **now)
     if phase.student_learns:
-        row |= evaluate(distiller.deployed, data.test, training.precision)
+        row |= evaluate(distiller.deployed, data.test, student.precision)
     if phase.teacher_learns:
-        peer = evaluate(distiller.teacher.net, data.test, training.precision)
+        peer = evaluate(distiller.teacher.net, data.test, student.precision)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
             saved |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
-    run.epoch(row, speed, saved, keep_best="student" in phase.trainable)
+    run.epoch(row, speed, saved, keep_best="student" in phase.trainable, beside=beside)
 
 
 def float32(x: Tensor) -> Tensor:
@@ -156,84 +188,68 @@ def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, no
             run.warn(f"{name} times its weight is more than 1000 times the cross-entropy")
 
 
-# --- save and resume ------------------------------------------------------------------------------
-
-
-def state(training: "Training", phase: Phase, optimizer) -> dict:
-    """What a checkpoint holds besides what `Run` adds."""
-    distiller = training.distiller
-    student, teacher = distiller.student.net, distiller.teacher.net
-    distributed.average_batch_norms(student, teacher, distiller.added)
-    weights = dict(snet=distiller.deployed.state_dict(), meta=training.run.meta)
-    if phase.teacher_learns:  # KD-Zoo's names for two networks that learn
-        weights |= dict(net1=teacher.state_dict(), net2=weights["snet"])
-    return dict(
-        weights=weights,
-        kd=distiller.added.state_dict(),
-        optimizer=optimizer.state_dict(),
-        **training.precision.state(),
-    )
-
-
-def restore(run: Run, distiller: Distiller, first: int, optimizer, precision) -> None:
-    """Load the run's checkpoint. Where a phase begins, at its epoch `first` = 1 and before any of
-    its steps, the optimizer is a new one."""
-    saved = run.saved
-    distiller.deployed.load_state_dict(saved["snet"])
-    if "net1" in saved:
-        distiller.teacher.net.load_state_dict(saved["net1"])
-    utils.load_state(distiller.added, saved["kd"])
-    if first > 1 or run.inside:
-        utils.load_optimizer(optimizer, saved["optimizer"])
-    precision.load(saved)
-    utils.set_rng_state(saved["rng"])
-
-
-def check_checkpoint(run: Run, distiller: Distiller, phases, data, cfg, precision) -> None:
-    """Restore once on trial, so that a damaged checkpoint is found before anything is written."""
-    with run.intact():
-        rows = [dict(phase=p.name, epoch=i + 1) for p, epochs in phases for i in range(epochs)]
-        run.fits(rows, len(dataset.batch_bounds(len(data.train), cfg.batch_size)))
-        for phase, first, _ in remaining_phases(phases, len(run.history)):
-            optimizer = utils.sgd(distiller.param_groups(phase), cfg, phase.nesterov)
-            return restore(run, distiller, first, optimizer, precision)
-
-
-# --- a run ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Training:
-    """What the epochs of a run share."""
-
-    run: Run
-    distiller: Distiller
-    data: dataset.Data
-    cfg: Namespace
-    precision: utils.Precision
-    step: Callable[..., dict[str, Tensor]]
+# --- a command: one student or several ------------------------------------------------------------
 
 
 @console.command
 def main(argv: list[str] | None = None) -> dict:
+    """The result of the run; of several students, {student: its result}."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    commands = kd_cli.command_lines(argv)
+    group = Group(list(commands))
+    students = []
+    for own in commands.values():
+        students.append(plan(own, group, students))
+    check_together(students)
+    if students[0].cfg.dry_run:
+        for student in students:
+            lines = [*student.lines, f"nothing trained, nothing written: {student.run.dir}"]
+            console.say(*(group.label(student.name) + line for line in lines))
+        return None
+    for student in students:
+        student.distiller.to(student.precision.device)
+    data = students[0].data.to(students[0].precision.device)
+    results = {}
+    with ExitStack() as runs:
+        for student in students:
+            student.data = data
+            start(student, runs, [x for x in commands if group.several])
+        teacher = SharedTeacher.of([x.distiller for x in students], students[0].precision)
+        for student in students:
+            with group.alone(student):
+                prepare(student, group)
+        while left := [x for x in group.active(students) if not x.finished]:
+            row = min(student.row for student in left)
+            train_epoch([x for x in left if x.row == row], group, teacher)
+        for student in group.active(students):
+            results[student.name] = student.run.finish()
+    group.close()
+    return results if group.several else results[students[0].name]
+
+
+def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
+    """A student, all of it checked, from its own command line. Nothing is written.
+
+    others: the students before it in the same command, which have the data and the teacher.
+    """
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
-    found_t, found_s = find_networks(args, modes)
+    found_t, found_s = find_networks(args, modes, group)
     cfg = kd_cli.resolve(args, found_s.name, pair.known_data(args, found_t, found_s))
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
     check_flags(args, modes, device)
-    names = [foreign.file_name(found.name) for found in (found_t, found_s)]
-    run = Run(
-        cfg, args.note or "-".join([args.kd_mode, cfg.data_name, *names]), ["train_kd.py", *argv]
-    )
-    data = cli.load_data(cfg, args.batch_size)
+    names = [foreign.file_name(found.name) for found in (found_t, found_s) if found]
+    note = args.note or "-".join([args.kd_mode, cfg.data_name, *names])
+    if group.several and not (Path(cfg.save_root) / note).exists():
+        cfg.resume = False  # it had not begun when the others were stopped
+    command, label = ["train_kd.py", *argv], group.label(args.kd_mode)
+    run = Run(cfg, note, command, label=label, signals=group.signals)
+    data = others[0].data if others else cli.load_data(cfg, args.batch_size)
     chosen = choose_settings(args, found_t, found_s, data, cfg)
-    distiller = build(args, chosen, found_t, found_s, data, cfg)
+    distiller = build(args, chosen, found_t, found_s, data, cfg, others)
     phases = schedule(distiller.phases, cfg)
-    meta = dict(network=distiller.deployed_name(found_s.name), **cli.describe_data(cfg, data))
-    teacher_file = sha256(found_t.path) if found_t.path else None
+    teacher_file = sha256(found_t.path) if found_t and found_t.path else None
     run.learns_from(data.identity(), teacher_file)
     macs = distiller.check_losses(data.train)
     for criterion in distiller.added:
@@ -243,52 +259,67 @@ def main(argv: list[str] | None = None) -> dict:
     lines = summary(where, distiller, data, cfg, phases, found_t, found_s, macs)
     if run.saved:
         check_checkpoint(run, distiller, phases, data, cfg, precision)
-    if cfg.dry_run:
-        return console.say(*lines, f"nothing trained, nothing written: {run.dir}")
+    found = found_t, found_s
+    return Student(args.kd_mode, run, distiller, data, cfg, precision, phases, found, lines)
 
-    distiller.to(device)
+
+def check_together(students: list[Student]) -> None:
+    """Raise UserError where students cannot see the same batches."""
+    first = students[0]
+    for other in students[1:]:
+        if other.cfg.batch_size != first.cfg.batch_size:
+            raise UserError(
+                f"--kd_mode: protocol {first.cfg.protocol} has batch size {first.cfg.batch_size} "
+                f"for {first.name} and {other.cfg.batch_size} for {other.name}: train them in two "
+                "commands, or give --batch_size"
+            )
+
+
+def start(student: Student, runs: ExitStack, together: list[str]) -> None:
+    """Begin its run directory. together: the names of several students."""
+    run, distiller, cfg = student.run, student.distiller, student.cfg
+    found_t, found_s = student.found
     notes = recorded_settings(distiller)
-    notes["teacher"] = dict(
-        path=found_t.path,
-        sha256=teacher_file,
-        network=found_t.name,
-        pretrained=found_t.pretrained,
-        outputs=found_t.outputs.index,
-    )
-    with run.start(where, meta, notes):
-        for line in lines:
-            run.log(line)
-        data = data.to(device)
-        prepare(run, distiller, data, cfg, precision, found_s, pair.has_answers(found_t))
-        step = choose_step(train_step, cfg, device, run.log, distiller.added)
-        training = Training(run, distiller, data, cfg, precision, step)
-        for phase, first, epochs in remaining_phases(phases, len(run.history)):
-            groups = distiller.param_groups(phase)
-            optimizer = run.watch(utils.sgd(groups, cfg, phase.nesterov))
-            if run.saved:
-                restore(run, distiller, first, optimizer, precision)
-                run.saved = None
-            for epoch in range(first, epochs + 1):
-                train_epoch(training, phase, epoch, epochs, optimizer)
-        return run.finish()
+    if found_t:
+        notes["teacher"] = dict(
+            path=found_t.path,
+            sha256=run.sources["teacher"],
+            network=found_t.name,
+            pretrained=found_t.pretrained,
+            outputs=found_t.outputs.index,
+        )
+    if together:
+        notes["together"] = together
+    network = distiller.deployed_name(found_s.name)
+    meta = dict(network=network, **cli.describe_data(cfg, student.data))
+    where = utils.describe_device(student.precision.device, student.precision)
+    runs.enter_context(run.start(where, meta, notes))
+    for line in student.lines:
+        run.log(line)
 
 
-def find_networks(args, modes: list[str]) -> tuple[Weights, Weights]:
-    """Teacher and student, as flags and checkpoints name them."""
+def find_networks(args, modes: list[str], group: Group) -> tuple[Weights | None, Weights]:
+    """Teacher and student, as flags and checkpoints name them; no teacher without a method."""
+
+    def find(*what):
+        return copy(group.once(what, lambda: find_weights(*what)))
+
     trained = any(METHODS[mode].teacher == "trained" for mode in modes)
-    if args.t_model is None and not trained and not args.t_pretrained:
-        raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     found_t = None
+    if modes and args.t_model is None and not trained and not args.t_pretrained:
+        raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     if args.t_model or args.t_name or args.t_pretrained:
-        found_t = find_weights(
+        found_t = find(
             *(args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps),
             *(Weights, args.t_key, "t_key"),
         )
-    found_s = find_weights(
+    found_s = find(
         *(args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps),
         *(Weights, args.s_key, "s_key"),
     )
-    return found_t or Weights(found_s.name, taps=args.t_taps), found_s
+    if modes and found_t is None:
+        found_t = Weights(found_s.name, taps=args.t_taps)
+    return found_t, found_s
 
 
 def check_flags(args, modes: list[str], device: torch.device) -> None:
@@ -307,20 +338,23 @@ def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
     processes = 1 if args.gather else utils.world()
     micro_batch = cfg.batch_size // cfg.accumulate // processes
     num_class = data.train.num_class
-    chosen = kd_cli.settings_of(args, found_t.name, found_s.name, num_class, micro_batch)
+    teacher = found_t.name if found_t else ""
+    chosen = kd_cli.settings_of(args, teacher, found_s.name, num_class, micro_batch)
     chosen = list(chosen.values())
-    for found in (found_t, found_s):
+    for found in filter(None, (found_t, found_s)):
         published = [x.taps[found.name] for x in chosen if found.name in x.taps]
         found.taps = found.taps or next(iter(published), None)
     return chosen
 
 
-def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distiller:
-    """Both networks and what is between them."""
+def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> Distiller:
+    """Both networks and what is between them. others: students that may have the teacher."""
     num_class, size = data.train.num_class, data.train.size
     pair.match_outputs(args, found_t, found_s, data)
-    # a second network that is trained has another seed: two equal networks would stay equal
-    teacher = found_t.build(num_class, cfg.seed + 1, size)
+    teacher = shared_teacher(chosen, found_t, others, size)
+    if found_t and teacher is None:
+        # a second network that is trained has another seed: two equal networks would stay equal
+        teacher = found_t.build(num_class, cfg.seed + 1, size)
     student = found_s.build(num_class, cfg.seed, size)
     batch_norms = any(x.teacher_bn == "batch" for x in chosen)
     pair.check_images(args, found_t, found_s, teacher, student, data, batch_norms)
@@ -345,26 +379,42 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg) -> Distille
     return distiller
 
 
-def prepare(run: Run, distiller: Distiller, data, cfg, precision, found_s, answers=True) -> None:
-    """What happens once before the first step. answers: whether the teacher has the dataset's
-    classes."""
-    student, teacher = distiller.student.net, distiller.teacher.net
+def shared_teacher(chosen: list[Settings], found_t, others: list[Student], size: int):
+    """The teacher of another student, where this one may use it, too; or None."""
+    changed = any(x.method.teacher == "trained" or x.teacher_bn == "batch" for x in chosen)
+    for other in others if found_t and not changed else ():
+        found = other.found[0]
+        if found and other.distiller.teacher_is_constant and found.taps == found_t.taps:
+            net = other.distiller.teacher.net
+            pair.take_over(found_t, found, net, size)
+            return net
+    return None
+
+
+def prepare(student: Student, group: Group) -> None:
+    """What happens once before the first step."""
+    run, distiller, cfg, data = student.run, student.distiller, student.cfg, student.data
     if cfg.compile:
         run.log(distiller.compile())
     if not run.saved:
         distiller.precompute(data.train, run.log)
-    if distiller.teacher_role != "trained" and answers:
-        score = evaluate(teacher, data.test, precision)["test_top1"]
+    answers = pair.has_answers(student.found[0])
+    if distiller.teacher_role not in ("trained", "none") and answers:
+        net = distiller.teacher.net
+        score = group.once(net, lambda: evaluate(net, data.test, student.precision)["test_top1"])
         run.log(f"teacher test_top1 {score:.2f}")
         if utils.by_chance(score, len(data.test), data.train.num_class):
             run.warn("the teacher is no better than chance on the test images")
+    found_s = student.found[1]
     if found_s.epoch and not run.saved:
         run.warn(
             f"--s_init {found_s.path} is already trained, for {found_s.epoch} epoch(s): students "
             "usually start from initial weights"
         )
-    utils.seed_everything(cfg.seed + 1_000_003 * utils.rank())
-    distributed.broadcast_parameters(student, teacher, distiller.added)
+    own = student.name if distiller.added else ""  # the baseline draws as train_base.py does
+    utils.seed_everything(cfg.seed + 1_000_003 * utils.rank(), own)
+    distributed.broadcast_parameters(*distiller.networks, distiller.added)
+    student.step = choose_step(train_step, cfg, student.precision.device, run.log, distiller.added)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ import reprlib
 import time
 from contextlib import nullcontext, suppress
 
+# Before torch is imported. A thread of libgomp that waits for work spins for milliseconds before it
+# sleeps: processes that share cores then slow each other down ten times and more.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -152,7 +157,8 @@ class Precision:
     """
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        self.device_type, self.dtype = torch.device(device).type, dtype
+        self.device, self.dtype = torch.device(device), dtype
+        self.device_type = self.device.type
         scaled = dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self.device_type) if scaled else None
 
@@ -282,8 +288,11 @@ def all_gather(value) -> list:
     return values
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch (all devices) and numpy."""
+def seed_everything(seed: int, name: str = "") -> None:
+    """Seed torch (all devices) and numpy; with a name, with other numbers than under any other."""
+    if name:
+        mixed = np.random.SeedSequence([seed % 2**64, *name.encode()])
+        seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -296,13 +305,15 @@ def rng_state() -> dict[str, Tensor]:
     return state
 
 
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Go on where `rng_state()` was taken."""
+def set_rng_state(state: dict[str, Tensor], exact: bool = False) -> None:
+    """Continue where `rng_state()` was taken; with `exact`, by this process itself."""
     torch.set_rng_state(state["cpu"])
     kind = accelerator()
     if kind in state:
         torch.get_device_module(kind).set_rng_state(state[kind])
-    if rank() > 0:  # its own state is nowhere, and it must not draw what the first rank draws
+    if (
+        rank() > 0 and not exact
+    ):  # its own state is nowhere, and it must not draw what the first rank draws
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
 
@@ -366,6 +377,12 @@ def micro_batches(count: int, *tensors: Tensor):
     count = max(1, min(count, n // 2))
     for parts in zip(*(x.tensor_split(count) for x in tensors)):
         yield parts, len(parts[0]) / n
+
+
+def weighted_sum(pairs: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum of weight * value, without a kernel for 0 + x and 1 * x."""
+    terms = [value if weight == 1 else weight * value for weight, value in pairs]
+    return sum(terms[1:], start=terms[0])
 
 
 def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:

@@ -14,18 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-import torch
-from torch import Tensor, nn
-from torchvision import models
-from torchvision.models import detection as detectors
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.ops.misc import FrozenBatchNorm2d
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils  # noqa: E402
+import utils  # noqa: E402  before torch: how its threads wait
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torchvision import models  # noqa: E402
+from torchvision.models import detection as detectors  # noqa: E402
+from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
+from torchvision.models.detection.backbone_utils import (  # noqa: E402
+    BackboneWithFPN,
+    resnet_fpn_backbone,
+)
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7  # noqa: E402
+from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
+
 from detection import coco  # noqa: E402
 from engine import cli, console, distributed, foreign, published  # noqa: E402
 from engine.checkpoint import (  # noqa: E402

@@ -52,8 +52,8 @@ def _why_not(cfg, device: torch.device, modes: dict[str, bool], tensors) -> str:
 class CapturedStep:
     """A training step, called with the same arguments, as a CUDA graph.
 
-    The tensors among the arguments, and those in a dataclass, are inputs: copied into the graph's
-    own before a replay. Everything else is part of the graph: where it, a learning rate or an
+    The tensors among the arguments, and those in a dataclass or a list, are inputs: copied into the
+    graph's own before a replay. Everything else is part of the graph: where it, a learning rate or an
     input's shape changes, the step is recorded again. The first steps of an optimizer, those after
     a weight has become 0 or is 0 no longer, and a last batch of another size are ordinary ones.
 
@@ -96,10 +96,13 @@ class CapturedStep:
 
 
 def _tensors(arg) -> list[Tensor]:
+    """The tensors of an argument: itself, or those in a dataclass, a list or a tuple."""
     if isinstance(arg, Tensor):
         return [arg]
+    if isinstance(arg, (list, tuple)):
+        return [x for part in arg for x in _tensors(part)]
     if is_dataclass(arg):
-        return [x for x in (getattr(arg, f.name) for f in fields(arg)) if isinstance(x, Tensor)]
+        return [x for f in fields(arg) for x in _tensors(getattr(arg, f.name))]
     return []
 
 
@@ -107,9 +110,11 @@ def _copied(arg):
     """The argument with tensors of its own; 0-dim ones, which their owner fills in place, stay."""
     if isinstance(arg, Tensor):
         return arg.clone() if arg.dim() else arg
-    if _tensors(arg):
-        return replace(arg, **{f.name: _copied(getattr(arg, f.name)) for f in fields(arg)})
-    return arg
+    if not _tensors(arg):
+        return arg
+    if isinstance(arg, (list, tuple)):
+        return type(arg)(_copied(part) for part in arg)
+    return replace(arg, **{f.name: _copied(getattr(arg, f.name)) for f in fields(arg)})
 
 
 def _fixed(arg):

@@ -12,7 +12,7 @@ import utils
 from engine import distributed, foreign, stream
 from engine.adapter import Adapter, align, count_macs
 from engine.settings import Settings
-from kd_losses import Inputs, Phase
+from kd_losses import LABELS_ALONE, Inputs, Phase
 from kd_losses.lskd import standardise
 from utils import UserError
 
@@ -21,7 +21,8 @@ from utils import UserError
 class Batch:
     """img (B, 3, H, W), target (B,), index (B,): the samples' places in the training set; strong: a
     second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the
-    device, the epoch from 1 and the number of epochs, both in the protocol's number."""
+    device, the epoch from 1 and the number of epochs, both in the protocol's number; teacher: the
+    teacher's features of each micro-batch, where several students share its forward pass."""
 
     img: Tensor
     target: Tensor
@@ -29,6 +30,7 @@ class Batch:
     strong: Tensor | None = None
     epoch: Tensor | None = None
     epochs: Tensor | None = None
+    teacher: tuple[network.Features, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """What has an entry for each sample."""
@@ -38,13 +40,18 @@ class Batch:
     def micro_batches(self, count: int) -> Iterator[tuple["Batch", float]]:
         """Yield the batch in `count` parts, each with its share of the samples."""
         tensors = self.tensors()
-        for parts, share in utils.micro_batches(count, *tensors.values()):
-            yield replace(self, **dict(zip(tensors, parts))), share
+        for k, (parts, share) in enumerate(utils.micro_batches(count, *tensors.values())):
+            teacher = self.teacher[k : k + 1]
+            yield replace(self, **dict(zip(tensors, parts)), teacher=teacher), share
 
     def features(self, tapped: network.Tapped) -> network.Features:
         """The features of a network, with those of the second view."""
         x = tapped(self.img)
         return x if self.strong is None else replace(x, strong=tapped(self.strong))
+
+    def teacher_features(self, tapped: network.Tapped) -> network.Features:
+        """The teacher's features of a micro-batch: those that are there already, or `tapped`'s."""
+        return self.teacher[0] if self.teacher else self.features(tapped)
 
 
 class Criterion(nn.Module):
@@ -104,21 +111,27 @@ def _standardised(x: network.Features) -> network.Features:
 class Distiller:
     """Student and teacher, and a criterion for each method.
 
-    student, teacher: network.Tapped. criteria: {name of the loss in metrics.csv: Criterion}: 'kd',
+    student, teacher: network.Tapped; of a student without a method, which learns from the labels
+    alone, the teacher is None. criteria: {name of the loss in metrics.csv: Criterion}: 'kd',
     or of several methods 'kd_MODE'. added: the criteria as one module, what the methods add.
     deployed: the network that is evaluated and saved, the student unless a method deploys its
     projector with it.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, settings: list[Settings], train):
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, settings: list[Settings], train
+    ):
         """settings: of each method; train: the training set."""
         methods = [x.method for x in settings]
+        roles = {m.teacher for m in methods} or {"none"}
         self.teacher_role = next(
-            role for role in ("trained", "grad", "frozen") if role in {m.teacher for m in methods}
+            role for role in ("trained", "grad", "frozen", "none") if role in roles
         )
         self.image_grad = any(m.teacher == "grad" for m in methods)
-        self.lambda_ce = settings[0].lambda_ce
-        self.phases = next(x.phases for x in settings if x.method.teacher == self.teacher_role)
+        self.lambda_ce, self.phases = 1.0, LABELS_ALONE
+        if settings:
+            self.lambda_ce = settings[0].lambda_ce
+            self.phases = next(x.phases for x in settings if x.method.teacher == self.teacher_role)
         self.two_views = any(m.two_views for m in methods)
         self.batch_teacher_bn = any(x.teacher_bn == "batch" for x in settings)
         trainable = {name for x in settings for phase in x.phases for name in phase.trainable}
@@ -134,11 +147,12 @@ class Distiller:
         stages = [align(student, teacher, x.stages) for x in settings]
         union = sorted({i for ids in stages for i in ids})
         self.student = network.Tapped(student, sorted(reads), union)
-        self.teacher = network.Tapped(teacher, sorted(reads), union)
+        self.teacher = teacher and network.Tapped(teacher, sorted(reads), union)
         trial = torch.zeros(2, 3, train.size, train.size)
         with torch.no_grad():
-            student.eval(), teacher.eval()
-            s, t = self.student(trial), self.teacher(trial)
+            for net in self.networks:
+                net.eval()
+            s, t = self.student(trial), teacher and self.teacher(trial)
             names = ["kd"] if len(settings) == 1 else [f"kd_{x.mode}" for x in settings]
             self.criteria = {
                 name: Criterion(x, [union.index(i) for i in ids], s, t, train)
@@ -161,10 +175,21 @@ class Distiller:
         self.epoch, self.epochs = torch.tensor(1.0), torch.tensor(240.0)
         self._clock = None
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The student and, if there is one, the teacher."""
+        return [x.net for x in (self.student, self.teacher) if x]
+
     # --- what runs in a step ---
 
     def teacher_runs(self, phase: Phase, weights: dict[str, float]) -> bool:
         return phase.teacher_learns or any(weights.values())
+
+    @property
+    def teacher_is_constant(self) -> bool:
+        """Whether several students can use the teacher: it is not trained, and its batch norms use
+        their running statistics."""
+        return self.teacher_role in ("frozen", "grad") and not self.batch_teacher_bn
 
     def teacher_has_grad(self, phase: Phase) -> bool:
         return phase.teacher_learns or self.teacher_role == "grad"
@@ -195,8 +220,10 @@ class Distiller:
     def set_trainable(self, phase: Phase) -> list[nn.Parameter]:
         """Put exactly what `phase` trains in training mode, with gradients. Returns its
         parameters."""
-        student, teacher = self.student.net, self.teacher.net
-        for module in (student, teacher, self.added):
+        student = self.student.net
+        teacher = self.teacher and self.teacher.net
+        modules = (*self.networks, self.added)
+        for module in modules:
             module.eval().requires_grad_(False)
         for name in phase.trainable:
             head, _, inner = name.partition(".")
@@ -212,7 +239,6 @@ class Distiller:
                 classifier.eval().requires_grad_(False)
         if self.batch_teacher_bn and not phase.teacher_learns:
             _use_batch_statistics(teacher)
-        modules = (student, teacher, self.added)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def param_groups(self, phase: Phase) -> list[dict]:
@@ -241,9 +267,9 @@ class Distiller:
             img.requires_grad_(self.image_grad), target, index, img if self.two_views else None
         )
         macs = 0
-        for phase in self.phases:
+        for phase in self.phases if self.teacher else ():
             with torch.set_grad_enabled(self.image_grad):
-                s, t = batch.features(self.student), batch.features(self.teacher)
+                s, t = (batch.features(x) for x in (self.student, self.teacher))
                 for criterion in self.added.eval() if phase.kd else []:
                     added = self._check(criterion, phase, s, t, batch)
                     macs += added // 2 if phase.inputs is None else 0
@@ -289,12 +315,12 @@ class Distiller:
         """torch.compile both networks, where the methods allow it. Returns what to log."""
         if self.image_grad:
             return "not compiled: the method needs second derivatives, which compiled code lacks"
-        for net in (self.student.net, self.teacher.net):
+        for net in self.networks:
             net.compile()  # in place: hooks and the state dict's keys stay
-        return "both networks are compiled at their first step"
+        return "the networks are compiled at their first step"
 
     def to(self, device: torch.device) -> None:
-        for module in (self.student.net, self.teacher.net, self.deployed, self.added):
+        for module in (*self.networks, self.deployed, self.added):
             module.to(device, memory_format=torch.channels_last)
         self.epoch, self.epochs = self.epoch.to(device), self.epochs.to(device)
 

@@ -9,6 +9,92 @@ from kd_losses import METHODS, Flag
 from utils import UserError, named
 
 SHARED = ("stages", "reduce", "adapter")  # flags of every method that can use them
+NONE = "none"  # --kd_mode of a student without a method: the baseline
+OF_THE_METHODS = {
+    "lambda_kd",
+    "lambda_ce",
+    *SHARED,
+    *(x for m in METHODS.values() for x in m.flags),
+}
+PLACE = {"note", "save_root"}
+OF_THE_TEACHER = {f"{name}_{side}" for name in ("t", "net1") for side in ("model", "init", "name")}
+OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes"}
+
+
+# --- several students -----------------------------------------------------------------------------
+
+
+def command_lines(argv: list[str]) -> dict[str, list[str]]:
+    """{student: its own command line}. Of `--kd_mode at,dkd --dkd.beta 6 --note x` these are
+    `--kd_mode at --note at-x` and `--kd_mode dkd --beta 6 --note dkd-x`: each student is trained as
+    this command alone would train it.
+
+    Raises UserError for a flag that only some students can have and that names none of them.
+    """
+    kd_mode = _first_pass(argv).kd_mode or ""
+    students = kd_mode.split(",")
+    if len(students) == 1:
+        return {kd_mode: argv}
+    if "" in students or len(set(students)) < len(students):
+        raise UserError(f"--kd_mode {kd_mode}: expected different students, separated by commas")
+    if {"-h", "--help"} & set(argv):
+        raise UserError(f"--help shows one student at a time: --kd_mode {students[0]} --help")
+    for student in students:
+        modes_of(student)
+    lines = {student: [] for student in students}
+    found = [(*_owner_of(words[0], students), words) for words in _flags_with_values(argv)]
+    own = {(owner, inner) for owner, inner, _ in found}
+    for owner, inner, words in found:
+        name = f"{owner}.{inner}" if owner else inner
+        base = inner.split(".")[-1]
+        if owner is None and base in OF_THE_METHODS:
+            raise UserError(
+                f"--{name}: there are several students, give it for one of them: "
+                f"--{students[0]}.{name}"
+            )
+        if owner and base not in OF_THE_METHODS | PLACE | {"logit_stand", "gather"}:
+            raise UserError(f"--{name}: all students share --{base}")
+        for student in [owner] if owner else students:
+            if student == NONE and inner in OF_THE_TEACHER:
+                continue
+            if owner is None and (student, inner) in own:
+                continue  # it has one of its own
+            lines[student] += _words_for(student, words, owner, inner)
+    return lines
+
+
+def _owner_of(word: str, students: list[str]) -> tuple[str | None, str]:
+    """The student that a flag names, or None, and the flag without it."""
+    name = word.removeprefix("--").partition("=")[0]
+    for student in students:
+        if name.startswith(f"{student}."):
+            return student, name[len(student) + 1 :]
+    return None, name
+
+
+def _flags_with_values(argv: list[str]) -> list[list[str]]:
+    """The words of a command line, each flag with its values."""
+    found = []
+    for word in argv:
+        if word.startswith("--") or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def _words_for(student: str, words: list[str], owner: str | None, inner: str) -> list[str]:
+    """A flag with its values as `student` alone is given it."""
+    flag, equals, value = words[0].partition("=")
+    values = [value, *words[1:]] if equals else words[1:]
+    flag = f"--{inner}" if owner else flag
+    if flag == "--kd_mode":
+        values = [student]
+    if flag == "--note" and not owner:
+        values = [f"{student}-{value}" for value in values]
+    return [f"{flag}={values[0]}"] if equals else [flag, *values]
+
+
+# --- the flags of one student ---------------------------------------------------------------------
 
 
 def parse(argv: list[str], description: str) -> Namespace:
@@ -32,6 +118,8 @@ def parse(argv: list[str], description: str) -> Namespace:
     )
     cli.add_common_flags(parser, recipe)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, modes))
+    if not modes:
+        _check_baseline(args)
     if args.lambda_kd and len(args.lambda_kd) != len(modes):
         raise UserError(
             f"--lambda_kd: expected one weight per method of --kd_mode ({len(modes)}), got "
@@ -41,9 +129,9 @@ def parse(argv: list[str], description: str) -> Namespace:
 
 
 def modes_of(kd_mode: str | None) -> list[str]:
-    """The methods of --kd_mode. Raises UserError for an unknown one, or those that cannot be
-    combined."""
-    modes = kd_mode.split("+") if kd_mode else []
+    """The methods of one student's --kd_mode, [] of the baseline. Raises UserError for an unknown
+    one, or those that cannot be combined."""
+    modes = kd_mode.split("+") if kd_mode and kd_mode != NONE else []
     for mode in modes:
         method = named(METHODS, mode, "--kd_mode")
         if len(modes) > 1 and (len(method.phases) > 1 or method.deploys_projector):
@@ -52,6 +140,24 @@ def modes_of(kd_mode: str | None) -> list[str]:
     if len(set(modes)) < len(modes):
         raise UserError(f"--kd_mode {kd_mode}: a method is given twice")
     return modes
+
+
+def _check_baseline(args: Namespace) -> None:
+    """Raise UserError for what has no effect on a student that is trained without a teacher."""
+    names = (
+        "t_model",
+        "t_name",
+        "t_pretrained",
+        "t_taps",
+        "t_key",
+        "t_classes",
+        "s_taps",
+        "lambda_kd",
+        "lambda_ce",
+    )
+    for name in (*names, "gather", "logit_stand"):
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"--{name} has no effect with --kd_mode {NONE}: leave it out")
 
 
 def given_flags(args: Namespace, modes: list[str]) -> dict[str, dict]:
@@ -133,7 +239,9 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         "--kd_mode",
         required=True,
         metavar="MODE",
-        help="one method, or several joined by +: " + ", ".join(METHODS),
+        help="one method; or several joined by + (st+at: the loss of one student is their sum); or "
+        f"several students separated by commas (at,dkd,{NONE}; {NONE}: cross-entropy alone). "
+        "Methods: " + ", ".join(METHODS),
     )
     name = dict(type=cli.filled, metavar="NAME")
     file = dict(type=cli.filled, metavar="FILE")

@@ -92,7 +92,7 @@ def check_images(args: Namespace, found_t, found_s, teacher, student, data, batc
 
 def has_answers(found_t) -> bool:
     """Whether the teacher's accuracy on the dataset has a meaning."""
-    return found_t.outputs is None or found_t.outputs.answers
+    return found_t is None or found_t.outputs is None or found_t.outputs.answers
 
 
 def take_over(found_t, first, teacher, img_size: int) -> None:

@@ -6,9 +6,7 @@ import io
 import json
 import os
 import platform
-import signal
 import subprocess
-import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from engine.locks import NO_LOCKS, Held, hold
 from engine.console import Stopped, say
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
+from engine.signals import Signals
 from utils import (
     printable,
     Meter,
@@ -54,6 +53,8 @@ class Run:
             run.epoch(row, speed, state())                        # at its end
 
     loss, score: the metrics that the curves show; the best epoch is the one of the highest score.
+    label: what the lines on the terminal begin with, where several runs share it; signals: shared
+    by runs that end together.
     """
 
     def __init__(
@@ -63,14 +64,17 @@ class Run:
         argv: list[str],
         loss: str = "ce",
         score: str = "test_top1",
+        label: str = "",
+        signals: Signals | None = None,
     ):
         self.dir = Path(cfg.save_root) / note
+        self.label, self.signals = label, signals or Signals()
         self.cfg, self.argv, self.loss, self.score = cfg, argv, loss, score
         self.history, self.timing = [], []
         self.best = dict(epoch=0, score=-1.0)
-        self.saved = self.inside = self.events = self.signal = self.known = None
+        self.saved = self.inside = self.events = self.known = None
         self.sources = {}
-        self.handlers, self.where, self.warned = {}, "before its first step", set()
+        self.where, self.warned = "before its first step", set()
         if cfg.tensorboard:
             summary_writer()  # or say what to install, before anything is written
         self.checkpoint = self.dir / "checkpoint.pth.tar"
@@ -322,24 +326,12 @@ class Run:
         write_file(self.dir / "args.json", text.encode())
 
     def __enter__(self) -> "Run":
-        """Catch the signals that ask for an end. Only a program's main thread may."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._stop)
+        """Catch the signals that ask for an end."""
+        self.signals.__enter__()
         return self
 
-    def _stop(self, number: int, frame) -> None:
-        """The step at work is finished and everything is saved; a second signal ends at once."""
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        if rank() == 0:
-            with suppress(OSError):
-                os.write(2, b"stopping after this step\n")  # a print may be at work just now
-
     def __exit__(self, *error) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.signals.__exit__(*error)
         if rank() > 0:
             return
         self.log_file.close()
@@ -352,7 +344,7 @@ class Run:
         """Print a line and keep it in log.txt."""
         if rank() > 0:
             return
-        say(text)
+        say(self.label + text)
         try:
             self.log_file.write(printable(text) + "\n")
         except OSError as error:
@@ -410,10 +402,10 @@ class Run:
         minutes = self.cfg.save_every
         late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
         if world() > 1:  # all or none
-            votes = torch.tensor([self.signal or 0, late], dtype=torch.int32)
+            votes = torch.tensor([self.signals.number or 0, late], dtype=torch.int32)
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=control_group())
-            self.signal, late = votes[0].item() or None, bool(votes[1])
-        return late or self.signal is not None
+            self.signals.number, late = votes[0].item() or None, bool(votes[1])
+        return late or self.signals.number is not None
 
     def pause(self, state, meter: Meter, step: int, where: str) -> None:
         """Save inside an epoch, after `step` of it, what `state()` gives; and stop where a signal
@@ -426,7 +418,7 @@ class Run:
         """Write a checkpoint. `state`: what it holds, `state['weights']` also being what model_best
         holds; `inside`: how far the epoch at work is, if it is."""
         self.due()  # the ranks agree on whether this is the end
-        signal_now = self.signal
+        signal_now = self.signals.number
         if inside:
             inside |= dict(seconds=time.perf_counter() - self.began)
         if rank() == 0:
@@ -466,14 +458,16 @@ class Run:
         for name, rows in (("metrics", self.history), ("timing", self.timing)):
             write_file(self.dir / f"{name}.csv", _csv(rows).encode())
 
-    def epoch(self, row: dict, speed: float, state: dict, keep_best: bool = True) -> None:
+    def epoch(
+        self, row: dict, speed: float, state: dict, keep_best: bool = True, beside: int = 1
+    ) -> None:
         """An epoch is done: log it, save everything.
 
         `row`: its metrics; `speed`: training images a second; `state`: as for `save`; `keep_best`:
-        whether the epoch may be the best one.
+        whether the epoch may be the best one; `beside`: the number of runs that shared its time.
         """
         now = time.perf_counter()
-        seconds, self.began = now - self.began, now
+        seconds, self.began = (now - self.began) / beside, now
         self.history.append({key: _short(value) for key, value in row.items()})
         self.timing.append(
             dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))

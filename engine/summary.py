@@ -10,12 +10,13 @@ def summary(
     where: str, distiller: Distiller, data, cfg, phases, found_t, found_s, macs
 ) -> list[str]:
     """The networks, the data and every resolved setting, as lines of the log."""
+    names = f"{found_t.name} -> {found_s.name}" if found_t else f"{found_s.name} without a teacher"
     lines = [
-        f"{where}: {found_t.name} -> {found_s.name}, {data.name}, {data.train.num_class} classes",
+        f"{where}: {names}, {data.name}, {data.train.num_class} classes",
         f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
         f"student from {found_s.path or ('library' if found_s.pretrained else 'random')} weights",
         *data.notes,
-        *found_t.notes,
+        *(found_t.notes if found_t else []),
         *found_s.notes,
         cli.describe_recipe(cfg, dataset.padded(data.train)),
     ]
@@ -43,7 +44,7 @@ def summary(
         lines.append(f"trained and evaluated: {name}, {whole:,} parameters")
     if added:
         lines.append(f"the method adds {added:,} parameters and {macs:,} multiply-adds per image")
-    return lines + found_t.warnings(data.train) + found_s.warnings(data.train)
+    return lines + [line for x in (found_t, found_s) if x for line in x.warnings(data.train)]
 
 
 def _values(criterion: Criterion, distiller: Distiller) -> dict:

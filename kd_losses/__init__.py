@@ -140,6 +140,7 @@ class Phase:
 ONE_PHASE = (Phase(),)
 BOTH_LEARN = (Phase(trainable=("student", "teacher", "kd")),)
 NO_CE = (Phase(ce=False),)
+LABELS_ALONE = (Phase(name="train", kd=False, trainable=("student",)),)  # of no method
 
 
 def init_then_ce(epochs: int, *lr: tuple[float, float], trainable: str = "backbone"):

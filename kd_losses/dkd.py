@@ -43,11 +43,7 @@ class DKD(nn.Module):
             margin_s, log_q_s, _ = self.groups(out_s, target, own)
             margin_t, log_q_t, q_t = self.groups(out_t.detach(), target, own)
             # log p_y = logsigmoid(margin), log(1 - p_y) = logsigmoid(-margin): neither underflows
-            tckd = sum(
-                (sign * margin_t).sigmoid()
-                * (F.logsigmoid(sign * margin_t) - F.logsigmoid(sign * margin_s))
-                for sign in (1, -1)
-            )
+            tckd = _term(margin_s, margin_t) + _term(-margin_s, -margin_t)
             nckd = (q_t * (log_q_t - log_q_s)).sum(1)
             return self.T**2 * (self.alpha * tckd + self.beta * nckd).mean()
 
@@ -59,6 +55,11 @@ class DKD(nn.Module):
         total = others.logsumexp(1, keepdim=True)
         log_q = z - total
         return log_q.gather(1, target[:, None])[:, 0], log_q, others.softmax(1)
+
+
+def _term(margin_s: Tensor, margin_t: Tensor) -> Tensor:
+    """p_t * log(p_t / p_s) of p = sigmoid(margin), neither of which underflows."""
+    return margin_t.sigmoid() * (F.logsigmoid(margin_t) - F.logsigmoid(margin_s))
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class MLKD(nn.Module):
             # between two middle values torch takes the lower: as many are at most that one
             m, c = ((x <= x.median()).to(p.dtype) for x in (p.amax(1), p.sum(0)))
             # log P at all n temperatures, (n, B, K) each
-            logs = torch.stack([torch.stack(outs) / T for T in self.T], dim=1).log_softmax(3)
+            z = torch.stack(outs)
+            logs = torch.stack([z / T for T in self.T], dim=1).log_softmax(3)
             s_w, s_s, t_w, t_s = logs
             kd_w, kd_s = _kl(s_w, t_w), _kl(s_s, t_s)
             cc_w, bc_w = _relations(s_w, t_w)

@@ -81,7 +81,8 @@ class OFA(nn.Module):
         with torch.autocast("cpu", enabled=False):
             outs = [head(_float32(fm)) for head, fm in zip(self.heads, stages_s)]
         terms = zip([*outs, out_s], self.eps)
-        return torch.stack([ofa_loss(z, out_t, target, eps, self.T) for z, eps in terms]).sum()
+        p_t, y = _expected(out_t, target, self.T)
+        return torch.stack([_cross_entropy(z, p_t, y, eps, self.T) for z, eps in terms]).sum()
 
 
 def ofa_loss(
@@ -101,11 +102,20 @@ def ofa_loss(
             "ofa_loss wants logits of one shape (B, K) and targets (B,), not "
             f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
         )
+    return _cross_entropy(out_s, *_expected(out_t, target, T), eps, T)
+
+
+def _expected(out_t: Tensor, target: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """The teacher's probabilities and y, both (B, K)."""
+    with torch.autocast(out_t.device.type, enabled=False):
+        p_t = (_float32(out_t.detach()) / T).softmax(1)
+        return p_t, torch.zeros_like(p_t).scatter(1, target[:, None], 1.0)
+
+
+def _cross_entropy(out_s: Tensor, p_t: Tensor, y: Tensor, eps: float, T: float) -> Tensor:
     with torch.autocast(out_s.device.type, enabled=False):
-        z_s, z_t = _float32(out_s) / T, _float32(out_t.detach()) / T
-        y = torch.zeros_like(z_t).scatter(1, target[:, None], 1.0)
-        weight = (z_t.softmax(1) + y) ** eps - y
-        return -(weight * z_s.log_softmax(1)).sum(1).mean()
+        log_p_s = (_float32(out_s) / T).log_softmax(1)
+        return -(((p_t + y) ** eps - y) * log_p_s).sum(1).mean()
 
 
 def _head(channels: int, blocks: int, width: int, num_class: int) -> nn.Sequential:

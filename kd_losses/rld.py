@@ -47,11 +47,7 @@ class RLD(nn.Module):
             # log p = logsigmoid(margin), log(1 - p) = logsigmoid(-margin): neither underflows
             margin_s = _margin(out_s / self.alpha_T, y)
             margin_t = _margin(out_t / self.alpha_T, out_t.argmax(1, keepdim=True))
-            scd = sum(
-                (sign * margin_t).sigmoid()
-                * (F.logsigmoid(sign * margin_t) - F.logsigmoid(sign * margin_s))
-                for sign in (1, -1)
-            )
+            scd = _term(margin_s, margin_t) + _term(-margin_s, -margin_t)
             masked = out_t >= out_t.gather(1, y)
             # not -inf: a row without any class left is then uniform, not NaN
             z_s, z_t = (
@@ -68,6 +64,11 @@ def _margin(z: Tensor, index: Tensor) -> Tensor:
     z = z - z.detach().amax(1, keepdim=True)
     others = z.scatter(1, index, -torch.inf).logsumexp(1)
     return z.gather(1, index)[:, 0] - others
+
+
+def _term(margin_s: Tensor, margin_t: Tensor) -> Tensor:
+    """p_t * log(p_t / p_s) of p = sigmoid(margin), neither of which underflows."""
+    return margin_t.sigmoid() * (F.logsigmoid(margin_t) - F.logsigmoid(margin_s))
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -372,3 +372,27 @@ def test_the_number_of_classes_of_an_unknown_file(tmp_path):
     torch.save({f"module.{key}": x for key, x in state.items()}, tmp_path / "x.pth")
     found = find_weights("torchvision/squeezenet1_1", str(tmp_path / "x.pth"), "t_name", "t_model")
     assert found.classes(4, 32) == (7, None)
+
+
+# --- several students -----------------------------------------------------------------------------
+
+
+def test_students_side_by_side(trained, large, folder, tmp_path, capsys):
+    """Each as alone: a teacher in another order for logits and features, one of more classes for
+    features alone."""
+    argv = ["--s_name", "resnet8", *images(folder), *QUICK]
+    argv += ["--save_root", str(tmp_path / "runs")]
+    moved = permuted(trained["resnet14"], tmp_path / "moved.pth")
+    for note, file in dict(plain=trained["resnet14"], mapped=moved).items():
+        train_kd.main(["--kd_mode", "catkd,at,none", "--t_model", file, *argv, "--note", note])
+    for mode in ("catkd", "at"):
+        rows = [
+            (tmp_path / "runs" / f"{mode}-{x}/metrics.csv").read_text() for x in ("plain", "mapped")
+        ]
+        assert rows[0] == rows[1]
+    capsys.readouterr()
+    train_kd.main(["--kd_mode", "at,fitnet", "--t_model", large, *argv, "--note", "large"])
+    assert "teacher test_top1" not in capsys.readouterr().out
+    for modes in ("at,st", "st,at"):
+        with ends(capsys, "--t_model", large, "--kd_mode st", "--t_classes"):
+            train_kd.main(["--kd_mode", modes, "--t_model", large, *argv, "--note", "no"])

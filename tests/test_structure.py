@@ -129,6 +129,21 @@ def test_a_planted_import_is_found(name, line, told):
     assert not found if told is None else any(told in x for x in found), found
 
 
+@pytest.mark.parametrize(
+    "path", ["train_base.py", "train_kd.py", "detection/train_det.py", "tools/eval.py"]
+)
+def test_utils_comes_before_torch(path):
+    """It says how torch's threads wait, which they read when torch is imported."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    names = [
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert names.index("utils") < min(i for i, x in enumerate(names) if x in OURS - {"utils"})
+    assert names.index("utils") < names.index("torch")
+
+
 def python_files() -> list[Path]:
     folders = [ROOT, *(ROOT / name for name in (*sorted(OURS), "tests", "results", "docs"))]
     deep = {path for folder in folders[1:] if folder.is_dir() for path in folder.rglob("*.py")}

@@ -477,7 +477,7 @@ def test_help_and_readme_list_the_rows(capsys):
         train_kd.main(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    listed = text.split("joined by +: ")[1].split(" --")[0].split(", ")
+    listed = text.split("Methods: ")[1].split(" --")[0].split(", ")
     assert listed == list(METHODS)
     readme = (ROOT / "README.md").read_text()
     rows = [line for line in readme.splitlines() if line.startswith("| `") and "kd_losses/" in line]

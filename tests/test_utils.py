@@ -1,6 +1,7 @@
 import os
 import pickle
 import platform
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -328,3 +329,17 @@ def test_freed_memory_is_kept_for_the_next_step():
     faults = subprocess.check_output([sys.executable, "-c", STEPS], cwd=ROOT)
     # anew, a step's 96 MB are 24 000 pages
     assert int(faults) < 2000
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "1000"), (dict(OMP_WAIT_POLICY="active"), None), (dict(GOMP_SPINCOUNT="7"), "7")],
+)
+def test_how_threads_wait_is_the_user_s_first(given, spins, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # restored at the end, whatever utils sets
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(ROOT / "utils.py"))
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -31,15 +31,15 @@ from statistics import median
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages, read at the import
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402  before torch: how its threads wait
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import dataset  # noqa: E402
-import utils  # noqa: E402
 from engine import cli, console, stream  # noqa: E402
 from engine.run import Run  # noqa: E402
 from kd_losses import METHODS  # noqa: E402

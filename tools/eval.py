@@ -17,15 +17,15 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from statistics import median
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: E402  before torch: how its threads wait
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
 import network  # noqa: E402
-import utils  # noqa: E402
 from engine import cli, console, published, stream  # noqa: E402
 from engine.adapter import count_macs  # noqa: E402
 from engine.channels import check_grey  # noqa: E402

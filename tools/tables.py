@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out:  # or say before all is trained that nothing can be written there
         make_folder(Path(args.out))
         remembered(Path(args.out) / f"{args.table}.runs.csv")
-    failed = work(todo, jobs, args.jobs, args.cuda)
+    failed = work(todo, jobs, args.jobs, args.cuda, not args.apart)
     show(args)
     if failed:
         raise UserError(f"{len(failed)} of {len(todo)} trainings failed, see above")
@@ -183,6 +183,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--img_size", type=cli.number(int, *dataset.SIZES), metavar="N", help="in pixels")
         add("--teacher", **page, help="a trained teacher (default: trained first)")
         add("--jobs", type=cli.number(int, 1, 256), default=1, metavar="J", help="side by side")
+        ways = parser.add_mutually_exclusive_group()
+        ways.add_argument(
+            "--together",
+            action="store_true",
+            help="methods of a pair and seed in one process, with one pass of the teacher (default)",
+        )
+        ways.add_argument("--apart", action="store_true", help="a process for each training")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
         cli.add_device_flags(parser)
     return parser.parse_args(argv[1:])

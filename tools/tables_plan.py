@@ -149,7 +149,12 @@ def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | No
 @dataclass
 class Job:
     """One training: its script and flags, the folder that it fills, the epochs it takes, the folder
-    of the teacher that it waits for, and its recipe in a line."""
+    of the teacher that it waits for, and its recipe in a line.
+
+    group: jobs of one group can be students of one process; None: a process of its own. student:
+    the name and flags (of train_kd.py) that it has there, where they are others than alone: those
+    of a baseline.
+    """
 
     script: str
     argv: list[str]
@@ -157,6 +162,8 @@ class Job:
     epochs: int
     needs: Path | None
     recipe: str
+    group: tuple | None = None
+    student: list[str] | None = None
 
     def __str__(self) -> str:
         return shlex.join(["python", self.script, *self.argv])
@@ -224,10 +231,18 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         argv = ["--net_name", net, *["--pretrained"] * table.pretrained, *common]
         argv += place(folder, seed)
         recipe = train_base.resolve(train_base.parse(argv))
-        jobs.setdefault(
-            folder, Job("train_base.py", argv, folder, recipe.epochs, None, plain(recipe))
-        )
-        return folder
+        job = Job("train_base.py", argv, folder, recipe.epochs, None, plain(recipe))
+        return jobs.setdefault(folder, job).folder
+
+    def baseline(t: str, s: str, seed: int) -> None:
+        """The student alone, which can be trained beside those that have a teacher."""
+        job = jobs[base(s, seed)]
+        smooth = published.PROTOCOLS[table.protocol].label_smoothing
+        if job.group is None and t and not smooth:  # which train_base.py alone has
+            job.group = t, s, seed, train_base.resolve(train_base.parse(job.argv)).batch_size
+            job.student = ["--kd_mode", kd_cli.NONE, "--s_name", s]
+            job.student += ["--s_pretrained"] * table.pretrained
+            job.student += [*common, *place(job.folder, seed)]
 
     def distil(t: str, s: str, mode: str, seed: int) -> None:
         folder = home / label(t, s) / f"{mode}-{seed}"
@@ -247,6 +262,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         recipe = kd_cli.resolve(flags, s, {})
         settings = kd_cli.settings_of(flags, t, s, NUM_CLASS.get(args.data, 100))[mode]
         phases = schedule(settings.phases, recipe)
+        alone = METHODS[mode].teacher == "trained"
         jobs[folder] = Job(
             "train_kd.py",
             argv,
@@ -254,6 +270,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
             sum(epochs for _, epochs in phases),
             needs,
             f"{plain(recipe)}; {compared(settings, phases, args.data in NUM_CLASS)}",
+            None if alone else (t, s, seed, recipe.batch_size),
         )
 
     distilled = [row for row in rows if row[2] != BASE]
@@ -262,8 +279,20 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
             base(t, 1)
     for seed in range(1, args.seeds + 1):
         for t, s, mode in rows:
-            base(s, seed) if mode == BASE else distil(t, s, mode, seed)
+            baseline(t, s, seed) if mode == BASE else distil(t, s, mode, seed)
     return list(jobs.values())
+
+
+def together(jobs: list[Job]) -> list[str]:
+    """The command line of train_kd.py that trains jobs of one group side by side."""
+    lines = {line[1]: line for line in (job.student or job.argv for job in jobs)}
+    (first, seed) = next((x.argv, x.group[2]) for x in jobs if not x.student)
+    argv = ["--kd_mode", ",".join(lines), *first[2:-1], str(seed)]
+    for name, line in lines.items():
+        if name == kd_cli.NONE:
+            *_, root, _, note = line
+            argv += [f"--{name}.save_root", root, f"--{name}.note", note]
+    return argv
 
 
 def place(folder: Path, seed: int) -> list[str]:

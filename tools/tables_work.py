@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -14,7 +15,7 @@ import torch
 import utils
 from engine import locks
 from tools.tables_files import read_json
-from tools.tables_plan import Job
+from tools.tables_plan import Job, together
 from tools.tables_runs import checked
 from utils import UserError
 
@@ -22,78 +23,143 @@ ROOT = Path(__file__).parent.parent
 AGAIN = 2.0  # seconds after which to look again at what another process trains
 
 
-def work(todo: list[Job], jobs: list[Job], side_by_side: int, cuda: int | None) -> list[Job]:
-    """Run the jobs, some side by side. Returns those that failed."""
+@dataclass
+class Process:
+    """A process at work, the trainings in it, and the files that say so (locked); the first is what
+    it prints into."""
+
+    jobs: list[Job]
+    process: subprocess.Popen
+    files: list
+    slot: int
+
+
+def work(
+    todo: list[Job], jobs: list[Job], side_by_side: int, cuda: int | None, grouped: bool = False
+) -> list[Job]:
+    """Run the jobs, some side by side; with `grouped`, those of a group in one process. Returns
+    those that failed."""
     gpus = torch.cuda.device_count() if cuda != 0 else 0
     waiting, running, failed = list(todo), [], []
     slots = list(range(side_by_side))
     again = {}  # when to look again at those that another process trains
+    single = set()  # folders of jobs that get a process of their own
 
     def tell(words: list[str]) -> None:
-        left = [*waiting, *(job for job, *_ in running)]
+        left = [*waiting, *(job for entry in running for job in entry.jobs)]
         done = len([job for job in jobs if job.finished])
         ahead = time_left(jobs, left, side_by_side)
         print(f"{done} of {len(jobs)}  {' '.join(words)}{ahead}", flush=True)
 
+    def fail(job: Job, why: str) -> None:
+        failed.append(job)
+        print(f"{job.folder}: {why}", flush=True)
+
+    def claims(team: list[Job]) -> list[tuple]:
+        """(job, its file) of those that can begin; the others are told of and looked at again."""
+        found = []
+        for job in team:
+            try:
+                if job.needs in [other.folder for other in failed]:
+                    raise UserError("not run, its teacher failed")
+                file = claim(job)
+            except UserError as error:
+                waiting.remove(job)
+                fail(job, str(error))
+            except locks.Held as other:
+                if job.folder not in again:
+                    print(f"{job.folder}: waits for {other}, which trains there", flush=True)
+                again[job.folder] = time.monotonic() + AGAIN
+            else:
+                waiting.remove(job)
+                if file:
+                    found.append((job, file))
+                else:
+                    tell([f"{job.folder}: finished by another process"])
+        return found
+
     try:
         while waiting or running:
-            busy = {job.folder for job in (*waiting, *(job for job, *_ in running))}
+            at_work = (job for entry in running for job in entry.jobs)
+            busy = {job.folder for job in (*waiting, *at_work)}
             ready = [job for job in waiting if job.needs not in busy]
             ready = [job for job in ready if time.monotonic() >= again.get(job.folder, 0)]
             if ready and slots:
-                job = ready[0]
-                try:
-                    if job.needs in [other.folder for other in failed]:
-                        raise UserError("not run, its teacher failed")
-                    begun = start(job, slots[0], side_by_side, gpus)
-                except UserError as error:
-                    waiting.remove(job)
-                    failed.append(job)
-                    print(f"{job.folder}: {error}", flush=True)
-                    continue
-                except locks.Held as other:
-                    if job.folder not in again:
-                        print(f"{job.folder}: waits for {other}, which trains there", flush=True)
-                    again[job.folder] = time.monotonic() + AGAIN
-                    continue
-                waiting.remove(job)
-                if begun:
-                    running.append((job, *begun, slots.pop(0)))
-                else:
-                    tell([f"{job.folder}: finished by another process"])
+                found = claims(team(ready, single) if grouped else ready[:1])
+                if found:
+                    begun, files = (list(x) for x in zip(*found))
+                    try:
+                        process = launch(begun, files, slots[0], side_by_side, gpus)
+                        running.append(Process(begun, process, files, slots.pop(0)))
+                    except UserError as error:
+                        for job, file in found:
+                            fail(job, str(error))
+                            file.close()
                 continue
             time.sleep(0.1)
-            for entry in [e for e in running if e[1].poll() is not None]:
+            for entry in [x for x in running if x.process.poll() is not None]:
                 running.remove(entry)
-                job, process, file, slot = entry
-                slots.append(slot)
-                says = last_line(output(job))
-                if process.returncode or not job.finished:
-                    failed.append(job)
-                    print(f"{job.folder}: failed: {' '.join(says)}\n  {job}", flush=True)
-                else:
-                    output(job).unlink(missing_ok=True)
-                    tell(says)
-                file.close()
+                slots.append(entry.slot)
+                for job in end(entry, fail, tell):  # it ended before they did: once more, alone
+                    waiting.append(job)
+                    single.add(job.folder)
     finally:
-        for _, process, *_ in running:
-            process.terminate()
-        for _, process, file, _ in running:
-            process.wait()
-            file.close()
+        for entry in running:
+            entry.process.terminate()
+        for entry in running:
+            entry.process.wait()
+            for file in entry.files:
+                file.close()
     return failed
 
 
-def start(job: Job, slot: int, side_by_side: int, gpus: int):
-    """Begin a training, or go on with one that was interrupted: its process and the file that it
-    prints into; None where another process has just finished it. Nothing is removed.
+def team(ready: list[Job], single: set[Path]) -> list[Job]:
+    """The first job, and those that one process can train beside it; none of `single`."""
+
+    def fits(job: Job) -> bool:
+        """Whether its run is a new one, or one that can continue beside others."""
+        if job.group is None or job.folder in single:
+            return False
+        return not job.folder.exists() or made_by(job).startswith("train_kd.py")
+
+    first = ready[0]
+    found = [job for job in ready if job.group == first.group and fits(job)]
+    distils = any(not job.student for job in found)
+    return found if len(found) > 1 and distils and fits(first) else [first]
+
+
+def end(entry: Process, fail, tell) -> list[Job]:
+    """Say how each training of a process ended. Returns those that did not, for no reason of
+    theirs."""
+    says, again = read_lines(output(entry.jobs[0])), []
+    for job, file in zip(entry.jobs, entry.files):
+        last = says
+        if len(entry.jobs) > 1:
+            name = (job.student or job.argv)[1]
+            last = [x.removeprefix(f"{name}: ") for x in says if x.startswith(f"{name}: ")]
+        failed = entry.process.returncode if len(entry.jobs) == 1 else not job.finished
+        if not failed and job.finished:
+            output(job).unlink(missing_ok=True)
+            tell([f"{job.folder.name}:", *last[-1:]] if len(entry.jobs) > 1 else last[-1:])
+        elif len(entry.jobs) == 1 or any(line.startswith("error: ") for line in last):
+            fail(job, f"failed: {' '.join(last[-1:])}\n  {job}")
+        else:
+            again.append(job)
+        file.close()
+    return again
+
+
+def claim(job: Job):
+    """The file that a training prints into, locked for this process; None where another has just
+    finished the training. Nothing is removed.
 
     The file is locked as long as the training lives, also where this process is killed, so of
-    several `run`s on one table only one works on a training. Raises locks.Held where another does.
+    several `run`s on one table only one works on a training. Raises locks.Held where another does,
+    and UserError where the run that is there was made by another command.
     """
     try:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        file = claim(job)
+        file = hold(job)
     except OSError as error:
         raise UserError(f"cannot be begun ({error.strerror})") from error
     try:
@@ -101,13 +167,14 @@ def start(job: Job, slot: int, side_by_side: int, gpus: int):
             output(job).unlink(missing_ok=True)
             file.close()
             return None
-        return launch(job, file, slot, side_by_side, gpus), file
+        check_command(job)
     except BaseException:
         file.close()
         raise
+    return file
 
 
-def claim(job: Job):
+def hold(job: Job):
     """The file that a training prints into, for this process alone. Raises locks.Held."""
     try:
         file = locks.hold(output(job))
@@ -125,22 +192,19 @@ def claim(job: Job):
     return file
 
 
-def launch(job: Job, file, slot: int, side_by_side: int, gpus: int) -> subprocess.Popen:
-    """The process of a training that prints into `file`. Raises UserError where the run that is
-    there was made by another command."""
-    more = []
-    if job.folder.exists():  # whatever state it is in, --resume goes on or says what is wrong
-        more = ["--resume"]
-        try:
-            args = read_json(job.folder / "args.json")
-        except ValueError:
-            args = {}
-        made = args.get("command")
-        if isinstance(made, str) and without_place(made, args.get("recipe")) != without_place(
-            " ".join([job.script, *job.argv]), dict(zip(job.argv, job.argv[1:]))
-        ):
-            raise UserError(f"made by another command: {made}; remove it or give another --runs")
-    file.truncate(0)
+def launch(
+    jobs: list[Job], files: list, slot: int, side_by_side: int, gpus: int
+) -> subprocess.Popen:
+    """The process that trains the jobs and prints into the first file. Raises UserError where it
+    cannot be begun."""
+    script, argv = jobs[0].script, jobs[0].argv
+    if len(jobs) > 1:
+        script, argv = "train_kd.py", together(jobs)
+    elif jobs[0].student and made_by(jobs[0]).startswith("train_kd.py"):
+        script, argv = "train_kd.py", jobs[0].student  # begun beside others
+    # whatever state a folder is in, --resume continues it or says what is wrong
+    more = ["--resume"] if any(job.folder.exists() for job in jobs) else []
+    files[0].truncate(0)
     env = dict(os.environ)
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
@@ -148,14 +212,39 @@ def launch(job: Job, file, slot: int, side_by_side: int, gpus: int) -> subproces
         env["OMP_NUM_THREADS"] = str(max(1, utils.cpus() // side_by_side))
     try:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / job.script), *job.argv, *more],
+            [sys.executable, str(ROOT / script), *argv, *more],
             env=env,
-            stdout=file,
+            stdout=files[0],
             stderr=subprocess.STDOUT,
+            pass_fds=[file.fileno() for file in files],  # locked as long as it lives
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     except OSError as error:
         raise UserError(f"cannot be begun ({error.strerror})") from error
+
+
+def made_by(job: Job) -> str:
+    """The command that began the run in a job's folder, or ''."""
+    try:
+        made = read_json(job.folder / "args.json").get("command")
+    except (ValueError, AttributeError):
+        return ""
+    return made if isinstance(made, str) else ""
+
+
+def check_command(job: Job) -> None:
+    """Raise UserError where the run in the folder was made by another command than the job's."""
+    made = made_by(job)
+    if not made:
+        return
+    recipe = read_json(job.folder / "args.json").get("recipe")
+    commands = [[job.script, *job.argv]]
+    if job.student:
+        commands.append(["train_kd.py", *job.student])
+    if without_place(made, recipe) not in [
+        without_place(" ".join(x), dict(zip(x[1:], x[2:]))) for x in commands
+    ]:
+        raise UserError(f"made by another command: {made}; remove it or give another --runs")
 
 
 def without_place(command: str, flags) -> str:
@@ -169,10 +258,10 @@ def without_place(command: str, flags) -> str:
     return command.removesuffix(" --resume")
 
 
-def last_line(path: Path) -> list[str]:
-    """The last line of a file in a list; an empty one where there is none."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file; none where there is no file."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        return path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return []
 

@@ -1,6 +1,7 @@
 import csv
 import errno
 import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -45,6 +46,60 @@ def test_killed_and_started_again_equals_undisturbed(tmp_path):
     wait(lambda: not running(tmp_path / "b"))  # its trainings end with it
     assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
     assert undated(tmp_path / "b" / "small.csv") == rows
+
+
+METHODS = "baseline,st,at,dml,crd"
+
+
+def test_together_and_apart_give_one_table(tmp_path, capsys):
+    argv = ["run", "small", *DIGITS, "--methods", METHODS, "--seeds", "2"]
+    rows = []
+    for way in ("--apart", "--together"):
+        root = str(tmp_path / way)
+        tables.main([*argv, way, "--runs", root, "--out", root])
+        assert f"{len(METHODS.split(',')) * 2 + 1} trainings, 0 of them" in capsys.readouterr().out
+        rows.append(undated(tmp_path / way / "small.csv"))
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    home = tmp_path / "--together" / "kdzoo" / "digits-12px-2ep"
+    beside = json.loads((home / "resnet20-resnet8" / "at-2" / "args.json").read_text())["together"]
+    assert beside == ["none", "st", "at", "crd"]
+    apart = tmp_path / "--apart" / "kdzoo" / "digits-12px-2ep"
+    for metrics in apart.glob("resnet20-resnet8/*/metrics.csv"):
+        assert metrics.read_bytes() == (home / metrics.relative_to(apart)).read_bytes()
+    base = json.loads((home / "base-resnet8-2" / "args.json").read_text())
+    assert base["command"].startswith("train_kd.py --kd_mode none")
+    tables.main([*argv, "--apart", "--runs", str(tmp_path / "--together")])
+    assert "11 trainings, 11 of them finished" in capsys.readouterr().out
+
+
+def test_killed_together_and_started_again(tmp_path):
+    """All of a pair and seed continue together; and what was begun together may end apart."""
+    argv = ["run", "small", *DIGITS, "--methods", "baseline,st,at", "--epochs", "3"]
+    tables.main([*argv, "--runs", str(tmp_path / "a"), "--out", str(tmp_path / "a")])
+    rows = undated(tmp_path / "a" / "small.csv")
+    for way in ("--together", "--apart"):
+        root = str(tmp_path / way)
+        command = [sys.executable, "tools/tables.py", *argv, "--runs", root, "--out", root]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        folder = tmp_path / way / "kdzoo" / "digits-12px-3ep" / "resnet20-resnet8"
+        wait(lambda: list(folder.glob("*/checkpoint.pth.tar")) or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait(lambda: not running(tmp_path / way))
+        assert subprocess.run([*command, way], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        assert undated(tmp_path / way / "small.csv") == rows
+
+
+def test_a_folder_of_others_is_no_reason_for_the_rest_to_fail(tmp_path, capsys):
+    folder = tmp_path / "kdzoo" / "digits-12px-2ep" / "resnet20-resnet8" / "at-1"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    argv = ["run", "small", *DIGITS, "--methods", "st,at,dkd", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        tables.main(argv)
+    out = capsys.readouterr().out
+    assert stop.value.code == 2 and "at-1: failed" in out and "there is no run in" in out
+    assert all((folder.parent / f"{mode}-1" / "result.json").exists() for mode in ("st", "dkd"))
 
 
 def wait(until, seconds=600):
@@ -134,10 +189,11 @@ def test_the_other_run_was_killed(fake, monkeypatch):
     """What its training holds it holds as long as it lives, not as long as the table."""
     monkeypatch.setattr(tables_work, "AGAIN", 0.05)
     job = fake("a-1", "slow")
-    process, file = tables_work.start(job, 0, 1, 0)
+    file = tables_work.claim(job)
+    process = tables_work.launch([job], [file], 0, 1, 0)
     file.close()  # as a killed process does
     with pytest.raises(locks.Held):
-        tables_work.start(job, 0, 1, 0)
+        tables_work.claim(job)
     assert tables_work.work([job], [job], 1, 0) == [] and process.wait() == 0
     assert (job.folder / "begun").read_text() == "begun\n"
 
