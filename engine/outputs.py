@@ -240,6 +240,8 @@ def match_classes(
     n, (count, names) = len(classes), found.classes(len(classes), img_size)
     what = f"{flag} {found.path or found.name}".strip()
     if lines is not None:
+        if found.state is None and not found.pretrained:
+            raise UserError(f"{lines_flag}: {found.name} has fresh weights, which know no classes")
         index = _chosen(lines, classes, data_name, count, names, lines_flag)
         note = f"{found.name}: its outputs are mapped to the classes of {data_name} ({lines_flag})"
         same = index == tuple(range(count))

@@ -64,7 +64,7 @@ def match_outputs(args: Namespace, found_t, found_s, data) -> None:
         found_t.outputs = outputs.match_classes(
             *(found_t, *where, "--t_model" if found_t.path else "--t_pretrained"),
             *(args.t_classes, "--t_classes", *needed_classes(modes)),
-            in_classifier=any(METHODS[mode].reads_classifier for mode in modes),
+            in_classifier=trained or any(METHODS[mode].reads_classifier for mode in modes),
         )
     found_s.outputs, found_s.channels = fresh, args.channels
     if not found_s.pretrained:

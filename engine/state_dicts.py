@@ -3,7 +3,6 @@ loaded."""
 
 import functools
 import re
-from collections import Counter
 from contextlib import suppress
 
 import torch
@@ -127,18 +126,15 @@ def _choose(flag: str | None) -> str:
     return f"choose one with --{flag}" if flag else "save the one to be used alone"
 
 
-def prefixes_of(state: dict[str, Tensor], least: int) -> list[str]:
-    """The beginnings, up to a dot, that at least `least` of the keys have."""
-    found = Counter()
-    for key in state:
-        parts = key.split(".", 6)[:-1]
-        found.update(".".join(parts[:i]) + "." for i in range(1, len(parts) + 1))
-    return [prefix for prefix, count in found.items() if count >= least]
-
-
-def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose keys begin with `prefix`, without it."""
-    return {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
+def inner_states(state: dict[str, Tensor], least: int) -> dict[str, dict[str, Tensor]]:
+    """{beginning of keys, up to a dot: the entries that have it, without it}, where there are at
+    least `least`."""
+    found = {}
+    for key, x in state.items():
+        parts = key.split(".", 6)
+        for i in range(1, len(parts)):
+            found.setdefault(".".join(parts[:i]) + ".", {})[".".join(parts[i:])] = x
+    return {prefix: inner for prefix, inner in found.items() if len(inner) >= least}
 
 
 def _the_one(prefixes: list[str], path: str, flag: str | None) -> str | None:
@@ -168,7 +164,7 @@ def fitted(
     wanted = set(_shapes(own))
     if set(_shapes(state)) == wanted:
         return state, []
-    inner = {prefix: below(state, prefix) for prefix in prefixes_of(state, len(wanted))}
+    inner = inner_states(state, len(wanted) // 2)
     whole = [prefix for prefix, x in inner.items() if set(_shapes(x)) == wanted]
     shapes = _shapes(own)
     alike = [prefix for prefix in whole if _shapes(inner[prefix]) == shapes]
@@ -176,10 +172,7 @@ def fitted(
     if prefix:
         return inner[prefix], _left_out(state, prefix, path)
     # none is whole: the one that has most of it, for the message
-    nearest = max(
-        prefixes_of(state, 1), key=lambda p: len(wanted & set(below(state, p))), default=""
-    )
-    nearest = below(state, nearest)
+    nearest = max(inner.values(), key=lambda x: len(wanted & set(x)), default=state)
     return (nearest if len(wanted & set(nearest)) > len(wanted & set(state)) else state), []
 
 
@@ -211,11 +204,12 @@ def identify_inside(
     fits = identify(state)
     if fits:
         return fits, state, []
-    found = {p: identify(below(state, p)) for p in prefixes_of(state, 10)}
+    inner = inner_states(state, 10)
+    found = {prefix: identify(x) for prefix, x in inner.items()}
     prefix = _the_one([p for p, fits in found.items() if fits], path, flag)
     if prefix is None:
         return None, state, []
-    return found[prefix], below(state, prefix), _left_out(state, prefix, path)
+    return found[prefix], inner[prefix], _left_out(state, prefix, path)
 
 
 def _shapes_of(name: str, num_class: int) -> dict[str, tuple[int, ...]]:

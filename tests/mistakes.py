@@ -341,6 +341,7 @@ def make_places(root):
     names["file"].write_text("mine")
     lines = dict(
         three="0\n1\n2\n",
+        ten="".join(f"{i}\n" for i in range(10)),
         twice="".join(f"{i % 9}\n" for i in range(10)),
         far="".join(f"{i}0\n" for i in range(10)),
         wolf="".join(f"{i}\n" for i in range(9)) + "wolf\n",

@@ -296,6 +296,7 @@ BARE_KD = [
     ("--kd_mode at --t_model {t} --s_name resnet8 --s_key net", "--s_key", "net"),
     ("--kd_mode dml --s_init {s} --t_name resnet8 --t_key net", "--t_key", "net"),
     ("--kd_mode at --t_model {t} --s_name hf/", "hf/"),
+    ("--kd_mode dml --s_init {s} --t_name resnet8 --t_classes {lines}/ten.txt", "--t_classes"),
     ("--kd_mode dml --s_name {nets}:TwoOfOne " + DIGITS, "{nets}:TwoOfOne", "tuple", "logits"),
     ("--kd_mode at --s_init {s} --t_pretrained --t_name resnet8", "resnet8", "pretrained"),
     ("--kd_mode dml --s_name resnet8", "--data_name"),

@@ -16,7 +16,7 @@ import network
 import train_base
 import train_kd
 from engine import foreign
-from engine.checkpoint import find_weights
+from engine.checkpoint import Weights, find_weights
 from engine.find_taps import check_trainable, dry_pass, ensure_taps
 from engine.outputs import forward_logits, notes_of
 from tools import eval as evaluation
@@ -123,6 +123,14 @@ def test_what_is_ambiguous_is_one_line(give, named, training):
         check_trainable(net, "mine", 10, 12)
     with refused("mine", *named):
         forward_logits(net, "mine", 10, 12, training)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "torchvision/squeezenet1_1"])
+def test_a_network_of_logits_gets_no_hook(name):
+    """Nothing is done in a step for those who need none of this."""
+    net = Weights(name).build(10, 0, 32)
+    check_trainable(net.requires_grad_(True), name, 10, 32)
+    assert not net._forward_hooks and not net._forward_pre_hooks and not notes_of(net)
 
 
 def test_a_pass_on_trial_leaves_no_trace():

@@ -1,6 +1,7 @@
 """Checkpoints of any shape: whoever wrapped the weights, they are found, whole or not at all."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -176,6 +177,21 @@ def test_several_networks_are_not_guessed(alike, flat, tmp_path):
     if not alike:  # the name tells, where only one fits
         found = find_weights("resnet14", file, "t_name", "t_model") if flat else None
         assert not flat or found.build(10, 0, 12)
+
+
+def test_a_file_of_very_many_entries(tmp_path):
+    """Is read in a time that grows with their number, not with its square."""
+    x, state = torch.ones(1, 1), {}
+    for i in range(200):
+        state |= {f"a{i}.b.c.d.e.f.g.w{k}": x for k in range(3)}
+    state |= {f"m.n{i}.weight": x for i in range(30_000)}
+    torch.save(state, tmp_path / "x.pth")
+    began = time.process_time()
+    with refused("x.pth", "resnet8"):
+        find_weights("resnet8", str(tmp_path / "x.pth"), "t_name", "t_model").build(10, 0, 12)
+    with refused("x.pth", "t_name"):
+        find_weights(None, str(tmp_path / "x.pth"), "t_name", "t_model")
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("key", ["techer", "epoch", "teacher.fcc", ".", "optimizer"])
