@@ -32,7 +32,7 @@ from engine.schedule import loss_weights, schedule
 from engine.settings import Settings
 from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
-from engine.together import Group, SharedTeacher
+from engine.together import Group, SharedTeacher, why_not_cached
 from kd_losses import METHODS, Phase
 from utils import UserError
 
@@ -114,9 +114,11 @@ def train_epoch(students: list[Student], group: Group, teacher: SharedTeacher | 
         share=utils.share(),
         two_views=any(student.distiller.two_views for student in students),
     )
+    if teacher:
+        teacher.begin_epoch(data.train, cfg.batch_size, cfg.seed, students[0].row)
     for i, tensors in enumerate(batches, first + 1):
         if teacher:
-            teacher.forget()
+            teacher.next_batch(i)
         students = group.active(students)
         if not students:
             break
@@ -209,12 +211,12 @@ def main(argv: list[str] | None = None) -> dict:
     for student in students:
         student.distiller.to(student.precision.device)
     data = students[0].data.to(students[0].precision.device)
+    teacher = SharedTeacher.of(students, data)
     results = {}
     with ExitStack() as runs:
         for student in students:
             student.data = data
             start(student, runs, [x for x in commands if group.several])
-        teacher = SharedTeacher.of([x.distiller for x in students], students[0].precision)
         for student in students:
             with group.alone(student):
                 prepare(student, group)
@@ -264,8 +266,12 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
 
 
 def check_together(students: list[Student]) -> None:
-    """Raise UserError where students cannot see the same batches."""
+    """Raise UserError where students cannot see the same batches, or none can use the cache."""
     first = students[0]
+    reasons = {x.name: why_not_cached(x.distiller) for x in students if x.distiller.teacher}
+    if any(x.cfg.teacher_cache for x in students) and all(reasons.values()):
+        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        raise UserError(f"--teacher_cache has no effect: {why}")
     for other in students[1:]:
         if other.cfg.batch_size != first.cfg.batch_size:
             raise UserError(

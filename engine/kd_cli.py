@@ -18,7 +18,7 @@ OF_THE_METHODS = {
 }
 PLACE = {"note", "save_root"}
 OF_THE_TEACHER = {f"{name}_{side}" for name in ("t", "net1") for side in ("model", "init", "name")}
-OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes"}
+OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes", "teacher_cache"}
 
 
 # --- several students -----------------------------------------------------------------------------
@@ -144,18 +144,8 @@ def modes_of(kd_mode: str | None) -> list[str]:
 
 def _check_baseline(args: Namespace) -> None:
     """Raise UserError for what has no effect on a student that is trained without a teacher."""
-    names = (
-        "t_model",
-        "t_name",
-        "t_pretrained",
-        "t_taps",
-        "t_key",
-        "t_classes",
-        "s_taps",
-        "lambda_kd",
-        "lambda_ce",
-    )
-    for name in (*names, "gather", "logit_stand"):
+    names = ("t_model", "t_name", "t_pretrained", "t_taps", "s_taps", "lambda_kd", "lambda_ce")
+    for name in (*names, "gather", "logit_stand", "teacher_cache", "t_key", "t_classes"):
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name} has no effect with --kd_mode {NONE}: leave it out")
 
@@ -288,6 +278,14 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         "--logit_stand",
         action="store_true",
         help="standardise the logits of both networks first (LSKD), for logit methods",
+    )
+    add(
+        "--teacher_cache",
+        type=cli.filled,
+        metavar="DIR",
+        help="keep the teacher's logits and pooled features of every view of the training images "
+        "there, and read them instead of computing them again (small images, logit methods and "
+        "those of pooled features)",
     )
     weight = cli.number(float, 0)
     text = _default_text(defaults, modes[0], "lambda_kd") if modes else ""

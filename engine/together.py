@@ -7,46 +7,69 @@ from dataclasses import replace
 
 import torch
 
+import dataset
 import network
 import utils
 from engine.console import Stopped
 from engine.distiller import Batch, Distiller
 from engine.signals import Signals
+from engine.teacher_cache import KINDS, CachedTeacher
 from utils import UserError
 
 
 class SharedTeacher:
-    """The forward pass of one teacher for several students.
+    """The forward pass of one teacher for several students, or a cache in its place.
 
-    A batch's pass is computed when the first student asks for it, and forgotten with `forget`. It
-    gives the union of what the students read; each gets what its own pass would have given it.
+    A batch's pass is computed when the first student asks for it. It gives the union of what the
+    students read; each gets what its own pass would have given it.
+
+    sharing: the students that share a pass; cached: those of them that read from `cache`.
     """
 
-    def __init__(self, distillers: list[Distiller], precision: utils.Precision):
-        """distillers: of the students, with the same teacher network."""
-        teachers = [x.teacher for x in distillers]
+    def __init__(self, sharing: list[Distiller], precision: utils.Precision):
+        teachers = [x.teacher for x in sharing]
         kinds = set().union(*(x.kinds for x in teachers))
         stages = sorted(set().union(*(x.numbers for x in teachers)))
         self.tapped = network.Tapped(teachers[0].net, sorted(kinds), tuple(stages))
-        self.precision, self.distillers = precision, distillers
-        self._views = {}
+        self.sharing, self.precision = sharing, precision
+        self.cached, self.cache, self.number, self._views = [], None, 0, {}
 
     @classmethod
-    def of(cls, distillers: list[Distiller], precision: utils.Precision) -> "SharedTeacher | None":
-        """The teacher of those that only read what its forward pass gives; None of less than two."""
-        sharing = [x for x in distillers if x.teacher_is_constant and x.teacher_role == "frozen"]
-        return cls(sharing, precision) if len(sharing) > 1 else None
+    def of(cls, students: list, data: dataset.Data) -> "SharedTeacher | None":
+        """The teacher of those students that only read its forward pass; None where fewer than two
+        do and none has a cache. Opens the cache. Raises UserError where that cannot be."""
+        only_read = [x for x in students if can_share(x.distiller)]
+        cached = [x for x in only_read if x.cfg.teacher_cache and not why_not_cached(x.distiller)]
+        if len(only_read) < 2 and not cached:
+            return None
+        shared = cls([x.distiller for x in only_read], students[0].precision)
+        if cached:
+            cfg, shared.cached = cached[0].cfg, [x.distiller for x in cached]
+            shared.cache = CachedTeacher.of(
+                shared.cached, cfg.teacher_cache, data, cfg.padding, shared.precision
+            )
+            for student in cached:
+                student.lines.append(shared.cache.note)
+        return shared
 
-    def forget(self) -> None:
-        """The next batch is another one."""
-        self._views = {}
+    def begin_epoch(self, images, batch_size: int, seed: int, epoch: int) -> None:
+        if self.cache:
+            self.cache.begin(images, batch_size, seed, epoch)
+
+    def next_batch(self, number: int) -> None:
+        """What follows belongs to batch `number` (from 1) of the epoch."""
+        self.number, self._views = number, {}
 
     def batch(self, distiller: Distiller, batch: Batch, accumulation_steps: int) -> Batch:
         """The batch with the teacher's features of each micro-batch; unchanged for a student that
         needs a pass of its own."""
-        if distiller not in self.distillers:
+        if distiller not in self.sharing:
             return batch
         micros = [micro for micro, _ in batch.micro_batches(accumulation_steps)]
+        if self.cache and distiller in self.cached:
+            found = self._from_cache(batch.img, [len(x.img) for x in micros])
+            teacher = tuple(_as_for(distiller.teacher, x) for x in found)
+            return replace(batch, teacher=teacher)
         views = [self._view("img", [x.img for x in micros])]
         if batch.strong is not None:
             views.append(self._view("strong", [x.strong for x in micros]))
@@ -63,14 +86,40 @@ class SharedTeacher:
                 self._views[name] = [self.tapped(img) for img in images]
         return self._views[name]
 
+    def _from_cache(self, img: torch.Tensor, sizes: list[int]) -> list[network.Features]:
+        """The features of micro-batches of these sizes."""
+        if "cache" not in self._views:
+            self._views["cache"] = self.cache(self.number, img)
+        x = self._views["cache"]
+        parts = [x.out.split(sizes), sizes if x.feat is None else x.feat.split(sizes)]
+        return [
+            replace(x, out=out, feat=None if x.feat is None else feat) for out, feat in zip(*parts)
+        ]
+
+
+def can_share(distiller: Distiller) -> bool:
+    """Whether a student only reads what a forward pass of the teacher gives."""
+    return distiller.teacher_is_constant and distiller.teacher_role == "frozen"
+
+
+def why_not_cached(distiller: Distiller) -> str:
+    """Why a student cannot learn from a cache, or ''."""
+    if distiller.two_views:
+        return "sees a second view of each image"
+    if not can_share(distiller):
+        return "does more with the teacher than read what it gives"
+    more = distiller.teacher.kinds - set(KINDS)
+    return f"reads the teacher's feature maps ({', '.join(sorted(more))})" if more else ""
+
 
 def _as_for(tapped: network.Tapped, x: network.Features) -> network.Features:
     """Of the features `x` what `tapped` would have given."""
-    places = [x.numbers.index(number) for number in tapped.numbers]
     kept = {}
     for kind in tapped.kinds:
         value = getattr(x, kind)
-        kept[kind] = [value[i] for i in places] if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = [value[x.numbers.index(number)] for number in tapped.numbers]
+        kept[kind] = value
     return network.Features(x.out, x.net, numbers=tapped.numbers, **kept)
 
 

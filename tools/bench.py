@@ -9,6 +9,8 @@ epoch is besides its steps.
     python tools/bench.py loss --modes crd --crd_paths    # crd by gathered rows \
 and by the whole bank
     python tools/bench.py data --workers 2                # loaders, ours against plain ones
+    python tools/bench.py together                        # K students in one process over K alone
+    python tools/bench.py cache --modes st,dkd            # steps that read the teacher from a cache
     python tools/bench.py epoch                           # loader, evaluation, files of an epoch
 
 A Markdown table on stdout, what it means below it; --json FILE writes the same figures ('-': to
@@ -47,6 +49,7 @@ from tools.bench_data import data, data_flags  # noqa: E402
 from tools.bench_flags import add_networks, some  # noqa: E402
 from tools.bench_loss import loss, loss_flags  # noqa: E402
 from tools.bench_meter import seconds, spread, take_turns  # noqa: E402
+from tools.bench_together import CACHE, TOGETHER, cache, together, together_flags  # noqa: E402
 from tools.bench_steps import (  # noqa: E402
     BASE,
     bare_step,
@@ -339,6 +342,18 @@ NOTES = dict(
         "at least 1",
         "share: of the student's bare step, resnet20",
     ),
+    together=(
+        "alone: the sum of the steps of as many processes, one after another, loader included; "
+        "ratio: a round's step together over it, the median",
+        "p: the time of the teacher's forward pass over the mean step alone; bound: "
+        "(p + K (1 - p)) / K of K students",
+    ),
+    cache=(
+        "times are over the student's own training step without a teacher, round by round, the "
+        "median",
+        "difference: between logits computed in batches of 5 and of the whole batch, over the "
+        "largest",
+    ),
     epoch=(
         "loader: what a step of train_base costs more than the same on one batch",
         "evaluation: of a fifth as many images, over the network's eval mode under inference_mode "
@@ -352,6 +367,8 @@ COMMANDS = dict(
     loss=(loss_flags, loss, LOSS),
     data=(data_flags, data, DATA),
     epoch=(add_networks, epoch, EPOCH),
+    together=(together_flags, together, TOGETHER),
+    cache=(together_flags, cache, CACHE),
 )
 
 

@@ -14,8 +14,17 @@ import utils
 from engine import kd_cli
 from engine.checkpoint import Weights, read_checkpoint
 from engine.run import read_metrics
+from engine.together import SharedTeacher
 from kd_losses import METHODS, crd
-from tools import bench, bench_data, bench_loss, bench_meter, bench_steps, plain_losses
+from tools import (
+    bench,
+    bench_data,
+    bench_loss,
+    bench_meter,
+    bench_steps,
+    bench_together,
+    plain_losses,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +178,53 @@ def test_epoch(capsys):
         100 * evaluation["other_ms"] / evaluation["own_ms"], rel=1e-4
     )
     assert 0 < files["own_ms"] < files["other_ms"] and 0 < files["share"] < 100
+
+
+TOGETHER = [*TINY, "--pairs", "resnet8-resnet8", "--num_class", "4", "--batch_size", "8"]
+TOGETHER += ["--samples", "40", "--steps", "1"]
+
+
+def test_together(capsys):
+    result = bench.main(["together", *TOGETHER, "--counts", "1,3"])
+    same(capsys.readouterr().out, result, bench.TOGETHER)
+    one, three = result["rows"]
+    assert (one["students"], three["students"]) == (1, 3) and one["bound"] == 1.0
+    share = three["teacher"]
+    assert three["bound"] == pytest.approx((share + 3 * (1 - share)) / 3, rel=1e-4)
+    assert three["macs_share"] == pytest.approx(0.25, abs=1e-6)  # equal networks
+
+
+def test_cache(capsys):
+    result = bench.main(["cache", *TOGETHER, "--modes", "st,rkd"])
+    same(capsys.readouterr().out, result, bench.CACHE)
+    assert [row["mode"] for row in result["rows"]] == ["st", "rkd"]
+    assert all(0 <= row["difference"] < 0.1 for row in result["rows"])
+
+
+def test_together_takes_the_steps_of_training(monkeypatch):
+    """Weights after four steps equal those of as many solo steps on the same batches."""
+    args = Namespace(student="resnet8", teacher="resnet14", num_class=4, batch_size=8, samples=40)
+    images = bench_steps.random_images(40, 4)
+    snet, tnet = bench_steps.pair(args, images)
+    precision = utils.Precision(CPU)
+    learning = Namespace(**vars(bench_steps.recipe()) | dict(lr=0.1))
+    monkeypatch.setattr(bench_together, "recipe", lambda: learning)
+    modes = ["st", "at"]
+    group = bench_together.students_of(modes, args, CPU, images, snet, tnet)
+    shared = SharedTeacher(group, precision)
+    together = bench_together.group_step(group, args, precision, images, shared)
+    alone = []
+    for mode in modes:
+        (own,) = bench_together.students_of([mode], args, CPU, images, snet, tnet)
+        alone.append(own)
+        call = bench_together.group_step(
+            [own], args, precision, images, SharedTeacher([own], precision)
+        )
+        [call() for _ in range(4)]
+    [together() for _ in range(4)]
+    for one, other in zip(group, alone):
+        assert utils.equal_states(one.student.net, other.student.net)
+        assert not utils.equal_states(one.student.net, snet)
 
 
 def test_what_an_epoch_writes(tmp_path):

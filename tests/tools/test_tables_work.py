@@ -59,7 +59,7 @@ def test_together_and_apart_give_one_table(tmp_path, capsys):
         tables.main([*argv, way, "--runs", root, "--out", root])
         assert f"{len(METHODS.split(',')) * 2 + 1} trainings, 0 of them" in capsys.readouterr().out
         rows.append(undated(tmp_path / way / "small.csv"))
-    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert rows[0] == rows[1] and len(rows[0]) == 7
     home = tmp_path / "--together" / "kdzoo" / "digits-12px-2ep"
     beside = json.loads((home / "resnet20-resnet8" / "at-2" / "args.json").read_text())["together"]
     assert beside == ["none", "st", "at", "crd"]
