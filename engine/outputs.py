@@ -170,7 +170,9 @@ def select_outputs(
             f"{name}: its classes cannot be put into another order, since its logits are not those "
             "of one last layer"
         )
-    net.register_buffer("selected_outputs", torch.tensor(index), persistent=False)
+    net.register_buffer(
+        "selected_outputs", torch.tensor(index)
+    )  # of the state: it tells nets apart
     net.register_forward_hook(lambda net, args, out: out.index_select(1, net.selected_outputs))
 
 
