@@ -658,6 +658,8 @@ def split_tap(path: str) -> tuple[str, int | None, str]:
 
 def first_tensor(output):
     """A module's output, or the first of several."""
+    if isinstance(output, dict) and output:
+        return next(iter(output.values()))
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     return output

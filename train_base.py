@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import dataset
 import network
 from engine import cli, console, distributed, foreign, published, stream
+from engine.channels import check_channels, check_grey, make_one_channel
 from engine.checkpoint import save_checkpoint
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.find_taps import check_trainable, dry_pass
@@ -35,12 +36,13 @@ def parse(argv: list[str]):
         type=cli.filled,
         required=True,
         metavar="NAME",
-        help="network: one of network.py, torchvision/NAME, timm/NAME or path/to/file.py:function",
+        help="network: one of network.py, torchvision/NAME, timm/NAME, hf/NAME or "
+        "path/to/file.py:function",
     )
     parser.add_argument(
         "--pretrained",
         action="store_true",
-        help="start from the library's weights (torchvision, timm)",
+        help="start from the library's weights (torchvision/, timm/ and hf/NAME)",
     )
     parser.add_argument(
         "--label_smoothing",
@@ -97,8 +99,12 @@ def main(argv: list[str] | None = None) -> dict:
     run.learns_from(data.identity())
     utils.seed_everything(cfg.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
+    if args.channels == 1:
+        make_one_channel(net, args.net_name)
+    check_channels(net, args.net_name, args.channels)
     dry_pass(net, args.net_name, data.train.num_class, data.train.size)
-    check_trainable(net, args.net_name, data.train.num_class, data.train.size)
+    notes = check_trainable(net, args.net_name, data.train.num_class, data.train.size)
+    notes += check_grey(net, args.net_name, data.train)
     meta = dict(network=args.net_name, **cli.describe_data(cfg, data))
 
     where = utils.describe_device(device, precision)
@@ -107,6 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
         f"{data.train.size} pixels, {data.train.num_class} classes",
         *data.notes,
+        *notes,
         cli.describe_recipe(cfg, dataset.padded(data.train)),
     ]
     if run.saved:

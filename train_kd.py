@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dataset
-from engine import cli, console, distributed, foreign, kd_cli, stream
+from engine import cli, console, distributed, foreign, kd_cli, pair, stream
 from engine.checkpoint import Weights, find_weights, sha256
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
@@ -237,7 +237,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
     found_t, found_s = find_networks(args, modes, group)
-    cfg = kd_cli.resolve(args, found_s.name, (found_t and found_t.meta) or found_s.meta)
+    cfg = kd_cli.resolve(args, found_s.name, pair.known_data(args, found_t, found_s))
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
     check_flags(args, modes, device)
@@ -292,6 +292,7 @@ def start(student: Student, runs: ExitStack, together: list[str]) -> None:
             sha256=run.sources["teacher"],
             network=found_t.name,
             pretrained=found_t.pretrained,
+            outputs=found_t.outputs.index,
         )
     if together:
         notes["together"] = together
@@ -315,9 +316,13 @@ def find_networks(args, modes: list[str], group: Group) -> tuple[Weights | None,
         raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
     if args.t_model or args.t_name or args.t_pretrained:
         found_t = find(
-            args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps
+            *(args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps),
+            *(Weights, args.t_key, "t_key"),
         )
-    found_s = find(args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps)
+    found_s = find(
+        *(args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps),
+        *(Weights, args.s_key, "s_key"),
+    )
     if modes and found_t is None:
         found_t = Weights(found_s.name, taps=args.t_taps)
     return found_t, found_s
@@ -351,18 +356,17 @@ def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
 def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> Distiller:
     """Both networks and what is between them. others: students that may have the teacher."""
     num_class, size = data.train.num_class, data.train.size
-    for found, flag in ((found_t, "t_model"), (found_s, "s_init")):
-        known = found.meta.get("num_class", num_class) if found else num_class
-        if known != num_class:
-            raise UserError(f"--{flag} {found.path} has {known} classes, {data.name} {num_class}")
-    teacher = shared_teacher(chosen, found_t, others)
-    if found_t and not teacher:
+    pair.match_outputs(args, found_t, found_s, data)
+    teacher = shared_teacher(chosen, found_t, others, size)
+    if found_t and teacher is None:
         # a second network that is trained has another seed: two equal networks would stay equal
         teacher = found_t.build(num_class, cfg.seed + 1, size)
     student = found_s.build(num_class, cfg.seed, size)
+    batch_norms = any(x.teacher_bn == "batch" for x in chosen)
+    pair.check_images(args, found_t, found_s, teacher, student, data, batch_norms)
     trained = any(x.method.teacher == "trained" for x in chosen)
     for found, net in ((found_s, student), (found_t, teacher))[: 1 + trained]:
-        check_trainable(net.requires_grad_(True), found.name, num_class, size)
+        found.say(check_trainable(net.requires_grad_(True), found.name, num_class, size))
         net.requires_grad_(False)
     if trained and utils.equal_states(student, teacher):
         raise UserError(
@@ -381,14 +385,15 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
     return distiller
 
 
-def shared_teacher(chosen: list[Settings], found_t, others: list[Student]):
+def shared_teacher(chosen: list[Settings], found_t, others: list[Student], size: int):
     """The teacher of another student, where this one may use it, too; or None."""
     changed = any(x.method.teacher == "trained" or x.teacher_bn == "batch" for x in chosen)
     for other in others if found_t and not changed else ():
         found = other.found[0]
         if found and other.distiller.teacher_is_constant and found.taps == found_t.taps:
-            found_t.notes = found.notes
-            return other.distiller.teacher.net
+            net = other.distiller.teacher.net
+            pair.take_over(found_t, found, net, size)
+            return net
     return None
 
 
@@ -399,7 +404,8 @@ def prepare(student: Student, group: Group) -> None:
         run.log(distiller.compile())
     if not run.saved:
         distiller.precompute(data.train, run.log)
-    if distiller.teacher_role not in ("trained", "none"):
+    answers = pair.has_answers(student.found[0])
+    if distiller.teacher_role not in ("trained", "none") and answers:
         net = distiller.teacher.net
         score = group.once(net, lambda: evaluate(net, data.test, student.precision)["test_top1"])
         run.log(f"teacher test_top1 {score:.2f}")

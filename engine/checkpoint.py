@@ -1,7 +1,6 @@
 """Checkpoints: written whole, read without running code, and whose weights are in them."""
 
 import argparse
-import functools
 import hashlib
 import io
 import json
@@ -11,16 +10,28 @@ import shlex
 import warnings
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dataset import CLASSES, SIZES
+from engine.channels import make_one_channel, one_channel_in
 from engine.cli import filled
 from engine.find_taps import ensure_taps
-from engine.foreign import build, constructor
+from engine.foreign import constructor, library_classes
+from engine.outputs import Outputs, forward_logits, notes_of, select_outputs
+from engine.state_dicts import (
+    average_beside,
+    check_weights,
+    fitted,
+    identify,
+    identify_inside,
+    load_weights,
+    plain_dict,
+    read_weights,
+)
 from network import NETWORKS
 from utils import UserError, first_line, seed_everything, shown
 
@@ -54,6 +65,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _check_kind(path)
     _check_unpacked(path)
     try:
         # RepDistiller's *_last.pth keep their flags: a Namespace is a bag of values
@@ -92,14 +104,41 @@ def read_checkpoint(path: str | Path) -> dict:
     return plain_dict(checkpoint)
 
 
-def plain_dict(x: dict) -> dict:
-    """The dict alone: one that was unpickled may have attributes over its methods."""
-    return dict(dict.items(x))
-
-
 def _quoted(code: str) -> str:
     """A word of a command line, in double quotes where that is enough."""
     return shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
+
+
+PROGRAMS = {  # what a zip archive of this kind has in it: (its kind, what reads it)
+    "constants.pkl": ("TorchScript", "torch.jit.load"),
+    "archive_format": ("torch.export", "torch.export.load"),
+    "serialized_exported_program.json": ("torch.export", "torch.export.load"),
+}
+
+
+def _check_kind(path: Path) -> None:
+    """Raise UserError for a program: TorchScript, torch.export's or ONNX."""
+    with open(path, "rb") as file:
+        head = file.read(3)
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:] == b"\x12"):
+        raise UserError(
+            f"{path} is an ONNX graph, in which weights do not keep their names: give the "
+            "checkpoint that it was exported from"
+        )
+    names = set()
+    if head[:2] == b"PK":
+        with suppress(Exception), zipfile.ZipFile(path) as archive:  # broken: said when it is read
+            names = {part for x in archive.namelist() for part in (x, x.partition("/")[2])}
+    found = [kind for mark, kind in PROGRAMS.items() if mark in names]
+    scripted = any(name.startswith("code/") for name in names)
+    if found and (scripted or found[0][0] != "TorchScript"):
+        save = f"import torch; torch.save({found[0][1]}({str(path)!r}).state_dict"
+        save += "()" if found[0][0] == "TorchScript" else ""
+        save += f", {path.stem + '.converted.pth'!r})"
+        raise UserError(
+            f"{path} is a program ({found[0][0]}), and reading it may run code. If you trust it, "
+            f"take its weights out once: python -c {_quoted(save)}"
+        )
 
 
 UNPACKED = 4  # times its size that a file may unpack to; torch does not compress
@@ -172,138 +211,7 @@ def to_cpu(x):
     return type(x)(map(to_cpu, x)) if isinstance(x, (list, tuple)) else x
 
 
-def read_weights(checkpoint: dict, path: str = "the checkpoint") -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, whatever wrapped it, with this file's key names.
-
-    Understood: our own files, raw state dicts, `{'snet' | 'net' | 'net2' | 'model' | 'state_dict':
-    ...}` or any other single dict of tensors, the prefixes of DataParallel and torch.compile, and
-    KD-Zoo's names (`res1..3`, `ds`). Raises UserError where there are no tensors.
-    """
-    for key in ("snet", "net", "net2", "model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    else:
-        dicts = [value for value in checkpoint.values() if _only_tensors(value)]
-        if len(dicts) == 1:
-            (checkpoint,) = dicts
-    checkpoint = plain_dict(checkpoint)
-    state = {k: v for k, v in checkpoint.items() if isinstance(k, str) and torch.is_tensor(v)}
-    if not state:
-        found = [shown(key) for key in checkpoint][:10]
-        raise UserError(f"{path} holds no weights, only: {', '.join(found) or 'nothing at all'}")
-    state = {key: Tensor.detach(x) for key, x in state.items()}  # without attributes of a file's
-    odd = [key for key, x in state.items() if x.is_nested or not _stored(x)]
-    if odd:
-        raise UserError(
-            f"{path}: {len(odd)} entries are nested, or larger than what is stored ({few(odd)})"
-        )
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if any(key.startswith("res1.") for key in state):  # KD-Zoo
-        state = {
-            re.sub(r"^res(\d)", r"layer\1", key).replace(".ds.", ".downsample."): value
-            for key, value in state.items()
-        }
-    return state
-
-
-def _stored(x: Tensor) -> bool:
-    """Whether a tensor has its values in memory: one number can stand for any number of them."""
-    if x.layout != torch.strided or x.is_meta:
-        return True  # refused when it is loaded
-    size = x.numel() * x.element_size()
-    return size <= 2**24 or size <= x.untyped_storage().nbytes()
-
-
-def _only_tensors(value) -> bool:
-    if not isinstance(value, dict):
-        return False
-    value = plain_dict(value)
-    return value != {} and all(map(torch.is_tensor, value.values()))
-
-
-def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """(name, num_class) of the network whose keys and shapes `state` has, or None."""
-    weights = [value for key, value in state.items() if key.endswith("weight") and value.ndim == 2]
-    if not weights:
-        return None
-    num_class = weights[-1].shape[0]  # the classifier is the last matrix
-    if not CLASSES[0] <= num_class <= CLASSES[1]:
-        return None
-    shapes = _shapes(state)
-    return next(((n, num_class) for n in NETWORKS if shapes == _shapes_of(n, num_class)), None)
-
-
-def _shapes_of(name: str, num_class: int) -> dict[str, tuple[int, ...]]:
-    shapes = _shapes_with_marks(name).items()
-    return {k: tuple(num_class if n == MARK else n for n in shape) for k, shape in shapes}
-
-
-MARK = 99991  # no width of any network: stands for the number of classes
-
-
-@functools.cache
-def _shapes_with_marks(name: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return _shapes(build(name, MARK).state_dict())
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that tell networks apart; files older than torch 0.4.1 have none of the
-    counters."""
-    return {
-        key: tuple(value.shape)
-        for key, value in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
-
-
-def load_weights(net: nn.Module, state: dict[str, Tensor], path: str, name: str) -> None:
-    """Load `state` into `net`, wholly or not at all.
-
-    Raises UserError naming what does not fit, and the network that would.
-    """
-    own = net.state_dict()
-    # see _shapes; nothing reads the counters
-    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
-    state = counters | state
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    both = [key for key in own if key in state]
-    shape = [key for key in both if own[key].shape != state[key].shape]
-    kind = [key for key in both if key not in shape and not _like(state[key], own[key])]
-    reasons = {
-        "missing": missing,
-        "unknown": extra,
-        "of another shape": shape,
-        "of another type": kind,
-    }
-    wrong = [f"{len(keys)} {what} ({few(keys)})" for what, keys in reasons.items() if keys]
-    if wrong:
-        fits = identify(state)
-        hint = f"; the file fits {fits[0]} with {fits[1]} classes" if fits else ""
-        raise UserError(f"{path} is not a {name}: entries {', '.join(wrong)}{hint}")
-    net.load_state_dict(state)
-
-
-def check_weights(net: nn.Module, path: str) -> None:
-    """Raises UserError where weights that were loaded from `path`, to train with, are not
-    finite."""
-    spoilt = [key for key, x in net.state_dict().items() if not x.isfinite().all()]
-    if spoilt:
-        raise UserError(f"{path}: {len(spoilt)} entries are not finite ({few(spoilt)})")
-
-
-def _like(x: Tensor, own: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor that can stand for `own`."""
-    plain = x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_complex())
-    return plain and (x.is_floating_point() or not own.is_floating_point())
-
-
-def few(keys: list[str]) -> str:
-    return ", ".join(map(shown, keys[:3])) + (", ..." if len(keys) > 3 else "")
+AUXILIARY = re.compile(r"(.*\.)?(aux[12]|AuxLogits)\.")  # classifiers for training alone
 
 
 @dataclass
@@ -311,8 +219,10 @@ class Weights:
     """A network's name, its weights (None: fresh ones) and what its checkpoint knows of the data.
 
     pretrained: with its library's weights; taps: stages named by hand; epoch: how many it was
-    trained for, as its file says; notes: lines about it; make: what `constructor` gives for the
-    name. Raises UserError where there is no such network.
+    trained for, as its file says; notes: lines about it; key_flag: the flag that chooses among the
+    networks of a file; outputs: which of its outputs are the dataset's classes, None: all;
+    channels: of the images that a network without a file takes, None: as it is made; make: what
+    `constructor` gives for the name. Raises UserError where there is no such network.
     """
 
     name: str
@@ -323,16 +233,52 @@ class Weights:
     taps: tuple[str, ...] | None = None
     epoch: int = 0
     notes: list[str] = field(default_factory=list)
+    key_flag: str | None = None
+    outputs: Outputs | None = None
+    channels: int | None = None
 
     def __post_init__(self):
-        self.make = constructor(self.name)
+        auxiliary = any(AUXILIARY.match(key) for key in self.state or {})
+        self.make = constructor(self.name, auxiliary)
+
+    def classes(self, num_class: int, img_size: int) -> tuple[int, list[str] | None]:
+        """How many classes its weights know, and their names, where that is known; `num_class` of
+        fresh weights."""
+        if self.state is None:
+            count, names = library_classes(self.name) if self.pretrained else (None, None)
+            return num_class if count is None else count, names
+        names = self.meta.get("classes")
+        if names or "num_class" in self.meta:
+            return self.meta.get("num_class") or len(names), names and list(names)
+        own = self.make(num_class, img_size, False).state_dict()
+        state, _ = fitted(self.state, own, self.path, self.key_flag)
+        counts = {
+            len(state[key])
+            for key, x in own.items()
+            if x.ndim and len(x) == num_class and key in state and state[key].ndim == x.ndim
+            if state[key].shape != x.shape and state[key].shape[1:] == x.shape[1:]
+        }
+        return (counts.pop() if len(counts) == 1 else num_class), None
 
     def load(self, num_class: int, img_size: int) -> nn.Module:
-        """The network as it is, its weights loaded."""
-        net = self.make(num_class, img_size, self.pretrained)
+        """The network as it is, its weights loaded, its outputs those of `outputs`."""
+        outputs = self.outputs or Outputs(num_class)
+        net = self.make(outputs.count, img_size, self.pretrained)
+        lines = []
+        if self.channels == 1 if self.state is None else one_channel_in(self.state, net):
+            make_one_channel(net, self.name)
         if self.state is not None:
-            load_weights(net, self.state, self.path, self.name)
+            lines = load_weights(net, self.state, self.path, self.name, self.key_flag)
+        if outputs.index is not None:
+            where = outputs.index, outputs.count, img_size
+            select_outputs(net, self.name, *where, outputs.in_classifier)
+        self.say(lines, [outputs.note] * bool(outputs.note))
         return net
+
+    def say(self, *lines: list[str]) -> None:
+        """Add what is not yet among the notes."""
+        new = [line for part in lines for line in part if line not in self.notes]
+        self.notes = [*self.notes, *new]  # copies have their own
 
     def build(self, num_class: int, seed: int, img_size: int) -> nn.Module:
         """The network, frozen, its weights loaded, its feature maps found."""
@@ -340,7 +286,14 @@ class Weights:
         net = self.load(num_class, img_size).requires_grad_(False)
         if self.state is not None:
             check_weights(net, self.path)
-        self.notes = ensure_taps(net, self.name, num_class, img_size, self.taps)
+        count = self.outputs.shown if self.outputs else num_class
+        if self.outputs and not self.outputs.needed and self.name not in NETWORKS:
+            try:
+                forward_logits(net, self.name, count, img_size)
+            except UserError:  # a backbone: or the dry pass says what is wrong
+                count, self.outputs = None, replace(self.outputs, answers=False)
+                self.say([f"{self.name} gives no logits: it is taken for its feature maps alone"])
+        self.say(ensure_taps(net, self.name, count, img_size, self.taps), notes_of(net))
         return net
 
     def warnings(self, images) -> list[str]:
@@ -371,6 +324,7 @@ def read_meta(checkpoint: dict, path: str) -> dict:
         data_name=_is_name,
         img_root=_is_name,
         num_class=lambda x: type(x) is int and CLASSES[0] <= x <= CLASSES[1],
+        classes=lambda x: _are_names(x) and meta.get("num_class") in (None, len(x)),
         img_size=lambda x: type(x) is int and low <= x <= high,
         mean=lambda x: _three(x) and meta.get("std") is not None,
         std=lambda x: _three(x) and min(x) > 0,
@@ -392,6 +346,11 @@ def _is_name(x) -> bool:
         return False
 
 
+def _are_names(x) -> bool:
+    """Whether these are names of classes: a folder's may hold anything."""
+    return isinstance(x, (list, tuple)) and all(type(name) is str for name in x)
+
+
 def _three(values) -> bool:
     """Whether these are three numbers on the scale of pixels, 0 to 1."""
     fine = isinstance(values, (list, tuple)) and len(values) == 3
@@ -406,22 +365,39 @@ def find_weights(
     pretrained=False,
     taps=None,
     kind: type = Weights,
+    key: str | None = None,
+    key_flag: str | None = None,
 ):
     """The network that `--{flag} name` and the checkpoint at `path` agree on, as a `kind`.
 
-    Raises UserError where they do not, or where neither says which network it is.
+    key: of `--{key_flag}`, the entry of the file that holds the weights. Raises UserError where
+    they do not agree, or where neither says which network it is.
     """
     if path is None:
         if name is None:
             raise UserError(f"--{flag} or --{file_flag} is needed")
+        if key is not None:
+            raise UserError(f"--{key_flag} {key}: an entry of a checkpoint, but there is none")
         return kind(name, pretrained=pretrained, taps=taps)
     if pretrained:
         raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
     checkpoint = read_checkpoint(path)
-    state, meta = read_weights(checkpoint, path), read_meta(checkpoint, path)
-    if not meta:
+    state = read_weights(checkpoint, path, key, key_flag)
+    meta, notes = read_meta(checkpoint, path), []
+    if not meta and name is None:
+        fits, state, notes = identify_inside(state, path, key_flag)
+        meta = dict(network=fits[0], num_class=fits[1]) if fits else {}
+    elif not meta:
         fits = identify(state)
         meta = dict(network=fits[0], num_class=fits[1]) if fits else {}
+    elif key:  # whose network the file may not name
+        fits = identify(state)
+        meta |= dict(network=fits[0] if fits else None)
+    average = None if key else average_beside(checkpoint)
+    if average:
+        takes = f": --{key_flag} {average} takes it" if key_flag else ""
+        line = f"{path} also holds {average}, an average of the weights, which is not taken{takes}"
+        notes = [line, *notes]
     known = meta.get("network")
     if name is None and known is None:
         raise UserError(f"{path} does not say which network it is: give --{flag}")
@@ -434,7 +410,9 @@ def find_weights(
     _check_simkd(name or known, state, path)
     epoch = checkpoint.get("epoch")
     epoch = epoch if type(epoch) is int and 0 <= epoch < 2**53 else 0
-    return kind(name or known, state, meta, path, taps=taps, epoch=epoch)
+    found = kind(name or known, state, meta, path, taps=taps, epoch=epoch)
+    found.notes, found.key_flag = notes, key_flag
+    return found
 
 
 def _check_simkd(name: str, state: dict[str, Tensor], path: str) -> None:

@@ -111,6 +111,30 @@ def one_folder(text: str) -> str:
     return text
 
 
+def class_lines(text: str) -> tuple[str, ...]:
+    """An argparse type: the lines of a file that has one for each class of the dataset."""
+    path = Path(filled(text))
+    try:
+        if not path.is_file():
+            raise argparse.ArgumentTypeError(f"{text}: no such file")
+        if path.stat().st_size > 2**25:
+            raise argparse.ArgumentTypeError(f"{text}: too large for a list of classes")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:200]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text}: no UTF-8 text") from None
+    lines = tuple(line.strip() for line in lines)
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    for i, line in enumerate(lines, 1):
+        if not line or len(line) > 300 or not line.isprintable():
+            raise argparse.ArgumentTypeError(f"{text}, line {i}: a class is wanted, name or index")
+    if not lines:
+        raise argparse.ArgumentTypeError(f"{text}: there are no lines")
+    return lines
+
+
 def comma(kind):
     """An argparse type: a tuple of `kind`s, written with commas."""
 
@@ -272,6 +296,13 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             type=number(int, 0, 1),
             metavar="0|1",
             help="1: flip training images at random, 0: do not (default: by dataset)",
+        )
+        add(
+            "--channels",
+            type=int,
+            choices=(1, 3),
+            help="1: the network that is trained takes grey images of one channel (default: as the "
+            "network is made, or as its checkpoint says)",
         )
     add(
         "--mean_std",

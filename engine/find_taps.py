@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter import shape_of
+from engine.outputs import forward_logits, logits_of, notes_of
 from network import as_map, first_tensor, split_tap
 from utils import UserError, brief, named, out_of_memory
 
@@ -61,7 +62,11 @@ ACTIVATIONS = (
 
 
 def ensure_taps(
-    net: nn.Module, name: str, num_class: int, img_size: int, stages: tuple[str, ...] | None = None
+    net: nn.Module,
+    name: str,
+    num_class: int | None,
+    img_size: int,
+    stages: tuple[str, ...] | None = None,
 ) -> list[str]:
     """Let `net` have `taps`: its own, or found by a dry pass. Returns what to print: a table of
     taps.
@@ -73,22 +78,25 @@ def ensure_taps(
     found.
     """
     if hasattr(net, "taps") and stages is None:
+        if ".py:" in name and num_class is not None:
+            forward_logits(net, name, num_class, img_size)
         return []
     given = {key: net.taps[key] for key in ("stem", "feat") if key in getattr(net, "taps", {})}
     in_place = [m for m in net.modules() if getattr(m, "inplace", False)]
     for module in in_place:  # they would overwrite what the hooks catch
         module.inplace = False
     calls = dry_pass(net, name, num_class, img_size)
-    found = _find(calls, name, net, stages)
+    found = _find(calls, name, net, stages, backbone=num_class is None)
     net.taps = found | given
     return _table(net, name, calls, len(in_place))
 
 
-def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_Call]:
+def dry_pass(net: nn.Module, name: str, num_class: int | None, img_size: int) -> list[_Call]:
     """Every call of a module of `net` on two images, in the order in which they ended, `net`'s own
     last.
 
-    Raises UserError where `net` does not take such images or gives no logits (2, num_class).
+    From here on `net` gives its logits alone. num_class: None for a network that need not give any.
+    Raises UserError where it does not take such images or gives no logits (2, num_class).
     """
     ended, open_calls, times = [], [], Counter()
     root = _Call("", net, None, 0)
@@ -130,15 +138,20 @@ def dry_pass(net: nn.Module, name: str, num_class: int, img_size: int) -> list[_
     for call in ended:
         path, number = call.path.split("#")
         call.path = path if times[path] == 1 else f"{path}#{number}"
-    if not torch.is_tensor(out) or out.shape != (2, num_class):
-        what = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
+    if num_class is None:
+        root.out = first_tensor(out) if torch.is_tensor(first_tensor(out)) else None
+        return [*ended, root]
+    out = logits_of(net, name, out, num_class)
+    if out.shape != (2, num_class):
+        what = tuple(out.shape)
         raise UserError(f"{name} gives {what} for two images, not logits of shape (2, {num_class})")
     root.out = out
     return [*ended, root]
 
 
-def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> None:
-    """Let `net` learn from two images, and leave it as it was. Raises UserError where it cannot."""
+def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> list[str]:
+    """Let `net` learn from two images, and leave it as it was, but that it gives its logits alone.
+    Returns notes on what else it returns. Raises UserError where it cannot learn."""
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError(f"{name} has no parameters that learn (requires_grad)")
     modes = {module: module.training for module in net.modules()}
@@ -147,11 +160,14 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             out = net.train()(torch.randn(2, 3, img_size, img_size))
-            if not torch.is_tensor(out) or out.shape != (2, num_class):
+            out = logits_of(net, name, out, num_class, training=True)
+            if out.shape != (2, num_class):
                 raise TypeError(f"a {type(out).__name__} that is not logits (2, {num_class})")
             F.cross_entropy(out.float(), torch.tensor([0, 1])).backward()
         if all(p.grad is None for p in net.parameters()):
             raise RuntimeError("no parameter gets a gradient")
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # whatever somebody's network does
         if out_of_memory(error):
             raise
@@ -165,23 +181,32 @@ def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) ->
             for key, x in net.named_buffers():
                 if key in buffers and x.shape == buffers[key].shape:
                     x.copy_(buffers[key])
+    return notes_of(net)
 
 
-def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
-    """The taps of a network whose calls these are; `calls[-1]` is its own."""
+def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool) -> dict:
+    """The taps of a network whose calls these are; `calls[-1]` is its own. backbone: whether it may
+    have no classifier."""
     linear = [
         call
         for call in calls
         if isinstance(call.module, nn.Linear) and call.x is not None and call.x.ndim == 2
     ]
     taps, lacks, layout, every_call = {}, {}, {}, calls
-    if linear:
+    if backbone:
+        linear = [call for call in linear if call.out is calls[-1].out]
+    if backbone and not linear and _pooled_of_backbone(calls):
+        taps["feat"] = _pooled_of_backbone(calls)
+    elif linear:
         taps["feat"] = f"{linear[-1].path}:in"
         calls = calls[: calls.index(linear[-1])] + calls[-1:]
     else:
         lacks["feat"] = "no linear layer ends it, so it has no pooled features"
         convs = [call for call in calls if isinstance(call.module, nn.Conv2d)]
-        if convs and convs[-1].module.out_channels == calls[-1].out.shape[1]:  # it classifies
+        out = calls[-1].out
+        if (
+            convs and out is not None and convs[-1].module.out_channels == out.shape[1]
+        ):  # classifies
             calls = calls[: calls.index(convs[-1])] + calls[-1:]
     pooled = {id(call.out) for call in calls if isinstance(call.module, POOLING)}
     units = _units(calls[-1], pooled, {id(call) for call in calls})
@@ -241,6 +266,13 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages) -> dict:
         layout[taps["stem"]] = _layout(stem.out, side, name, stem.path)
     layout = {path: how for path, how in layout.items() if how is not None}
     return taps | dict(lacks=lacks, layout=layout)
+
+
+def _pooled_of_backbone(calls: list[_Call]) -> str | None:
+    """The module whose output is that of a network without a classifier, pooled features (B, D)."""
+    out = calls[-1].out
+    ends = [call for call in calls[:-1] if out is not None and out.ndim == 2 and call.out is out]
+    return ends[-1].path if ends else None
 
 
 def _side(x: Tensor | None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.channels import give_one_channel
 from engine.find_taps import ensure_taps
 from network import NETWORKS, Tapped, classifier_of
 from utils import UserError, brief, first_line, named, printable, shown
@@ -18,21 +19,28 @@ def build(
 ) -> nn.Module:
     """The network `name` with `num_class` outputs and fresh weights from torch's generator.
 
-    `name`: one of NETWORKS, `torchvision/NAME`, `timm/NAME` or `path/to/file.py:function`, called
-    as `function(num_class)`. `img_size`: for networks that must know it. `pretrained`: with the
-    library's own weights; their classifier is replaced where it has another number of classes.
+    `name`: one of NETWORKS, `torchvision/NAME`, `timm/NAME`, `hf/NAME_OR_FOLDER` or
+    `path/to/file.py:function`, called as `function(num_class)`. `img_size`: for networks that
+    must know it. `pretrained`: with the library's own weights; their classifier is replaced where
+    it has another number of classes.
     Raises UserError where there is no such network, with the names that come near.
     """
     return constructor(name)(num_class, img_size, pretrained)
 
 
-def constructor(name: str):
-    """The function (num_class, img_size, pretrained) -> nn.Module behind a name; see `build`."""
+def constructor(name: str, auxiliary: bool = False):
+    """The function (num_class, img_size, pretrained) -> nn.Module behind a name; see `build`.
+
+    auxiliary: GoogLeNet and Inception of torchvision with the classifiers that they have for
+    training alone.
+    """
     library, _, model = name.partition("/")
     if name.startswith("simkd:"):  # whatever network is in it
         return _of_simkd(name)
     if ".py:" in name:
         return _of_file(*name.rsplit(":", 1))
+    if library == "torchvision" and model:
+        return _of_torchvision(model, auxiliary)
     if library in LIBRARIES and model:
         return LIBRARIES[library](model)
     own = named(NETWORKS, name, "network")
@@ -40,7 +48,7 @@ def constructor(name: str):
     def make(num_class, img_size, pretrained):
         if pretrained:
             raise UserError(
-                f"{name} has no pretrained weights: only torchvision/NAME and timm/NAME have them"
+                f"{name} has no pretrained weights: only torchvision/, timm/ and hf/ have them"
             )
         return own(num_class)
 
@@ -110,16 +118,52 @@ def _of_simkd(name: str):
 
 
 def file_name(name: str) -> str:
-    """A network's name as a part of file names: torchvision-resnet18, my_net-build."""
+    """A network's name as a part of file names: torchvision-resnet18, my_net-build, hf-vit."""
+    if name.startswith("hf/"):
+        return f"hf-{Path(name).name}"
     return re.sub(r"^(.*/)?([^/]+)\.py:", r"\2-", name).replace("/", "-")
 
 
-def _of_torchvision(name: str):
+def library_classes(name: str) -> tuple[int | None, list[str] | None]:
+    """How many classes the weights of a library's network know, and their names; None where the
+    library does not say it."""
+    library, _, model = name.partition("/")
+    if ".py:" in name or not model:
+        return None, None
+    constructor(name)  # or say that there is no such network
+    if library == "torchvision":
+        names = list(_weights_of(model).meta["categories"])
+        return len(names), names
+    if library == "timm":
+        import timm
+
+        found = timm.models.get_pretrained_cfg(model)
+        return getattr(found, "num_classes", None), None
+    if library == "hf":
+        config = _hf_config(model)
+        names = config.id2label
+        if not any(
+            "ImageClassification" in x for x in config.architectures or ["ImageClassification"]
+        ):
+            return 0, None  # a backbone: its classifier would be a fresh one
+        return len(names), [str(names[i]) for i in range(len(names))]
+    return None, None
+
+
+def _weights_of(name: str):
+    """torchvision's first weights of a network: those of the published tables."""
+    from torchvision import models
+
+    known = models.get_model_weights(name)
+    return getattr(known, "IMAGENET1K_V1", known.DEFAULT)
+
+
+def _of_torchvision(name: str, auxiliary: bool = False):
     from torchvision import models
 
     named(dict.fromkeys(models.list_models(module=models)), name, "network of torchvision")
     # logits alone, in training too
-    wishes = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
+    wishes = dict(aux_logits=auxiliary) if name in ("googlenet", "inception_v3") else {}
 
     def make(num_class, img_size, pretrained):
         if not pretrained:
@@ -127,9 +171,7 @@ def _of_torchvision(name: str):
             if name.startswith("vit_") and img_size:
                 fresh = dict(image_size=img_size)
             return models.get_model(name, weights=None, num_classes=num_class, **wishes, **fresh)
-        known = models.get_model_weights(name)
-        # the first ones: those of the published tables
-        weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
+        weights = _weights_of(name)
         net = downloaded(lambda: models.get_model(name, weights=weights, **wishes), name)
         if num_class != len(weights.meta["categories"]):
             _new_classifier(net, len(weights.meta["categories"]), num_class)
@@ -159,7 +201,54 @@ def _of_timm(name: str):
     return make
 
 
-LIBRARIES = {"torchvision": _of_torchvision, "timm": _of_timm}
+def _of_hf(name: str):
+    classifier = _transformers(name).AutoModelForImageClassification
+
+    def make(num_class, img_size, pretrained):
+        if not pretrained:
+            config = _hf_config(name)
+            config.num_labels = num_class
+            if img_size and isinstance(getattr(config, "image_size", None), int):
+                config.image_size = img_size
+            try:
+                return give_one_channel(classifier.from_config(config, trust_remote_code=False))
+            except (ValueError, KeyError, ImportError) as error:
+                raise UserError(f"hf/{name}: {first_line(error)}") from error
+        wishes = dict(num_labels=num_class, ignore_mismatched_sizes=True)
+        try:
+            found = classifier.from_pretrained(name, trust_remote_code=False, **wishes)
+            return give_one_channel(found)
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                f"the weights of hf/{name} cannot be loaded ({first_line(error)}): the name of an "
+                "image classifier on huggingface.co, or a folder that save_pretrained wrote, is "
+                "needed"
+            ) from error
+
+    return make
+
+
+def _transformers(name: str):
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"hf/{name} needs transformers: pip install transformers") from None
+    transformers.utils.logging.set_verbosity_error()  # of a classifier that is replaced
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _hf_config(name: str):
+    try:
+        return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no network hf/{name} ({first_line(error)}): the name of an image classifier on "
+            "huggingface.co, or a folder with its config.json, is needed"
+        ) from error
+
+
+LIBRARIES = {"torchvision": _of_torchvision, "timm": _of_timm, "hf": _of_hf}
 
 
 def downloaded(create, name: str) -> nn.Module:
@@ -220,6 +309,6 @@ def _of_file(path: str, function: str):
             raise UserError(f"{path}: {function}({num_class}) failed ({brief(error)})") from error
         if not isinstance(net, nn.Module):
             raise UserError(f"{path}: {function} returns a {type(net).__name__}, not an nn.Module")
-        return net
+        return give_one_channel(net)
 
     return call

@@ -18,7 +18,7 @@ OF_THE_METHODS = {
 }
 PLACE = {"note", "save_root"}
 OF_THE_TEACHER = {f"{name}_{side}" for name in ("t", "net1") for side in ("model", "init", "name")}
-OF_THE_TEACHER |= {"t_pretrained", "t_taps", "teacher_cache"}
+OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes", "teacher_cache"}
 
 
 # --- several students -----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def modes_of(kd_mode: str | None) -> list[str]:
 def _check_baseline(args: Namespace) -> None:
     """Raise UserError for what has no effect on a student that is trained without a teacher."""
     names = ("t_model", "t_name", "t_pretrained", "t_taps", "s_taps", "lambda_kd", "lambda_ce")
-    for name in (*names, "gather", "logit_stand", "teacher_cache"):
+    for name in (*names, "gather", "logit_stand", "teacher_cache", "t_key", "t_classes"):
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name} has no effect with --kd_mode {NONE}: leave it out")
 
@@ -244,11 +244,24 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     )
     add("--t_name", "--net1_name", **name, help="teacher network (default: as the checkpoint says)")
     add("--s_name", "--net2_name", **name, help="student network (default: as the checkpoint says)")
+    add(
+        "--t_classes",
+        type=cli.class_lines,
+        metavar="FILE",
+        help="which outputs of the teacher are the dataset's classes: a line for each class, with "
+        "the teacher's name or index of it",
+    )
     for side, who in (("t", "teacher"), ("s", "student")):
+        add(
+            f"--{side}_key",
+            type=cli.filled,
+            metavar="KEY",
+            help=f"entry of the checkpoint that holds the {who}, like model_ema (default: found)",
+        )
         add(
             f"--{side}_pretrained",
             action="store_true",
-            help=f"{who} with the weights of its library (torchvision/NAME, timm/NAME)",
+            help=f"{who} with the weights of its library (torchvision/, timm/ and hf/NAME)",
         )
         add(
             f"--{side}_taps",

@@ -28,13 +28,14 @@ from utils import (
     first_line,
     rank,
     rng_state,
+    shown,
     world,
 )
 
 # flags that do not decide the result: --resume may change them
 FREE = frozenset(
     "print_freq tensorboard save_every resume dry_run save_root note img_root workers".split()
-    + "cuda cuda_graph device".split()
+    + "cuda cuda_graph device num_class".split()  # num_class: the dataset's in any case
 )
 
 
@@ -247,7 +248,8 @@ class Run:
         for key in sorted((set(now) | set(saved)) - FREE):
             if now.get(key) != saved.get(key):
                 raise UserError(
-                    f"--resume: --{key} is {now.get(key)}, but the run has {saved.get(key)}"
+                    f"--resume: --{key} is {shown(now.get(key), 200)}, but the run has "
+                    f"{shown(saved.get(key), 200)}"
                 )
 
     def start(

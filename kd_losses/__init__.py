@@ -267,6 +267,19 @@ class Method:
     capturable: bool = True
     precompute: Inputs | None = None
 
+    @property
+    def reads_classifier(self) -> bool:
+        """Whether it reads or deploys the teacher's classifier."""
+        return self.inputs.classifier or self.deploys_projector
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the teacher's classes have to be the dataset's: its logits or its classifier are
+        read, or it learns from the labels itself."""
+        fed = [self.inputs, self.precompute, *(phase.inputs for phase in self.phases)]
+        reads = any(inputs.reads_answers for inputs in fed if inputs)
+        return reads or self.deploys_projector or self.teacher == "trained"
+
     def build(self, s, t, train, flags: dict):
         """The loss module. s, t: Features of a trial pass; train: the training set."""
         if isinstance(self.loss, type):

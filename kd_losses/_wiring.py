@@ -51,7 +51,8 @@ class Inputs:
     reads: the features that it needs, of 'out', 'stem', 'stages', 'preacts', 'last' and 'feat'.
     flags: the method's flags that `feed` takes by name.
     per_stage: whether it returns a list. one_stage: whether it compares a single stage.
-    logits_only: whether it compares logits and nothing else.
+    logits_only: whether it compares logits and nothing else. classifier: whether it reads the
+    networks' last layers.
     """
 
     feed: Callable
@@ -60,6 +61,12 @@ class Inputs:
     per_stage: bool = False
     one_stage: bool = False
     logits_only: bool = False
+    classifier: bool = False
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the teacher's classes have to be the dataset's: logits or classifier are read."""
+        return "out" in self.reads or self.classifier
 
     @property
     def reads_stages(self) -> bool:
@@ -208,18 +215,18 @@ def transport_on_imagenet(loss, s, t, batch):
     return loss(s.out, t.out, batch.target, faded(batch.epoch / batch.epochs, 0.0))
 
 
-@reads("out", "last", "feat")
+@reads("out", "last", "feat", classifier=True)
 def teachers_logits(loss, s, t, batch):
     x = s.feat if loss.form == "pooled" else s.last
     return loss(x, t.feat, t.out, t.classifier)
 
 
-@reads("last", "feat")
+@reads("last", "feat", classifier=True)
 def class_maps(loss, s, t, batch):
     return loss(s.last, s.classifier.weight, t.last, t.classifier.weight)
 
 
-@reads("last", "feat")
+@reads("last", "feat", classifier=True)
 def regions(loss, s, t, batch):
     return loss(s.last, s.classifier, t.last, t.classifier, batch.target)
 

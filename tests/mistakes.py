@@ -24,6 +24,7 @@ import torch
 import torchvision
 from messages import named
 from PIL import Image
+from torch import nn
 
 import engine.run as run_module
 import network
@@ -61,6 +62,9 @@ CRAFTED = dict(
     surrogate=("data_name", "\ud800"),
     classes=("num_class", 2**63),
     digits=("num_class", 10**400),
+    names=("classes", list(range(10))),
+    few_names=("classes", ["cat", "dog"]),
+    one_name=("classes", "0123456789"),
     logical=("num_class", True),
     tensor=("num_class", torch.tensor(10)),
     pixels=("img_size", 2.0**70),
@@ -189,8 +193,17 @@ def make_checkpoints(root):
         evil=dict(net=Evil(os.mkdir, str(root / "pwned"))),
         array=dict(net=net, accuracy=np.float64(3.0)),
     )
+    wolves = [f"wolf {i}" for i in range(10)]
+    files |= dict(
+        wolves=dict(net=net, meta=META | dict(classes=wolves)),
+        pair=dict(student=net, teacher=net),
+        flat_pair=dict(state_dict={f"{x}.{k}": v for k, v in net.items() for x in ("s", "t")}),
+        half_inside=dict(state_dict={f"model.{k}": v for k, v in net.items() if k != "fc.bias"}),
+    )
     for name, content in files.items():
         torch.save(content, root / f"{name}.pth")
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), root / "x.pt2")
+    (root / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
     old = dict(_use_new_zipfile_serialization=False)
     torch.save(files["evil"], root / "evil_old.pth", **old)
     (root / "evil.pkl").write_bytes(pickle.dumps(files["evil"]))
@@ -249,6 +262,13 @@ class Raises(Net):
 class Two(Net):
     def forward(self, x):
         return (super().forward(x), x) if self.training else super().forward(x)
+class TwoOfOne(Net):
+    def forward(self, x):
+        out = super().forward(x)
+        return out, 2 * out
+class NoneOfThem(Net):
+    def forward(self, x):
+        return dict(features=x)
 class Exits(Net):
     def forward(self, x):
         return sys.exit(0) if self.training else super().forward(x)
@@ -319,6 +339,22 @@ def make_places(root):
     torch.save(dict(net=state, meta=META | dict(network="resnet14")), names["t"])
     make_runs(names["runs"], names["t"])
     names["file"].write_text("mine")
+    lines = dict(
+        three="0\n1\n2\n",
+        ten="".join(f"{i}\n" for i in range(10)),
+        twice="".join(f"{i % 9}\n" for i in range(10)),
+        far="".join(f"{i}0\n" for i in range(10)),
+        wolf="".join(f"{i}\n" for i in range(9)) + "wolf\n",
+        gap="0\n\n" + "".join(f"{i}\n" for i in range(2, 10)),
+        odd="\x1b[31m\n" * 10,
+        none="",
+        long="9" * 5000,
+    )
+    (root / "classes").mkdir()
+    for name, text in lines.items():
+        (root / "classes" / f"{name}.txt").write_text(text)
+    (root / "classes" / "latin.txt").write_bytes(b"caf\xe9\n")
+    names["lines"] = root / "classes"
     names |= dict(nets=root / "nets.py", exits=root / "exits.py")
     names["nets"].write_text(NETS)
     names["exits"].write_text("import sys\nsys.exit(0)\n")

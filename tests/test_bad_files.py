@@ -76,8 +76,40 @@ TEACHERS = [
     ("--t_model /dev/null", "/dev/null"),
     (f"--t_model {{ck}}/other.pth --t_name resnet8 {DIGITS}", "{ck}/other.pth", "resnet8"),
     ("--t_model {ck}/nowhere.pth", "gone"),
-    ("--t_model {ck}/hundred.pth --data_name digits", "100", "digits"),
+    ("--kd_mode st --t_model {ck}/hundred.pth --data_name digits", "100", "digits"),
     ("--s_init {ck}/nan.pth", "{ck}/nan.pth", "fc.bias"),
+]
+# --t_classes {lines}/..., which have to name one of the teacher's classes for each of the digits
+LINES = [
+    *(("three", "3", "10", "digits"), ("twice", "10", "0"), ("far", "2", "10")),
+    *(("wolf", "10", "wolf"), ("gap", "2"), ("odd", "1"), ("none",), ("long", "1"), ("latin",)),
+]
+TEACHERS += [
+    (f"--kd_mode {mode} --t_classes {{lines}}/{x}.txt", "--t_classes", *more)
+    for mode, (x, *more) in [("st", row) for row in LINES] + [("at", LINES[0])]
+]
+TEACHERS += [
+    ("--t_classes gone.txt", "--t_classes", "gone.txt"),
+    ("--t_classes {ck}", "--t_classes", "{ck}"),
+    "--t_classes ''",
+    (f"--t_classes {LONG}", "--t_classes", SHOWN),
+    ("--kd_mode st --t_model {ck}/wolves.pth", "{ck}/wolves.pth", "wolf 0", "0", "--t_classes"),
+    ("--kd_mode catkd --t_model {ck}/wolves.pth", "{ck}/wolves.pth", "catkd", "--t_classes", "at"),
+    ("--s_init {ck}/wolves.pth", "--s_init", "{ck}/wolves.pth", "wolf 0"),
+    ("--t_model {ck}/pair.pth", "{ck}/pair.pth", "student", "teacher", "--t_key"),
+    ("--t_model {ck}/flat_pair.pth", "{ck}/flat_pair.pth", "s", "t", "--t_key"),
+    ("--s_init {ck}/pair.pth", "{ck}/pair.pth", "student", "teacher", "--s_key"),
+    ("--t_model {ck}/pair.pth --t_key techer", "--t_key", "techer", "teacher", "{ck}/pair.pth"),
+    ("--s_init {ck}/pair.pth --s_key techer", "--s_key", "techer", "teacher", "{ck}/pair.pth"),
+    ("--t_key meta", "--t_key", "meta", "{t}"),
+    "--t_key ''",
+    "--s_key ''",
+    (
+        "--t_model {ck}/half_inside.pth --t_name resnet8",
+        *("{ck}/half_inside.pth", "resnet8", "1", "fc.bias"),
+    ),
+    ("--t_model {ck}/x.pt2", "{ck}/x.pt2", "torch.export", "python"),
+    ("--t_model {ck}/graph.onnx", "{ck}/graph.onnx", "ONNX"),
 ]
 # the files of {ck} that are no teachers, and what the message must name besides the file
 CHECKPOINTS = [
@@ -102,11 +134,21 @@ EVAL = [
     ("{ck}/sparse.pth", "{ck}/sparse.pth", "fc.bias"),
     ("{ck}/flipped.pth", "{ck}/flipped.pth"),
     ("{ck}/fine.pth --teacher {ck}/cut50.pth", "{ck}/cut50.pth"),
+    ("{ck}/wolves.pth", "{ck}/wolves.pth", "wolf 0", "--classes"),
+    ("{ck}/fine.pth --teacher {ck}/wolves.pth", "{ck}/wolves.pth", "wolf 0", "--t_classes"),
+    ("{ck}/fine.pth --classes {lines}/three.txt", "--classes", "3", "10", "digits"),
+    ("{ck}/fine.pth --classes gone.txt", "--classes", "gone.txt"),
+    ("{ck}/fine.pth --t_classes {lines}/three.txt", "--t_classes", "--teacher"),
+    ("{ck}/fine.pth --t_key net", "--t_key", "--teacher"),
+    ("{ck}/fine.pth --key nett", "--key", "nett", "{ck}/fine.pth", "net"),
+    ("{ck}/fine.pth --which peer --key net", "--key", "--which"),
     ("{ck}/meta_img_size.pth", "{ck}/meta_img_size.pth", "img_size", "-3"),
 ]
 EXPORT = [
     ("{ck}/nan.pth --out {root}/x.safetensors", "{root}/x.safetensors"),
     ("{ck}/evil.pth --out {root}/x.pt2", "{ck}/evil.pth"),
+    ("{ck}/pair.pth --out {root}/x.pt2", "{ck}/pair.pth", "--key", "student", "teacher"),
+    ("{ck}/pair.pth --key x --out {root}/x.pt2", "{ck}/pair.pth", "--key", "x", "student"),
     ("{ck}/fine.pth --out {file}/x.pt2", "{file}/x.pt2"),
     ("{ck}/fine.pth --format onnx --out {file}", "--out", "{file}"),
 ]

@@ -389,6 +389,8 @@ def test_file_names():
     assert foreign.file_name("torchvision/resnet18") == "torchvision-resnet18"
     assert foreign.file_name("/a/b.c/my_net.py:build") == "my_net-build"
     assert foreign.file_name("my_net.py:build") == "my_net-build"
+    assert foreign.file_name("hf/google/vit-base-patch16-224") == "hf-vit-base-patch16-224"
+    assert foreign.file_name("hf//a/b/vit/") == "hf-vit"
 
 
 # --- weights of a library -------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 import network  # noqa: E402
 from engine import cli, console, published, stream  # noqa: E402
 from engine.adapter import count_macs  # noqa: E402
+from engine.channels import check_grey  # noqa: E402
 from engine.checkpoint import (  # noqa: E402
     Weights,
     find_weights,
@@ -37,6 +38,7 @@ from engine.checkpoint import (  # noqa: E402
     read_weights,
 )
 from engine.find_taps import dry_pass  # noqa: E402
+from engine.outputs import match_classes, notes_of  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SECONDS = 1.0  # of forward passes that are timed
@@ -53,7 +55,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="student",
         help="of two networks that learned from each other (default student)",
     )
+    add("--key", type=cli.filled, metavar="KEY", help="entry of the file that holds the weights")
+    classes = dict(type=cli.class_lines, metavar="FILE")
+    add(
+        "--classes",
+        **classes,
+        help="which outputs are the dataset's classes: a line for each class, with the network's "
+        "name or index of it",
+    )
     add("--teacher", metavar="CHECKPOINT", help="how far do the two agree?")
+    add("--t_key", type=cli.filled, metavar="KEY", help="of the teacher, as --key")
+    add("--t_classes", **classes, help="of the teacher, as --classes")
     add("--teacher_net", metavar="NAME", help="the teacher's network, as --net")
     add("--batch_size", type=cli.number(int, 1), metavar="N", help="(default: as in training)")
     add("--json", action="store_true", help="one JSON object instead of lines")
@@ -61,8 +73,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_device_flags(parser)
     parser.set_defaults(flip=None)  # of training images
     args = parser.parse_args(argv)
-    if args.teacher_net and not args.teacher:
-        raise UserError("--teacher_net is nothing without --teacher CHECKPOINT")
+    for flag in ("teacher_net", "t_key", "t_classes"):
+        if getattr(args, flag) and not args.teacher:
+            raise UserError(f"--{flag} is nothing without --teacher CHECKPOINT")
+    if args.key and args.which == "peer":
+        raise UserError(f"--key {args.key}: --which peer says which entry")
     return args
 
 
@@ -79,16 +94,21 @@ def find_peer(name: str | None, path: str) -> Weights:
     return Weights(name, state, meta, path)
 
 
-def build(found: Weights, data, device) -> nn.Module:
-    """The network with its weights as training evaluates it. Raises UserError where they do not
-    fit."""
+def build(
+    found: Weights, data, device, classes: tuple[str, ...] | None = None, flag: str = ""
+) -> nn.Module:
+    """The network with its weights as training evaluates it. classes: the lines of `--{flag}`.
+    Raises UserError where they do not fit."""
     num_class, size = data.train.num_class, data.train.size
-    known = found.meta.get("num_class", num_class)
-    if known != num_class:
-        raise UserError(f"{found.path} has {known} classes, {data.name} {num_class}")
+    found.outputs = match_classes(
+        *(found, data.train.classes, data.name, size, ""),
+        *(classes, f"--{flag}", "its answers are compared with the labels"),
+        advice=f"--{flag} FILE maps its outputs to the dataset's classes" if flag else "",
+    )
     net = found.load(num_class, size)
     dry_pass(net, found.name, num_class, size)
-    for line in found.warnings(data.train):
+    found.say(notes_of(net), check_grey(net, found.name, data.test))
+    for line in [*found.notes, *found.warnings(data.train)]:
         print(line, file=sys.stderr)
     return net.to(device, memory_format=torch.channels_last)
 
@@ -134,23 +154,34 @@ def speed(net: nn.Module, img: Tensor, device: torch.device, precision: utils.Pr
     return len(img) / median(times[2:])
 
 
+def known(args: argparse.Namespace, meta: dict, classes: tuple[str, ...] | None) -> dict:
+    """What a checkpoint knows of the data; with its classes mapped, by `classes`, only what no flag
+    says otherwise. The number of classes is compared by `match_classes`."""
+    free = {"data_name", "img_size"} if classes else set()
+    contradicted = {k for k in free if getattr(args, k) not in (None, meta.get(k))}
+    gone = {"num_class", *contradicted, *(["img_root"] if "data_name" in contradicted else [])}
+    return {key: value for key, value in meta.items() if key not in gone}
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Everything that is to be said of the checkpoint, floats as in metrics.csv."""
     if args.which == "peer":
         found = find_peer(args.net, args.checkpoint)
     else:
-        found = find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
-    teacher, knows = None, found.meta
+        what = args.net, args.checkpoint, "net", "CHECKPOINT"
+        found = find_weights(*what, key=args.key, key_flag="key")
+    teacher, knows = None, known(args, found.meta, args.classes)
     if args.teacher:
-        teacher = find_weights(args.teacher_net, args.teacher, "teacher_net", "teacher")
-        knows = {**teacher.meta, **found.meta}
+        what = args.teacher_net, args.teacher, "teacher_net", "teacher"
+        teacher = find_weights(*what, key=args.t_key, key_flag="t_key")
+        knows = {**known(args, teacher.meta, args.t_classes), **knows}
     recipe = argparse.Namespace(**vars(args))
     cli.resolve_data(recipe, knows, published.PROTOCOLS["kdzoo"])
     device = utils.select_device(args.device, args.cuda)
     precision = utils.precision(device, args.amp)
     data = cli.load_data(recipe)
-    net = build(found, data, device)
-    tnet = build(teacher, data, device).eval() if teacher else None
+    net = build(found, data, device, args.classes, "classes")
+    tnet = build(teacher, data, device, args.t_classes, "t_classes").eval() if teacher else None
     images = data.test.to(device)
     score, img = scores(net, tnet, images, precision, args.batch_size)
     with torch.no_grad():

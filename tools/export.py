@@ -32,8 +32,10 @@ sys.path.insert(0, str(ROOT))
 import dataset  # noqa: E402
 import network  # noqa: E402
 from engine import cli, console  # noqa: E402
+from engine.channels import bare, channels_of  # noqa: E402
 from engine.checkpoint import Weights, find_weights  # noqa: E402
 from engine.find_taps import dry_pass  # noqa: E402
+from engine.outputs import notes_of  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
@@ -57,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="its network, where the file does not know it",
     )
+    add("--key", type=cli.filled, metavar="KEY", help="entry of the file that holds the weights")
     add("--num_class", type=cli.number(int, *dataset.CLASSES), metavar="N", help="the same")
     size = cli.number(int, 4, dataset.SIZES[1])
     add("--img_size", type=size, metavar="N", help="the same: NxN pixels")
@@ -121,7 +124,7 @@ def build(found: Weights, num_class: int, size: int) -> nn.Module:
     """The bare network with its weights, in eval mode."""
     net = found.load(num_class, size)
     dry_pass(net, found.name, num_class, size)
-    return net.eval().requires_grad_(False)
+    return bare(net).eval().requires_grad_(False)
 
 
 # --- the formats: the bytes of a file, and a function from images to logits out of a file ---------
@@ -146,7 +149,7 @@ def to_onnx(net: nn.Module, meta: str, size: int, batch: int | None) -> bytes:
         graph = torch.onnx.export(trace(net, size, batch), dynamo=True, verbose=False, **names)
         proto = graph.model_proto
     else:  # before torch 2.9, whose other exporter today's onnxscript breaks
-        file, img = io.BytesIO(), torch.zeros(batch or 2, 3, size, size)
+        file, img = io.BytesIO(), torch.zeros(batch or 2, channels_of(net), size, size)
         axes = None if batch else {"img": {0: "batch"}, "logits": {0: "batch"}}
         torch.onnx.export(net, (img,), file, dynamo=False, dynamic_axes=axes, **names)
         proto = onnx.load_from_string(file.getvalue())
@@ -162,7 +165,8 @@ def to_torch(net: nn.Module, meta: str, size: int, batch: int | None) -> bytes:
 
 def trace(net: nn.Module, size: int, batch: int | None) -> torch.export.ExportedProgram:
     """`net` as a graph, for `batch` images or, None, any number."""
-    img = torch.zeros(batch or 2, 3, size, size)  # 1 would be taken for a constant
+    # 1 would be taken for a constant
+    img = torch.zeros(batch or 2, channels_of(net), size, size)
     shapes = None if batch else ({0: torch.export.Dim("batch")},)
     program = torch.export.export(net, (img,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
@@ -222,9 +226,12 @@ def difference(net: nn.Module, other, img: Tensor) -> float:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     kind, out = target(args)
-    found = find_weights(args.net, args.checkpoint, "net", "CHECKPOINT")
+    what = args.net, args.checkpoint, "net", "CHECKPOINT"
+    found = find_weights(*what, key=args.key, key_flag="key")
     num_class, size = agreed(args, found, "num_class"), agreed(args, found, "img_size")
     net = build(found, num_class, size)
+    for line in [*found.notes, *notes_of(net)]:
+        print(line)
     # without the folder of the images: it is this machine's
     meta = {key: value for key, value in found.meta.items() if key != "img_root"}
     meta |= dict(network=found.name, num_class=num_class, img_size=size)
@@ -232,7 +239,8 @@ def main(argv: list[str] | None = None) -> dict:
     checked = kind != "onnx" or _installed("onnxruntime")
     aside = out.with_name(f"{os.getpid()}{out.suffix}")  # no longer than `out` may be
     # another number of images than the graph was made with, where it takes any
-    img = torch.randn(args.batch or 5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shape = args.batch or 5, channels_of(net), size, size
+    img = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         with quiet():
             aside.write_bytes(write(net, json.dumps(meta), size, args.batch))
@@ -259,7 +267,7 @@ def main(argv: list[str] | None = None) -> dict:
         normal = f"pixels of 0..1, less mean {meta['mean']}, by std {meta['std']}"
     else:
         normal = f"normalised as in its training, which {found.path} does not say"
-    print(f"takes float32 ({args.batch or 'any number'}, 3, {size}, {size}): {normal}")
+    print(f"takes float32 ({args.batch or 'any number'}, {shape[1]}, {size}, {size}): {normal}")
     if checked:
         print(f"read back: the logits of {len(img)} random images differ by {off:.1e}")
     else:

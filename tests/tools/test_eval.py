@@ -223,7 +223,7 @@ def test_foreign_networks_are_as_in_training(tmp_path, name):
         (["{tmp}"], ["{tmp}"]),
         (["{tmp}/broken.pth"], ["{tmp}/broken.pth"]),
         (["{tmp}/five.pth"], ["--data_name"]),
-        (["{tmp}/five.pth", *SMALL], ["--num_class", "5", "digits"]),
+        (["{tmp}/five.pth", *SMALL], ["{tmp}/five.pth", "5", "digits", "--classes"]),
         (["{base}", "--teacher", "{tmp}/five.pth"], ["{tmp}/five.pth", "5"]),
         (["{base}", "--teacher", "{tmp}/none.pth"], ["{tmp}/none.pth"]),
         (["{base}", "--teacher_net", "resnet8"], ["--teacher_net", "--teacher"]),
