@@ -328,7 +328,7 @@ def train_batches(
         windows = size - 1 - (size - 1 - windows.abs()).abs()
 
     def draw() -> Tensor:
-        return _draw_windows(images, low, high, generator)
+        return draw_windows(images, low, high, generator)
 
     views = [[draw(), augment and augment(n, size, generator, bounds, device)]]
     if second_view:
@@ -368,26 +368,9 @@ def test_batches(images: Images, batch_size: int, share: tuple[int, int] = (0, 1
         yield normalise(_shown(images, i), *scale_shift), images.labels[i], i
 
 
-def view_count(pad: int = 4) -> int:
-    """How many views an image has: crops of it padded by `pad` pixels, and their mirror images."""
-    return 2 * (2 * pad + 1) ** 2
-
-
-def train_views(
-    images: Images, batch_size: int, seed: int, epoch: int, share=(0, 1), pad: int = 4
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(index, view) of the images in each batch of `train_batches`, on the CPU: which image, and
-    the number of its view, below `view_count`."""
-    generator = generator_of(seed, epoch)
-    order = torch.randperm(len(images), generator=generator)
-    rows, columns = _draw_windows(images, -pad, pad, generator)
-    view = rows * (2 * (2 * pad + 1)) + columns
-    bounds = share_of(batch_bounds(len(images), batch_size, share[1]), *share)
-    return [(order[i:j].numpy(), view[i:j].numpy()) for i, j in bounds]
-
-
-def _draw_windows(images: Images, low: int, high: int, generator) -> Tensor:
-    """The numbers of the windows that are an image's rows and its columns (2, n)."""
+def draw_windows(images: Images, low: int, high: int, generator) -> Tensor:
+    """The numbers of the windows that are each image's rows and its columns (2, n): see
+    `_windows`."""
     n = len(images)
     which = torch.randint(low, high + 1, (2, n), generator=generator) - low
     flip = torch.randint(0, 2, (n,), generator=generator)

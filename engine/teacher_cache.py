@@ -35,7 +35,7 @@ class TeacherCache:
     def __init__(self, folder: str | Path, key: dict, images: int, widths: dict[str, tuple]):
         """key: what the values depend on, a part of the files' names. images: their number; widths:
         {kind: (values in a row, dtype)}. Raises UserError where the disk has no room."""
-        self.folder, self.views = Path(folder), dataset.view_count()
+        self.folder, self.views = Path(folder), view_count()
         text = json.dumps(key, sort_keys=True, indent=1)
         name = f"{key['network']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.name = name.replace("/", "_")
@@ -158,7 +158,7 @@ class CachedTeacher:
 
     def begin(self, images, batch_size: int, seed: int, epoch: int) -> None:
         """An epoch begins."""
-        self.batches = dataset.train_views(images, batch_size, seed, epoch, utils.share())
+        self.batches = train_views(images, batch_size, seed, epoch, utils.share())
 
     def __call__(self, number: int, img: Tensor) -> network.Features:
         """The teacher's features of batch `number` (from 1), whose images are `img`."""
@@ -183,6 +183,24 @@ class CachedTeacher:
         fresh = {kind: getattr(x, kind) for kind in values}
         self.cache.write(index[lack], view[lack], {k: v.cpu() for k, v in fresh.items()})
         return {kind: values[kind].index_copy(0, places, fresh[kind]) for kind in values}
+
+
+def view_count(pad: int = 4) -> int:
+    """How many views an image has: crops of it padded by `pad` pixels, and their mirror images."""
+    return 2 * (2 * pad + 1) ** 2
+
+
+def train_views(
+    images: dataset.Images, batch_size: int, seed: int, epoch: int, share=(0, 1), pad: int = 4
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(index, view) of the images in each batch of `dataset.train_batches`, on the CPU: which
+    image, and the number of its view, below `view_count`."""
+    generator = dataset.generator_of(seed, epoch)
+    order = torch.randperm(len(images), generator=generator)
+    rows, columns = dataset.draw_windows(images, -pad, pad, generator)
+    view = rows * (2 * (2 * pad + 1)) + columns
+    bounds = dataset.share_of(dataset.batch_bounds(len(images), batch_size, share[1]), *share)
+    return [(order[i:j].numpy(), view[i:j].numpy()) for i, j in bounds]
 
 
 def _digest(net: torch.nn.Module) -> str:

@@ -153,10 +153,10 @@ def test_the_views_are_those_of_the_batches():
     seen = {}
     for padding in ("reflect", "zero"):
         for epoch in range(1, 200):
-            views = dataset.train_views(images, 2, 3, epoch)
+            views = teacher_cache.train_views(images, 2, 3, epoch)
             batches = stream.train_batches(images, 2, 3, epoch, padding=padding)
             for (index, view), (img, _, place) in zip(views, batches, strict=True):
-                assert index.tolist() == place.tolist() and view.max() < dataset.view_count()
+                assert index.tolist() == place.tolist() and view.max() < teacher_cache.view_count()
                 for i, v, x in zip(index, view, img):
                     before = seen.setdefault((padding, i, v), x)
                     assert torch.equal(before, x)

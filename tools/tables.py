@@ -187,7 +187,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ways.add_argument(
             "--together",
             action="store_true",
-            help="methods of a pair and seed in one process, with one pass of the teacher (default)",
+            help="methods of a pair and seed in one process, with one teacher pass (default)",
         )
         ways.add_argument("--apart", action="store_true", help="a process for each training")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
