@@ -54,8 +54,9 @@ class CapturedStep:
 
     The tensors among the arguments, and those in a dataclass or a list, are inputs: copied into the
     graph's own before a replay. Everything else is part of the graph: where it, a learning rate or
-    an input's shape changes, the step is recorded again. The first steps of an optimizer, those after
-    a weight has become 0 or is 0 no longer, and a last batch of another size are ordinary ones.
+    an input's shape changes, the step is recorded again. The first steps of an optimizer, those
+    after a weight has become 0 or is 0 no longer, and a last batch of another size are ordinary
+    ones.
 
     A step may be captured that reads no value from the device, copies nothing from pageable memory,
     and draws random numbers from the device's default generator alone (tests/test_device.py).
