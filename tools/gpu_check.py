@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 # bench before torch, whose profiler reads at the import what bench sets
-from tools import bench, bench_data, bench_flags, bench_meter, bench_steps, gpu_students  # noqa: E402
+from tools import bench, bench_data, bench_flags, bench_meter, bench_steps  # noqa: E402
+from tools import gpu_students  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
