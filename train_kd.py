@@ -32,6 +32,7 @@ from engine.schedule import loss_weights, schedule
 from engine.settings import Settings
 from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
+from engine.testing import evaluate, final_tests
 from engine.together import Group, SharedTeacher, why_not_cached
 from kd_losses import METHODS, Phase
 from utils import UserError
@@ -163,23 +164,18 @@ def end_epoch(student: Student, beside: int) -> None:
     saved = state(student)
     row = dict(phase=phase.name, epoch=student.epoch, lr=student.lr, **now)
     if phase.student_learns:
-        row |= evaluate(distiller.deployed, data.test, student.precision)
+        row |= evaluate(distiller.deployed, data, data.selection, student.precision)
     if phase.teacher_learns:
-        peer = evaluate(distiller.teacher.net, data.test, student.precision)
+        peer = evaluate(distiller.teacher.net, data, data.selection, student.precision)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
-            saved |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
+            saved |= {f"prec{i}@{k}": score[f"{data.selection}_top{k}"] for k in (1, 5)}
     run.epoch(row, speed, saved, keep_best="student" in phase.trainable, beside=beside)
 
 
 def float32(x: Tensor) -> Tensor:
     """Half precision as float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def evaluate(net: torch.nn.Module, images, precision: utils.Precision) -> dict[str, float]:
-    batches = stream.test_batches(images, share=utils.share())
-    return utils.evaluate(net, batches, precision)
 
 
 def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, now: dict) -> None:
@@ -224,7 +220,8 @@ def main(argv: list[str] | None = None) -> dict:
             row = min(student.row for student in left)
             train_epoch([x for x in left if x.row == row], group, teacher)
         for student in group.active(students):
-            results[student.name] = student.run.finish()
+            with group.alone(student):
+                results[student.name] = finish(student)
     group.close()
     return results if group.several else results[students[0].name]
 
@@ -407,10 +404,11 @@ def prepare(student: Student, group: Group) -> None:
     answers = pair.has_answers(student.found[0])
     if distiller.teacher_role not in ("trained", "none") and answers:
         net = distiller.teacher.net
-        score = group.once(net, lambda: evaluate(net, data.test, student.precision)["test_top1"])
-        run.log(f"teacher test_top1 {score:.2f}")
-        if utils.by_chance(score, len(data.test), data.train.num_class):
-            run.warn("the teacher is no better than chance on the test images")
+        split, key = data.selection, f"{data.selection}_top1"
+        score = group.once(net, lambda: evaluate(net, data, split, student.precision)[key])
+        run.log(f"teacher {key} {score:.2f}")
+        if utils.by_chance(score, len(data.splits[split]), data.train.num_class):
+            run.warn(f"the teacher is no better than chance on the {split} images")
     found_s = student.found[1]
     if found_s.epoch and not run.saved:
         run.warn(
@@ -421,6 +419,15 @@ def prepare(student: Student, group: Group) -> None:
     utils.seed_everything(cfg.seed + 1_000_003 * utils.rank(), own)
     distributed.broadcast_parameters(*distiller.networks, distiller.added)
     student.step = choose_step(train_step, cfg, student.precision.device, run.log, distiller.added)
+
+
+def finish(student: Student) -> dict:
+    """The result of its run."""
+    distiller = student.distiller
+    nets = dict(snet=distiller.deployed)
+    if any(phase.teacher_learns for phase, _ in student.phases):
+        nets["net1"] = distiller.teacher.net
+    return student.run.finish(final_tests(student.run, nets, student.data, student.precision))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,22 @@ def writable_file(path: Path, force: bool) -> None:
         raise UserError(f"{path} cannot be written (no permission)")
 
 
+def count_or_share(text: str) -> int | float:
+    """An argparse type: a number of images, or a share of them below 1."""
+    try:
+        return number(int, 1)(text)
+    except argparse.ArgumentTypeError:
+        try:
+            share = number(float, 0, open_low=True)(text)
+        except argparse.ArgumentTypeError:
+            share = 1.0
+        if share >= 1:
+            raise argparse.ArgumentTypeError(
+                f"expected int >= 1 or a share > 0 and < 1, got {text!r}"
+            ) from None
+        return share
+
+
 def filled(text: str) -> str:
     """An argparse type: a name or path that is not empty and can be printed."""
     try:
@@ -304,6 +320,14 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             help="1: the network that is trained takes grey images of one channel (default: as the "
             "network is made, or as its checkpoint says)",
         )
+        add(
+            "--val",
+            type=count_or_share,
+            metavar="N",
+            help="validation set: N training images, or a share such as 0.1, of every class, drawn "
+            "by --seed; chooses the best epoch (default: the test set does, or a val folder beside "
+            "the test folder)",
+        )
     add(
         "--mean_std",
         type=mean_std,
@@ -455,6 +479,8 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
         cfg.img_size,
         None if cfg.flip is None else bool(cfg.flip),
         cfg.workers,
+        getattr(cfg, "val", None),
+        getattr(cfg, "seed", 0),
     )
     if cfg.num_class not in (None, data.train.num_class):
         raise UserError(
@@ -471,6 +497,15 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
             f"processes need two images each, {2 * utils.world()} in all"
         )
     return data
+
+
+def describe_images(data) -> str:
+    """How many images there are, and of which size."""
+    val = "" if data.val is None else f", {len(data.val)} validation"
+    return (
+        f"{len(data.train)} training{val} and {len(data.test)} test images of "
+        f"{data.train.size} pixels"
+    )
 
 
 def describe_data(cfg: argparse.Namespace, data) -> dict:

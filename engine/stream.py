@@ -17,7 +17,9 @@ from torch import Tensor
 import dataset
 from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
 from engine.augment import StrongView, autoaugment_view
-from utils import UserError
+from engine.folders import READERS
+from engine.validation import held_out
+from utils import UserError, named
 
 
 def load(
@@ -27,9 +29,16 @@ def load(
     img_size: int | None = None,
     flip: bool | None = None,
     workers: int = 0,
+    val: int | float | None = None,
+    seed: int = 0,
 ) -> Data:
-    """`dataset.load`, with the normalisation of files measured where it is not given."""
-    data = dataset.load(name, root, mean_std, img_size, flip, workers)
+    """`dataset.load` of any dataset, with the normalisation of files measured where it is not
+    given. val: how many of the training images, or which share, are the validation set, drawn by
+    `seed`."""
+    read = named(READERS, name, "dataset")
+    if val is not None:
+        read = held_out(read, val, seed)
+    data = dataset.load(name, root, mean_std, img_size, flip, workers, read)
     train = data.train
     if not isinstance(train, Files):
         return data

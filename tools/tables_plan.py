@@ -10,11 +10,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import dataset
 import train_base
 import train_kd
 import utils
-from engine import cli, kd_cli, published
+from engine import cli, folders, kd_cli, published
 from engine.checkpoint import sha256
 from engine.schedule import schedule
 from engine.settings import Settings
@@ -184,7 +183,7 @@ def setting(args, table: Table) -> str:
     if data == "imagefolder":
         root = Path(args.img_root)
         name = re.sub(r"[^\w.-]", "_", root.resolve().name)[:60]
-        data = f"{name}-{fingerprint(dataset.folder_identity(root))}"
+        data = f"{name}-{fingerprint(folders.folder_identity(root))}"
     epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
     parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
     parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
@@ -201,7 +200,7 @@ def same_images(home: Path, root: str | None) -> None:
             before = read_json(path)["sources"]["data"]
         except (ValueError, KeyError, TypeError):
             continue
-        now = now or dataset.folder_identity(root, dataset.VALIDATED)
+        now = now or folders.folder_identity(root, folders.VALIDATED)
         if before != now:
             raise UserError(
                 f"{home} holds runs of other images than those in {root}: give another --runs"
