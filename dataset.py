@@ -84,7 +84,8 @@ class Files(Split):
     """One split whose images, of `size` pixels, are read when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
-    reference count by reference count). `loader`: that of the last whole epoch of training, whose
+    reference count by reference count). `fit`: 'crop', or 'squash' for one that is not square, as a
+    whole. `loader`: that of the last whole epoch of training, whose
     processes wait for the next and end with the Files. The rest as in Images.
     """
 
@@ -96,6 +97,7 @@ class Files(Split):
     size: int
     flip: bool = True
     workers: int = 0
+    fit: str = "crop"
     loader: torch.utils.data.DataLoader | None = field(default=None, init=False, repr=False)
 
     def to(self, device) -> "Files":
@@ -149,12 +151,13 @@ def identity_of(sources, counts, root: Path) -> dict:
     """See `Data.identity`. Of files it is the names below `root` and the sizes."""
     found = {}
     for split, source, count in zip(("train", "test", "val"), sources, counts):
-        sha = source if isinstance(source, str) else _digest_files(source, root)
+        sha = source if isinstance(source, str) else digest_files(source, root)
         found[split] = dict(images=count, sha256=sha)
     return found
 
 
-def _digest_files(files: np.ndarray, root: Path) -> str:
+def digest_files(files: np.ndarray, root: Path) -> str:
+    """The sha256 of the names of files below `root` and their sizes."""
     digest, above = hashlib.sha256(), os.fsencode(root)
     for path in files:
         try:
@@ -196,7 +199,7 @@ def load(
         *parts, classes, options, notes = read(Path(root), img_size)
     except OSError as error:  # a folder that may not be read, or is gone in the meantime
         raise UserError(f"{printable(str(error.filename or root))}: {error.strerror}") from error
-    sources = options.pop("sources")
+    sources, fit = options.pop("sources"), options.pop("fit", "crop")
     if len(parts[0][1]) < 2:
         raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
     if len(classes) < 2:
@@ -208,7 +211,8 @@ def load(
     for items, labels in parts:
         labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
         if items.ndim == 1:
-            split = Files(items, labels, classes, mean, std, img_size, options["flip"], workers)
+            where = img_size, options["flip"], workers, fit
+            split = Files(items, labels, classes, mean, std, *where)
         else:
             pixels = torch.from_numpy(np.ascontiguousarray(items))
             if pixels.shape[1] < SIZES[0]:

@@ -33,6 +33,7 @@ from engine.settings import Settings
 from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
 from engine.testing import evaluate, final_tests
+from engine.unlabeled import label_terms, of_the_labelled
 from engine.together import Group, SharedTeacher, why_not_cached
 from kd_losses import METHODS, Phase
 from utils import UserError
@@ -78,10 +79,13 @@ def train_step(
         logits = distiller.logits_to_label(phase, s, t)
         if logits:
             with torch.set_grad_enabled(phase.ce):
-                ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
+                if micro.labelled is None:
+                    ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
+                    known = dict(ce=ce[0], train_top1=utils.top1(s.out.detach(), micro.target))
+                else:  # of the labelled images alone
+                    ce, known = label_terms([float32(out) for out in logits], micro)
             weighted += [(distiller.lambda_ce, x) for x in ce if phase.ce]
-            top1 = utils.top1(s.out.detach(), micro.target)
-            terms = {"ce": ce[0], **terms, "train_top1": top1}
+            terms = {"ce": known.pop("ce"), **terms, **known}
         loss = utils.weighted_sum(weighted)
         precision.backward(loss if share == 1 else share * loss)
         for name, value in terms.items():
@@ -145,7 +149,7 @@ def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None
     )
     student.meter.add(terms, len(batch.img))
     if i % cfg.print_freq == 0:
-        now = student.meter.read()
+        now = of_the_labelled(student.meter.read())
         run.check_finite(now, f"{student.where}, step {i}")
         warn_of_imbalance(run, distiller, phase, weights, now)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
@@ -157,7 +161,7 @@ def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None
 def end_epoch(student: Student, beside: int) -> None:
     """Evaluate, record, save. beside: the number of students that shared the epoch's time."""
     run, distiller, phase, data = student.run, student.distiller, student.phase, student.data
-    now, speed = student.meter.read(), student.meter.speed
+    now, speed = of_the_labelled(student.meter.read()), student.meter.speed
     run.check_finite(now, student.where)
     warn_of_imbalance(run, distiller, phase, student.weights, now)
 
@@ -333,6 +337,10 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
             raise UserError(f"--logit_stand: {mode} compares more than logits")
         if args.gather and not method.relational:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
+        if args.unlabeled and method.reads_labels:
+            raise UserError(
+                f"--unlabeled: {mode} reads the labels in its loss; st, at and others not"
+            )
     check_cuda_graph(args, device, {mode: METHODS[mode].capturable for mode in modes})
 
 
@@ -375,6 +383,8 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
             f"--kd_mode {args.kd_mode}: a second view is made of images up to {dataset.RESIDENT} "
             "pixels, or enlarged from such, not of files read one by one"
         )
+    if distiller.labels == "none" and distiller.lambda_ce and any(p.ce for p in distiller.phases):
+        raise UserError("--unlabeled: no training image has a label: give --lambda_ce 0")
     has_kd = any(x.lambda_kd for x in chosen)
     for phase in distiller.phases:
         if not (phase.ce and distiller.lambda_ce) and not (phase.kd and (has_kd or phase.weight)):

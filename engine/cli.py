@@ -306,6 +306,12 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
         metavar="N",
         help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
     )
+    add(
+        "--fit",
+        choices=("crop", "squash"),
+        help="images that are not square: the middle is cropped, or the whole image is squashed "
+        "(default crop)",
+    )
     if training:
         add(
             "--flip",
@@ -448,7 +454,7 @@ def describe_recipe(cfg: argparse.Namespace, augmented: bool) -> str:
 def resolve_data(cfg: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
     """Fill in, in place, what `add_data_flags` and --workers left open: from `knows`, then from
     `protocol`."""
-    for flag in ("data_name", "num_class", "img_size"):
+    for flag in ("data_name", "num_class", "img_size", "fit"):
         given, known = getattr(cfg, flag), knows.get(flag)
         if given is not None and known is not None and given != known:
             raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
@@ -479,8 +485,10 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
         cfg.img_size,
         None if cfg.flip is None else bool(cfg.flip),
         cfg.workers,
-        getattr(cfg, "val", None),
-        getattr(cfg, "seed", 0),
+        fit=cfg.fit,
+        val=getattr(cfg, "val", None),
+        seed=getattr(cfg, "seed", 0),
+        unlabeled=getattr(cfg, "unlabeled", None),
     )
     if cfg.num_class not in (None, data.train.num_class):
         raise UserError(
@@ -502,8 +510,10 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
 def describe_images(data) -> str:
     """How many images there are, and of which size."""
     val = "" if data.val is None else f", {len(data.val)} validation"
+    bare = int((data.train.labels < 0).sum())
+    bare = f" ({bare} of them without labels)" if bare else ""
     return (
-        f"{len(data.train)} training{val} and {len(data.test)} test images of "
+        f"{len(data.train)} training{bare}{val} and {len(data.test)} test images of "
         f"{data.train.size} pixels"
     )
 
@@ -518,4 +528,5 @@ def describe_data(cfg: argparse.Namespace, data) -> dict:
         classes=list(data.train.classes),
         mean=list(data.train.mean),
         std=list(data.train.std),
+        **(dict(fit=cfg.fit) if cfg.fit else {}),
     )

@@ -35,6 +35,7 @@ from utils import (
 # flags that do not decide the result: --resume may change them
 FREE = frozenset(
     "print_freq tensorboard save_every resume dry_run save_root note img_root workers".split()
+    + ["unlabeled"]  # a folder, whose images are compared
     + "cuda cuda_graph device num_class".split()  # num_class: the dataset's in any case
 )
 

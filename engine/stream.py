@@ -17,9 +17,8 @@ from torch import Tensor
 import dataset
 from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
 from engine.augment import StrongView, autoaugment_view
-from engine.folders import READERS
-from engine.validation import held_out
-from utils import UserError, named
+from engine.readers import reader_of
+from utils import UserError
 
 
 def load(
@@ -29,15 +28,11 @@ def load(
     img_size: int | None = None,
     flip: bool | None = None,
     workers: int = 0,
-    val: int | float | None = None,
-    seed: int = 0,
+    **flags,
 ) -> Data:
     """`dataset.load` of any dataset, with the normalisation of files measured where it is not
-    given. val: how many of the training images, or which share, are the validation set, drawn by
-    `seed`."""
-    read = named(READERS, name, "dataset")
-    if val is not None:
-        read = held_out(read, val, seed)
+    given. flags: fit, val, seed and unlabeled, see `readers.reader_of`."""
+    read = reader_of(name, img_size or dataset.IMG_SIZE.get(name), **flags)
     data = dataset.load(name, root, mean_std, img_size, flip, workers, read)
     train = data.train
     if not isinstance(train, Files):
@@ -108,15 +103,20 @@ def transform(images: Files, train: bool):
     """The torchvision transform that makes (3, size, size) of an image's uint8 (3, H, W).
 
     As for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of the image
-    resized to 256 where the size is 224.
+    resized to 256 where the size is 224. With fit 'squash' the whole image is made square: in
+    training before the crop, in the test instead of it.
     """
     from torchvision.transforms import v2
 
-    size = images.size
+    size, squash = images.size, images.fit == "squash"
+    larger = round(size * 256 / 224)
     if train:
-        steps = [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
+        steps = [v2.Resize((larger, larger))] * squash
+        steps += [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
+    elif squash:
+        steps = [v2.Resize((size, size))]
     else:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        steps = [v2.Resize(larger), v2.CenterCrop(size)]
     return v2.Compose(steps)
 
 
