@@ -11,6 +11,7 @@ two, on every device and with any number of workers.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -551,14 +552,15 @@ def some(names: list[str]) -> str:
     return ", ".join(map(shown, names[:5])) + more
 
 
-def open_image(path: str):
-    """The image in a file, as RGB; transparency is dropped."""
+def open_image(path: str, data: bytes | None = None):
+    """The image in a file, or in the bytes `data` that go by the name `path`, as RGB; transparency
+    is dropped."""
     from PIL import Image
 
     try:
-        if not os.path.isfile(path):  # one that never ends, perhaps
+        if data is None and not os.path.isfile(path):  # one that never ends, perhaps
             raise ValueError("no file")
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
                 grey = np.asarray(image).clip(0, 65535) / 257
                 image = Image.fromarray(grey.round().astype(np.uint8))

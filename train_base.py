@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> dict:
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
     check_cuda_graph(cfg, device, {})
-    note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
+    note = (
+        args.note or f"base-{foreign.file_name(cfg.data_name)}-{foreign.file_name(args.net_name)}"
+    )
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
     run.learns_from(data.identity())

@@ -243,7 +243,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     precision = utils.precision(device, args.amp)
     check_flags(args, modes, device)
     names = [foreign.file_name(found.name) for found in (found_t, found_s) if found]
-    note = args.note or "-".join([args.kd_mode, cfg.data_name, *names])
+    note = args.note or "-".join([args.kd_mode, foreign.file_name(cfg.data_name), *names])
     if group.several and not (Path(cfg.save_root) / note).exists():
         cfg.resume = False  # it had not begun when the others were stopped
     command, label = ["train_kd.py", *argv], group.label(args.kd_mode)

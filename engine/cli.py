@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 from dataset import CLASSES, IMG_SIZE, SIZES
-from engine.published import PROTOCOLS, Protocol, scaled
+from engine.published import PROTOCOLS, ROTATED, Protocol, scaled
 from engine import stream
 import utils
 from utils import UserError
 
 
-DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
+PADDINGS = {ROTATED: "rotated by up to 20 degrees"}
+DATA_NAMES = "cifar10, cifar100, digits, imagefolder, imagenet, tiny-imagenet or hf/NAME"
 
 
 class Parser(argparse.ArgumentParser):
@@ -292,7 +293,12 @@ def add_run_flags(parser: Parser) -> None:
 def add_data_flags(parser: Parser, training: bool = False) -> None:
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
+    add(
+        "--data_name",
+        type=filled,
+        metavar="NAME",
+        help=f"{DATA_NAMES} (a folder of Parquet files, or a data set of the Hugging Face hub)",
+    )
     add("--img_root", type=filled, metavar="DIR", help="folder of the images (default ./datasets)")
     add(
         "--num_class",
@@ -447,7 +453,7 @@ def describe_recipe(cfg: argparse.Namespace, augmented: bool) -> str:
         + (f", warm-up {cfg.warmup}" if cfg.warmup else "")
         + (f", {cfg.accumulate} gradient accumulation steps" if cfg.accumulate > 1 else "")
         + (f", label smoothing {smoothing:g}" if smoothing else "")
-        + (f", {cfg.padding} padding" if augmented else "")
+        + (f", {PADDINGS.get(cfg.padding, f'{cfg.padding} padding')}" if augmented else "")
     )
 
 

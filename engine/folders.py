@@ -6,6 +6,7 @@ val), class names, options, notes; `dataset.load` takes it.
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def folder_identity(root: Path, tests: tuple[str, ...] = ()) -> dict:
 
 
 def _list_folder(root: Path, tests: tuple[str, ...], bare: bool = False):
-    """The folders of the splits, and what `_list_images` says of each: train, and the first of
+    """The folders of the splits, and what `list_images` says of each: train, and the first of
     `tests` that is there. Of FOLDER both: beside a test folder, val is the validation set. bare:
     whether train may be missing."""
     no_file(root)
@@ -77,7 +78,7 @@ def _list_folder(root: Path, tests: tuple[str, ...], bare: bool = False):
         needed = f"{needed} is" if bare else f"train/<class>/* and {needed} are"
         raise UserError(f"{root}: no image folder: {needed} needed")
     folders = [train, *(there if tests == FOLDER else there[:1])]
-    lists = [_list_images(folder) for folder in folders if folder.is_dir()]
+    lists = [list_images(folder) for folder in folders if folder.is_dir()]
     if len(lists) < len(folders):
         lists.insert(0, (lists[0][0], [], [], None))
     for folder, (theirs, *_) in zip(folders[1:], lists[1:]):
@@ -109,7 +110,7 @@ def _is_small(path: bytes) -> bool:
         return False
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | None]:
+def list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | None]:
     """Class names, paths and labels of the images in `folder`, and a note on what is ignored."""
     classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
     if not classes:
@@ -159,15 +160,27 @@ def _raise(error: OSError) -> None:
 def decode(
     files: np.ndarray, img_size: int | None, folder: Path, fit: str = "crop"
 ) -> tuple[np.ndarray, int]:
-    """The pixels (N, H, W, 3) of files in `folder`, and how many of them are not square. img_size:
-    the side to which they are resized; None: they are square and of one size."""
+    """The pixels (N, H, W, 3) of files in `folder`, and how many of them are not square: see
+    `stack`."""
+    images = ((path, open_image(path)) for path in map(os.fsdecode, files))
+    return stack(images, len(files), img_size, folder, fit)
+
+
+def stack(
+    images: Iterable, count: int, img_size: int | None, origin: Path | str, fit: str = "crop"
+) -> tuple[np.ndarray, int]:
+    """The pixels (N, H, W, 3) of `count` images (path, PIL's image) of `origin`, and how many are
+    not square. img_size: the side to which they are resized; None: they are square and of one size.
+    """
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
     pixels, first, odd = np.empty((0, 0, 0, 3), np.uint8), None, 0
-    bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False, disable=None)
-    for i, path in enumerate(map(os.fsdecode, bar)):
-        image, path = open_image(path), printable(path)
+    bar = tqdm(
+        images, f"decoding {origin}", count, unit="img", mininterval=1, leave=False, disable=None
+    )
+    for i, (path, image) in enumerate(bar):
+        path = printable(path)
         odd += image.width != image.height
         if img_size and fit == "squash":
             image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
@@ -178,12 +191,11 @@ def decode(
                 f"{path} is {image.width}x{image.height} pixels: give --img_size (above {RESIDENT} "
                 "images are streamed from disk)"
             )
-        first = first or image.size
-        if image.size != first or image.width != image.height:
-            one, two = (f"{w}x{h}" for w, h in (first, image.size))
-            name = shown(os.path.basename(os.fsdecode(files[0])))
-            raise UserError(f"{path} is {two} pixels ({name}: {one}): give --img_size")
+        first = first or (image.size, shown(os.path.basename(path)))
+        if image.size != first[0] or image.width != image.height:
+            one, two = (f"{w}x{h}" for w, h in (first[0], image.size))
+            raise UserError(f"{path} is {two} pixels ({first[1]}: {one}): give --img_size")
         if not len(pixels):
-            pixels = np.empty((len(files), image.height, image.width, 3), np.uint8)
+            pixels = np.empty((count, image.height, image.width, 3), np.uint8)
         pixels[i] = np.asarray(image)
     return pixels, odd

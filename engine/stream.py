@@ -16,7 +16,8 @@ from torch import Tensor
 
 import dataset
 from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
-from engine.augment import StrongView, autoaugment_view
+from engine.augment import Rotation, StrongView, autoaugment_view
+from engine.published import ROTATED
 from engine.readers import reader_of
 from utils import UserError
 
@@ -61,16 +62,20 @@ def train_batches(
     strongly augmented. Images on the device: see `dataset.train_batches`; files: see `transform`.
     """
     if isinstance(images, Images):
-        augments = images.enlarged and images.autoaugment
+        augment = autoaugment_view if images.enlarged and images.autoaugment else None
+        rotated = padding == ROTATED
+        if rotated and not images.enlarged:
+            augment = Rotation
         yield from dataset.train_batches(
             images,
             batch_size,
             seed,
             epoch,
-            padding=padding,
+            pad=0 if rotated else 4,
+            padding="zero" if rotated else padding,
             skip=skip,
             share=share,
-            augment=autoaugment_view if augments else None,
+            augment=augment,
             second_view=StrongView if two_views else None,
         )
         return

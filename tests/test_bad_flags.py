@@ -125,6 +125,12 @@ BASE = [
     ("--net_name simkd:resnet8:0:1:1:1:1", "simkd:resnet8:0:1:1:1:1"),
     ("--net_name {file}.py:", "{file}.py"),
     ("--data_name digit", "digit", "digits"),
+    ("--data_name hf/", "hf/"),
+    ("--data_name hf/{img}/size6", "{img}/size6"),
+    ("--data_name hf/{img}/size6 --fit crop --img_size 12", "{img}/size6"),
+    ("--data_name tiny-imagenet --img_root {img}/size6", "{img}/size6"),
+    ("--data_name tiny-imagenet --img_root {file}", "--img_root", "{file}"),
+    ("--data_name tiny-imagenet --fit crop", "--fit", "tiny-imagenet"),
     "--data_name ''",
     # where it is written
     ("--save_root {file}", "{file}"),

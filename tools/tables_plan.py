@@ -23,7 +23,7 @@ from utils import UserError
 
 BASE = "baseline"
 SIDES = ("teacher", "student")
-NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
+NUM_CLASS = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "tiny-imagenet": 200}
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -97,7 +97,12 @@ TABLES = {
         data=("imagenet",),
         names=LIBRARY,
     ),
-    "tiny-imagenet": Table("MDistiller on Tiny-ImageNet", None, data=("tiny-imagenet",)),
+    "tiny-imagenet": Table(
+        "MDistiller on Tiny-ImageNet",
+        "mdistiller-tiny-imagenet",
+        "last",
+        data=("tiny-imagenet",),
+    ),
     "small": Table("resnet20 -> resnet8, nothing published", "kdzoo", data=(), rows=SMALL),
 }
 
