@@ -2,24 +2,33 @@
 
 import json
 import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import toys
-from messages import ends
-from pictures import epoch, folder
 from PIL import Image
-from test_interruption import SMALL, assert_same, result, stop_at
-from test_needs import CPU, step
 
-import train_kd
-import utils
-from engine import stream
-from engine.checkpoint import read_checkpoint
-from engine.run import read_metrics
-from kd_losses import METHODS
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # torchrun starts this file
+
+import toys  # noqa: E402
+from messages import ends  # noqa: E402
+from on_meta import Guard, batch_on, distiller_on, without_autocast  # noqa: E402
+from pictures import epoch, folder  # noqa: E402
+from test_interruption import SMALL, assert_same, result, stop_at  # noqa: E402
+from test_needs import CPU, step  # noqa: E402
+from test_ranks import torchrun  # noqa: E402
+
+import train_kd  # noqa: E402
+import utils  # noqa: E402
+from engine import distributed, stream  # noqa: E402
+from engine.checkpoint import read_checkpoint  # noqa: E402
+from engine.run import read_metrics  # noqa: E402
+from kd_losses import METHODS  # noqa: E402
 
 FREE = [mode for mode, method in METHODS.items() if not method.reads_labels]
 
@@ -181,6 +190,19 @@ def test_no_method_reads_what_it_says_it_does_not(mode):
     assert all(map(torch.equal, found[:half], found[half:])) and torch.stack(found).isfinite().all()
 
 
+def test_a_step_stays_on_the_device(monkeypatch):
+    with without_autocast(monkeypatch):
+        distiller = distiller_on("meta", "st")
+        distiller.labels, phase = "some", distiller.phases[0]
+        optimizer = torch.optim.SGD(distiller.param_groups(phase), lr=0.1)
+        weights = toys.weights(distiller)
+        with Guard():
+            batch = batch_on("meta", distiller)
+            precision = utils.Precision("meta")
+            terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, precision, 2)
+            utils.Meter().add(terms, len(batch.img))
+
+
 # --- a run ----------------------------------------------------------------------------------------
 
 
@@ -235,3 +257,53 @@ def test_several_students(teacher, bare, tmp_path):
         for _, last in (one, two):
             del last["flags"]
         assert_same(one, two)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+def worker(root: Path) -> None:
+    """What each of two processes does: a run with a validation set, and one step of which one share
+    has more labels than the other."""
+    leave, utils.leave_ranks = utils.leave_ranks, lambda: None  # one meeting for all
+    argv = ["--kd_mode", "dml", "--t_name", "resnet14", "--s_name", "resnet8", *SMALL]
+    argv += ["--epochs", "1", "--save_root", str(root), "--unlabeled", f"{root}/bare"]
+    train_kd.main([*argv, "--val", "0.1", "--note", "r"])
+
+    def stepped(batch):
+        torch.manual_seed(0)
+        distiller, _ = some_labelled()
+        phase = distiller.phases[0]
+        params = distiller.set_trainable(phase)
+        distiller.student.net.eval()
+        optimizer, weights = torch.optim.SGD(params, lr=0.0), toys.weights(distiller, 1.0)
+        whole = distiller.batch(**batch.tensors())
+        terms = train_kd.train_step(distiller, phase, optimizer, whole, weights, CPU)
+        meter = utils.Meter()
+        meter.add(terms, len(batch.img))
+        grad = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+        return train_kd.of_the_labelled(meter.read()), grad
+
+    torch.manual_seed(5)
+    _, batch = some_labelled()
+    half = slice(4 * utils.rank(), 4 * utils.rank() + 4)
+    batch.target[:4] = -1
+    share = replace(batch, **{name: x[half] for name, x in batch.tensors().items()})
+    now, grad = stepped(share)
+    distributed.average_gradients, distributed.mean = lambda optimizer: None, lambda x: x
+    wanted, expected = stepped(batch)
+    assert now == pytest.approx(wanted, rel=1e-4), (now, wanted)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+    leave()
+
+
+@pytest.mark.slow
+def test_two_processes(bare, tmp_path):
+    done = torchrun(str(Path(__file__)), str(tmp_path), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert {"last", "best", "peer_last", "peer_best", "val_best"} <= set(found)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
