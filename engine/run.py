@@ -35,8 +35,11 @@ from utils import (
 # flags that do not decide the result: --resume may change them
 FREE = frozenset(
     "print_freq tensorboard save_every resume dry_run save_root note img_root workers".split()
+    + ["unlabeled"]  # a folder, whose images are compared
     + "cuda cuda_graph device num_class".split()  # num_class: the dataset's in any case
 )
+
+VALIDATION = "val_top1"  # the score that chooses the best epoch where there is a validation set
 
 
 class Run:
@@ -137,6 +140,8 @@ class Run:
         """Say what identifies the data and the teacher's file (its sha256); where the run goes on,
         they have to be those that it was started with."""
         self.sources = dict(data=data, teacher=teacher)
+        if "val" in data:
+            self.score = VALIDATION
         own = self._before("teacher", teacher)
         if own != teacher:
             raise UserError(
@@ -178,7 +183,9 @@ class Run:
             if row["row"] != i or not _finite(row["seconds"]) or row["seconds"] < 0:
                 raise ValueError(f"the time of epoch {i} is {row['seconds']!r} s")
         epoch, score = self.best["epoch"], self.best["score"]
-        scores = [row.get(self.score) for row in self.history]
+        validated = any(VALIDATION in row for row in self.history)
+        key = VALIDATION if validated else self.score
+        scores = [row.get(key) for row in self.history]
         if epoch == 0:
             fine = score == -1.0
         else:
@@ -431,8 +438,9 @@ class Run:
         weights = state.pop("weights")
         scores = {"epoch": len(self.history)}
         row = self.history[-1] if self.history else {}
-        if "test_top1" in row:
-            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
+        for split in ("test", "val"):  # the one that the epochs are evaluated on
+            if f"{split}_top1" in row:
+                scores |= {"prec@1": row[f"{split}_top1"], "prec@5": row[f"{split}_top5"]}
         everything = dict(
             weights,
             **scores,
@@ -484,18 +492,30 @@ class Run:
         self.where = f"after epoch {len(self.history)}"
         self.save(state, better=better)
 
-    def finish(self) -> dict:
+    def finish(self, tests: dict[str, dict] | None = None) -> dict:
         """Say the result, draw the curves, write result.json: last and best accuracy, the peer's
-        too where two networks learned, and the seconds. Returns the same, and the folder."""
+        too where two networks learned, and the seconds. Returns the same, and the folder.
+
+        tests: where best was chosen on a validation set, the metrics of 'last' and 'best' on the
+        test set (`validation.final_tests`)."""
         last = self.history[-1][self.score]
         best, seconds = self.best["score"], sum(row["seconds"] for row in self.timing)
         result = dict(last=last, best=best, seconds=round(seconds, 3))
         peer = [row["peer_test_top1"] for row in self.history if "peer_test_top1" in row]
         if peer:
             result |= dict(peer_last=peer[-1], peer_best=max(peer))
+        chosen = "chosen on the test set"
+        if tests:
+            for which, scores in tests.items():
+                self.log(f"{which} on the test set: {_line(scores)}")
+                result[which] = _short(scores["test_top1"])
+                if "peer_test_top1" in scores:
+                    result[f"peer_{which}"] = _short(scores["peer_test_top1"])
+            result |= dict(chosen_on="val", val_last=last, val_best=_short(best))
+            chosen = f"chosen on the validation set: {best:.2f}"
         self.log(
-            f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
-            f"{seconds:.0f} s  {self.dir}"
+            f"last {result['last']:.2f}  best {result['best']:.2f} (row {self.best['epoch']}, "
+            f"{chosen})  {seconds:.0f} s  {self.dir}"
         )
         if rank() > 0:
             return dict(result, dir=str(self.dir))
@@ -633,6 +653,7 @@ def draw_curves(
     from matplotlib.ticker import MaxNLocator
 
     titles = dict(ce="training cross-entropy", loss="training loss", test_top1="test top-1 (%)")
+    titles[VALIDATION] = "validation top-1 (%)"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = matplotlib.colormaps["tab10"].colors

@@ -83,6 +83,7 @@ from ._wiring import (
     logits,
     maps,
     mutual,
+    names_labels,
     pairs,
     preacts,
     preacts_summed as preacts_summed,
@@ -279,6 +280,13 @@ class Method:
         fed = [self.inputs, self.precompute, *(phase.inputs for phase in self.phases)]
         reads = any(inputs.reads_answers for inputs in fed if inputs)
         return reads or self.deploys_projector or self.teacher == "trained"
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads the labels of the training images."""
+        fed = [self.inputs, self.precompute, *(phase.inputs for phase in self.phases)]
+        builder = [] if isinstance(self.loss, type) else [self.loss]
+        return any(x.reads_labels for x in fed if x) or any(map(names_labels, builder))
 
     def build(self, s, t, train, flags: dict):
         """The loss module. s, t: Features of a trial pass; train: the training set."""

@@ -62,6 +62,14 @@ BASE = [
     ("--channels 2", "--channels", "2"),
     ("--channels grey", "--channels", "grey"),
     ("--channels 1 --net_name {nets}:Empty", "--channels", "{nets}:Empty"),
+    *(f"--val {x}" for x in "0 -1 1.0 1.5 -0.1 nan inf 1e999 0.0 ten 1,2 ''".split()),
+    ("--val 1288", "--val", "1288", "1287"),
+    ("--val 0.999", "--val", "0.999"),
+    ("--unlabeled {img}/size6", "--unlabeled"),
+    ("--fit squash", "--fit", "digits"),
+    ("--fit stretch", "--fit", "stretch"),
+    ("--data_name imagefolder --img_root {img}/size6 --val 4", "--val", "4", "2"),
+    ("--val", "--val"),
     "--img_size 4",
     "--img_size 1000000",
     ("--net_name vgg8 --img_size 5", "vgg8", "--img_size"),
@@ -117,6 +125,12 @@ BASE = [
     ("--net_name simkd:resnet8:0:1:1:1:1", "simkd:resnet8:0:1:1:1:1"),
     ("--net_name {file}.py:", "{file}.py"),
     ("--data_name digit", "digit", "digits"),
+    ("--data_name hf/", "hf/"),
+    ("--data_name hf/{img}/size6", "{img}/size6"),
+    ("--data_name hf/{img}/size6 --fit crop --img_size 12", "{img}/size6"),
+    ("--data_name tiny-imagenet --img_root {img}/size6", "{img}/size6"),
+    ("--data_name tiny-imagenet --img_root {file}", "--img_root", "{file}"),
+    ("--data_name tiny-imagenet --fit crop", "--fit", "tiny-imagenet"),
     "--data_name ''",
     # where it is written
     ("--save_root {file}", "{file}"),
@@ -270,6 +284,21 @@ KD = [
     ("--num_class 100", "--num_class", "100"),
     ("--channels 1", "--channels", "1", "3"),
     ("--channels 0", "--channels", "0"),
+    ("--val 5000", "--val", "5000", "1297"),
+    ("--unlabeled {root}/gone", "--unlabeled", "{root}/gone"),
+    ("--unlabeled {file}", "--unlabeled", "{file}"),
+    ("--unlabeled {img}/no_classes", "--unlabeled", "{img}/no_classes"),
+    ("--unlabeled {img}/text", "{img}/text/train/cat/0.png"),
+    ("--unlabeled {img}/zero", "{img}/zero/train/cat/0.png"),
+    (f"--unlabeled {LONG}", SHOWN),
+    "--unlabeled ''",
+    "--unlabeled",
+    ("--kd_mode dkd --unlabeled {img}/size6", "--unlabeled", "dkd"),
+    ("--kd_mode st+crd --unlabeled {img}/size6", "--unlabeled", "crd"),
+    ("--kd_mode at,none --unlabeled {img}/size6", "--unlabeled", "none"),
+    ("--fit stretch", "--fit", "stretch"),
+    ("--fit squash", "--fit", "digits"),
+    ("--kd_mode at,st --at.val 5", "--at.val", "--val"),
     ("--data_name cifar10", "--data_name", "cifar10"),
     ("--img_size 16", "--img_size", "16", "12"),
     ("--s_init {ck}/hundred.pth", "{ck}/hundred.pth", "100"),
@@ -306,7 +335,15 @@ BARE_KD = [
     ),
     (f"--kd_mode dml --s_name resnet8 --t_name {{nets}}:Raises {DIGITS}", "{nets}:Raises"),
 ]
-BARE_BASE = [("", "--net_name"), ("--net_name resnet8", "--data_name")]
+BARE_BASE = [
+    ("", "--net_name"),
+    ("--net_name resnet8", "--data_name"),
+    (
+        "--net_name resnet8 --data_name imagefolder --img_root {img}/wide --fit squash",
+        "--fit",
+        "--img_size",
+    ),
+]
 
 RUN = "--save_root {runs} --cuda 0 "
 CASES = [
