@@ -141,7 +141,7 @@ class Run:
         if own != teacher:
             file = self.cfg.t_model
             if isinstance(teacher, list) and isinstance(own, list) and len(own) == len(teacher):
-                k = next(k for k, pair in enumerate(zip(own, teacher)) if len(set(pair)) > 1)
+                k = next(k for k, (a, b) in enumerate(zip(own, teacher)) if a != b)
                 file, own, teacher = f"{file} (number {k + 1})", own[k], teacher[k]
             raise UserError(
                 f"--resume: --t_model {file} is not the file of the run's start "

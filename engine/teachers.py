@@ -66,25 +66,27 @@ def named_by(args: Namespace, modes: list[str]) -> list[tuple]:
                 "--t_model FILE,FILE"
             )
         return [(names, files, args.t_taps)]
-    check_files("--t_model", files)
+    if files:
+        _check_files(files)
+    files = _parts(files, "--t_model", count)
     _check_modes(args, modes)
     names = _parts(names, "--t_name", count)
     taps = args.t_taps and _parts(",".join(args.t_taps), "--t_taps", count, "+")
     taps = [None if part is None else tuple(part.split(",")) for part in taps or [None] * count]
-    return list(zip(names, _parts(files, "--t_model", count), taps))
+    return list(zip(names, files, taps))
 
 
-def check_files(flag: str, files: str | None) -> None:
+def _check_files(files: str) -> None:
     """Raise UserError where the name of one file has a comma, or a file is given twice."""
-    if files and os.path.exists(files):
+    if os.path.exists(files):
         raise UserError(
-            f"{flag} {files}: a comma separates several files, so the name of a file cannot have "
-            "one: rename it"
+            f"--t_model {files}: a comma separates several teachers, so the name of a file cannot "
+            "have one: rename the file"
         )
-    given = files.split(",") if files else []
-    twice = [file for i, file in enumerate(given) if file in given[:i]]
+    given = files.split(",")
+    twice = [file for i, file in enumerate(given) if file and file in given[:i]]
     if twice:
-        raise UserError(f"{flag}: {shown(twice[0])} is given twice")
+        raise UserError(f"--t_model: {shown(twice[0])} is given twice")
 
 
 def _parts(text: str | None, flag: str, count: int, mark: str = ",") -> list[str | None]:
