@@ -248,6 +248,7 @@ class Weights:
             count, names = library_classes(self.name) if self.pretrained else (None, None)
             return num_class if count is None else count, names
         names = self.meta.get("classes")
+        names = names if isinstance(names, (list, tuple)) else None
         if names or "num_class" in self.meta:
             return self.meta.get("num_class") or len(names), names and list(names)
         own = self.make(num_class, img_size, False).state_dict()
@@ -324,7 +325,7 @@ def read_meta(checkpoint: dict, path: str) -> dict:
         data_name=_is_name,
         img_root=_is_name,
         num_class=lambda x: type(x) is int and CLASSES[0] <= x <= CLASSES[1],
-        classes=lambda x: _are_names(x) and meta.get("num_class") in (None, len(x)),
+        classes=lambda x: isinstance(x, dict) or _are_names(x, meta.get("num_class")),  # detectors
         img_size=lambda x: type(x) is int and low <= x <= high,
         mean=lambda x: _three(x) and meta.get("std") is not None,
         std=lambda x: _three(x) and min(x) > 0,
@@ -346,9 +347,10 @@ def _is_name(x) -> bool:
         return False
 
 
-def _are_names(x) -> bool:
-    """Whether these are names of classes: a folder's may hold anything."""
-    return isinstance(x, (list, tuple)) and all(type(name) is str for name in x)
+def _are_names(x, num_class: int | None) -> bool:
+    """Whether these are the names of so many classes: a folder's may hold anything."""
+    fine = isinstance(x, (list, tuple)) and num_class in (None, len(x))
+    return fine and all(type(name) is str for name in x)
 
 
 def _three(values) -> bool:

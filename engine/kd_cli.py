@@ -56,7 +56,7 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
         if owner and base not in OF_THE_METHODS | PLACE | {"logit_stand", "gather", "ensemble"}:
             raise UserError(f"--{name}: all students share --{base}")
         for student in [owner] if owner else students:
-            if student == NONE and inner in OF_THE_TEACHER:
+            if student == NONE and owner is None and inner in OF_THE_TEACHER | {"s_taps"}:
                 continue
             if name == "ensemble" and student not in of_logits and of_logits:
                 continue
@@ -147,10 +147,9 @@ def modes_of(kd_mode: str | None) -> list[str]:
 
 def _check_baseline(args: Namespace) -> None:
     """Raise UserError for what has no effect on a student that is trained without a teacher."""
-    names = ("t_model", "t_name", "t_pretrained", "t_taps", "s_taps", "lambda_kd", "lambda_ce")
-    more = ("gather", "logit_stand", "teacher_cache", "t_key", "t_classes", "ensemble")
-    for name in (*names, *more):
-        if getattr(args, name) not in (None, False):
+    names = ("lambda_kd", "lambda_ce", "gather", "logit_stand", "s_taps")
+    for name in (*names, *sorted(OF_THE_TEACHER)):
+        if vars(args).get(name) not in (None, False):
             raise UserError(f"--{name} has no effect with --kd_mode {NONE}: leave it out")
 
 

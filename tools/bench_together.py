@@ -1,6 +1,7 @@
 """Several students that share the teacher's pass, and students that read it from a cache."""
 
 import argparse
+import contextlib
 import copy
 import itertools
 import tempfile
@@ -84,15 +85,21 @@ def students_of(modes, args, device, images, snet, tnet) -> list[Distiller]:
     return found
 
 
-def group_step(distillers, args, precision, images, shared: SharedTeacher, fixed: bool = False):
-    """A function that takes a step of every student as train_kd.py does. `fixed`: one epoch's
-    batches for ever, which a cache then has."""
+def group_step(
+    distillers, args, precision, images, shared: SharedTeacher, fixed=False, steps=None, streams=()
+):
+    """A function that takes a step of every student as train_kd.py does.
+
+    fixed: one epoch's batches for ever, which a cache then has. steps: of each student instead of
+    `train_kd.train_step`; streams: CUDA streams, one of each student.
+    """
     cfg = recipe()
     optimizers = []
     for distiller in distillers:
         phase = longest(distiller.phases)
         optimizers.append(utils.sgd(distiller.param_groups(phase), cfg, phase.nesterov))
     meters = [utils.Meter() for _ in distillers]
+    steps = steps or [train_kd.train_step] * len(distillers)
 
     def batches():
         for epoch in itertools.repeat(1) if fixed else itertools.count(1):
@@ -106,15 +113,26 @@ def group_step(distillers, args, precision, images, shared: SharedTeacher, fixed
     def call():
         number, tensors = next(found)
         shared.next_batch(number)
-        for distiller, optimizer, meter in zip(distillers, optimizers, meters):
+        for i, (distiller, optimizer, meter) in enumerate(zip(distillers, optimizers, meters)):
             phase = longest(distiller.phases)
-            batch = distiller.batch(*tensors)
             weights = loss_weights(distiller, phase, 0.5, cfg)
-            batch = shared.batch(distiller, batch, 1)
-            terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, precision)
-            meter.add(terms, len(batch.target))
+            batch = shared.batch(distiller, distiller.batch(*tensors), 1)
+            with beside(streams[i]) if streams else contextlib.nullcontext():
+                terms = steps[i](distiller, phase, optimizer, batch, weights, precision)
+            if not streams:
+                meter.add(terms, len(batch.target))
+        for own in streams:
+            torch.cuda.current_stream().wait_stream(own)
 
     return call
+
+
+@contextlib.contextmanager
+def beside(own):
+    """On a stream of its own, after what the current one has got so far."""
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
+        yield
 
 
 def together(args: argparse.Namespace, device, precision):
@@ -126,7 +144,6 @@ def together(args: argparse.Namespace, device, precision):
         for count in args.counts:
             modes = args.modes[:count]
             distillers = students_of(modes, args, device, images, snet, tnet)
-            utils.named(dict.fromkeys(modes), modes[0], "mode")
             shared = SharedTeacher([x for x in distillers if can_share(x)], precision)
             solo = [full_step(m, args, device, precision, images, snet, tnet)[0] for m in modes]
             calls = [group_step(distillers, args, precision, on_device, shared), forward, *solo]

@@ -6,6 +6,7 @@ rows of a table.
     python tools/gpu_check.py runs                  # every method trains two epochs on digits
     python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours beside a plain \
 public-style loop
+    python tools/gpu_check.py students              # K students: a graph, a stream for each
     python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
     python tools/gpu_check.py summary               # what the parts wrote, as Markdown
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 # bench before torch, whose profiler reads at the import what bench sets
 from tools import bench, bench_data, bench_flags, bench_meter, bench_steps  # noqa: E402
+from tools import gpu_students  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -380,6 +382,7 @@ def summary(args: argparse.Namespace, device: torch.device, precision: utils.Pre
         lines += ["", "## An epoch", "", "| | images a second |", "| --- | --- |"]
         found = json.loads((args.out / "epoch.json").read_text())
         lines += [f"| {way} | {x['img_per_s']:.0f} |" for way, x in found.items()]
+    lines += gpu_students.lines_of(args.out / "students.jsonl")
     results = sorted((args.out / "rows").glob("*/result.json"))
     if results:
         lines += ["", "## KD-Zoo's protocol, CIFAR-10 (JPEG)", ""]
@@ -399,7 +402,14 @@ def save(path: Path, value: dict) -> None:
 
 # --- the command ----------------------------------------------------------------------------------
 
-PARTS = dict(steps=steps, runs=runs, epoch=epoch, rows=rows, summary=summary)
+PARTS = dict(
+    steps=steps,
+    runs=runs,
+    epoch=epoch,
+    students=gpu_students.students,
+    rows=rows,
+    summary=summary,
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

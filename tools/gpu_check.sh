@@ -5,7 +5,7 @@
 #
 # IMAGES: a folder with train/ and test/ (for the parts `epoch` and `rows`; without it they are left
 # out). OUT: where the results go (default results/gpu/<name of the GPU>). PYTHON: which Python. PARTS: which parts,
-# of "tests steps runs epoch rows"; SECONDS_<PART>: how long each may take. --tiny: small sizes, also without a GPU.
+# of "tests steps runs epoch students rows"; SECONDS_<PART>: how long each may take. --tiny: small sizes, also without a GPU.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 tiny=${1:-}
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 out=${OUT:-results/gpu/$(echo "${gpu:-cpu}" | tr ' /' '__')}
-parts=${PARTS:-tests steps runs epoch rows}
+parts=${PARTS:-tests steps runs epoch students rows}
 mkdir -p "$out"
 # every part is ended, whatever it does, some time after it should have ended by itself
 check() {
@@ -41,6 +41,10 @@ fi
 if wants epoch && [ -n "${IMAGES:-}" ]; then
     check "${SECONDS_EPOCH:-70}" epoch --img_root "$IMAGES" >"$out/epoch.log" 2>&1
     tail -n 12 "$out/epoch.log"
+fi
+if wants students; then
+    check "${SECONDS_STUDENTS:-40}" students --seconds "${SECONDS_STUDENTS:-40}" >"$out/students.log" 2>&1
+    tail -n 3 "$out/students.log"
 fi
 if wants rows && [ -n "${IMAGES:-}" ]; then
     check "${SECONDS_ROWS:-60}" rows --seconds "${SECONDS_ROWS:-60}" --img_root "$IMAGES" ${MODES:+--modes "$MODES"} >"$out/rows.log" 2>&1

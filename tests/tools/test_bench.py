@@ -268,7 +268,7 @@ def test_profile(capsys):
         (["loss", "--student", "resnet8"], "go together"),
         (["loss", "--amp", "bf16"], "unknown flag --amp"),
         (["loss", "--json", "/nowhere/x.json"], "cannot be written"),
-        (["data", "--img_size", "32"], "at least 97"),
+        (["data", "--img_size", "32"], ">= 97"),
         ([*DATA, "--images", "4"], "no more: --images"),
     ],
 )

@@ -32,7 +32,7 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
         MODES="st,at,bss",
         JOBS="2",
         TEST_JOBS="1",
-        PARTS="steps runs epoch rows",
+        PARTS="steps runs epoch students rows",
         SECONDS_RUNS="200",  # a machine that runs other tests beside this one
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
@@ -50,5 +50,7 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
     assert {row["mode"] for row in rows if "mode" in row} >= {"st", "at", "bss"}
     assert not any("error" in row for row in rows), rows
     assert json.loads((out / "runs.json").read_text()) == dict(count=3, failed={})
+    rows = [json.loads(x) for x in (out / "students.jsonl").read_text().splitlines()]
+    assert [row["students"] for row in rows] == [1, 4]
     text = (out / "summary.md").read_text()
     assert "st" in text and "images" in text

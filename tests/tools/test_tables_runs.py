@@ -273,7 +273,7 @@ def test_records_that_a_spreadsheet_saved(text, last, finished, tmp_path, capsys
 def test_records_that_cannot_be_read_are_left(command, text, says, tmp_path, capsys, monkeypatch):
     """One line, before anything is trained, and the file is as it was: what it remembers may be
     nowhere else."""
-    monkeypatch.setattr(tables_work, "start", lambda *_: pytest.fail("a training was started"))
+    monkeypatch.setattr(tables_work, "launch", lambda *_: pytest.fail("a training was started"))
     monkeypatch.setattr(tables, "check", lambda _: None)
     path = tmp_path / "small.runs.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
