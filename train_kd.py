@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dataset
-from engine import cli, console, distributed, foreign, kd_cli, pair, stream
-from engine.checkpoint import Weights, find_weights, sha256
+from engine import cli, console, distributed, foreign, kd_cli, pair, stream, teachers
+from engine.checkpoint import Weights, find_weights
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.distiller import Batch, Distiller
+from engine.ensemble import Ensemble, nets_of
 from engine.find_taps import check_trainable
 from engine.run import Run
 from engine.schedule import loss_weights, schedule
@@ -252,8 +253,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     chosen = choose_settings(args, found_t, found_s, data, cfg)
     distiller = build(args, chosen, found_t, found_s, data, cfg, others)
     phases = schedule(distiller.phases, cfg)
-    teacher_file = sha256(found_t.path) if found_t and found_t.path else None
-    run.learns_from(data.identity(), teacher_file)
+    run.learns_from(data.identity(), teachers.fingerprint(found_t))
     macs = distiller.check_losses(data.train)
     for criterion in distiller.added:
         criterion.gather = args.gather and utils.world() > 1
@@ -288,13 +288,7 @@ def start(student: Student, runs: ExitStack, together: list[str]) -> None:
     found_t, found_s = student.found
     notes = recorded_settings(distiller)
     if found_t:
-        notes["teacher"] = dict(
-            path=found_t.path,
-            sha256=run.sources["teacher"],
-            network=found_t.name,
-            pretrained=found_t.pretrained,
-            outputs=found_t.outputs.index,
-        )
+        notes["teacher"] = teachers.record(found_t, run.sources["teacher"])
     if together:
         notes["together"] = together
     network = distiller.deployed_name(found_s.name)
@@ -305,8 +299,9 @@ def start(student: Student, runs: ExitStack, together: list[str]) -> None:
         run.log(line)
 
 
-def find_networks(args, modes: list[str], group: Group) -> tuple[Weights | None, Weights]:
-    """Teacher and student, as flags and checkpoints name them; no teacher without a method."""
+def find_networks(args, modes: list[str], group: Group):
+    """Teacher and student (checkpoint.Weights, or teachers.SeveralWeights), as flags and
+    checkpoints name them; no teacher without a method."""
 
     def find(*what):
         return copy(group.once(what, lambda: find_weights(*what)))
@@ -315,11 +310,14 @@ def find_networks(args, modes: list[str], group: Group) -> tuple[Weights | None,
     found_t = None
     if modes and args.t_model is None and not trained and not args.t_pretrained:
         raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
+    named = teachers.named_by(args, modes) if modes else []
     if args.t_model or args.t_name or args.t_pretrained:
-        found_t = find(
-            *(args.t_name, args.t_model, "t_name", "t_model", args.t_pretrained, args.t_taps),
-            *(Weights, args.t_key, "t_key"),
-        )
+        how = Weights, args.t_key, "t_key"
+        found = [
+            find(name, file, "t_name", "t_model", args.t_pretrained, taps, *how)
+            for name, file, taps in named
+        ]
+        found_t = teachers.together(found, args.ensemble)
     found_s = find(
         *(args.s_name, args.s_init, "s_name", "s_init", args.s_pretrained, args.s_taps),
         *(Weights, args.s_key, "s_key"),
@@ -349,10 +347,11 @@ def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
     processes = 1 if args.gather else utils.world()
     micro_batch = cfg.batch_size // cfg.accumulate // processes
     num_class = data.train.num_class
-    teacher = found_t.name if found_t else ""
+    names = {found.name for found in teachers.each(found_t)}
+    teacher = names.pop() if len(names) == 1 else ""  # different ones are no pair of a table
     chosen = kd_cli.settings_of(args, teacher, found_s.name, num_class, micro_batch)
     chosen = list(chosen.values())
-    for found in filter(None, (found_t, found_s)):
+    for found in (*teachers.each(found_t), found_s):
         published = [x.taps[found.name] for x in chosen if found.name in x.taps]
         found.taps = found.taps or next(iter(published), None)
     return chosen
@@ -396,11 +395,13 @@ def shared_teacher(chosen: list[Settings], found_t, others: list[Student], size:
     """The teacher of another student, where this one may use it, too; or None."""
     changed = any(x.method.teacher == "trained" or x.teacher_bn == "batch" for x in chosen)
     for other in others if found_t and not changed else ():
-        found = other.found[0]
-        if found and other.distiller.teacher_is_constant and found.taps == found_t.taps:
-            net = other.distiller.teacher.net
-            pair.take_over(found_t, found, net, size)
-            return net
+        pairs = list(zip(teachers.each(found_t), teachers.each(other.found[0])))
+        same = pairs and all(mine.taps == theirs.taps for mine, theirs in pairs)
+        if same and other.distiller.teacher_is_constant:
+            nets = other.distiller.teachers
+            for (mine, theirs), net in zip(pairs, nets):
+                pair.take_over(mine, theirs, net, size)
+            return Ensemble(nets, found_t.kind) if len(nets) > 1 else nets[0]
     return None
 
 
@@ -411,14 +412,17 @@ def prepare(student: Student, group: Group) -> None:
         run.log(distiller.compile())
     if not run.saved:
         distiller.precompute(data.train, run.log)
-    answers = pair.has_answers(student.found[0])
-    if distiller.teacher_role not in ("trained", "none") and answers:
-        net = distiller.teacher.net
-        split, key = data.selection, f"{data.selection}_top1"
-        score = group.once(net, lambda: evaluate(net, data, split, student.precision)[key])
-        run.log(f"teacher {key} {score:.2f}")
+    constant = distiller.teacher_role not in ("trained", "none")
+    nets = teachers.to_evaluate(distiller.teacher.net, student.found[0]) if constant else []
+    split = data.selection
+    for name, net in nets:
+        scores = group.once(
+            (name, *nets_of(net)), lambda net=net: evaluate(net, data, split, student.precision)
+        )
+        score = scores[f"{split}_top1"]
+        run.log(f"{name} {split}_top1 {score:.2f}")
         if utils.by_chance(score, len(data.splits[split]), data.train.num_class):
-            run.warn(f"the teacher is no better than chance on the {split} images")
+            run.warn(f"the {name} is no better than chance on the {split} images")
     found_s = student.found[1]
     if found_s.epoch and not run.saved:
         run.warn(

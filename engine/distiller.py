@@ -11,6 +11,7 @@ import network
 import utils
 from engine import distributed, foreign, stream
 from engine.adapter import Adapter, align, count_macs
+from engine.ensemble import OfEach, OfEnsemble, Teachers, nets_of, with_strong
 from engine.settings import Settings
 from kd_losses import LABELS_ALONE, Inputs, Phase
 from kd_losses.lskd import standardise
@@ -22,8 +23,9 @@ class Batch:
     """img (B, 3, H, W), target (B,), index (B,): the samples' places in the training set; strong: a
     second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the
     device, the epoch from 1 and the number of epochs, both in the protocol's number; teacher: the
-    teacher's features of each micro-batch, where several students share its forward pass; labelled:
-    0-dim, the share of its images that have labels, None where all the training images have."""
+    teacher's features of each micro-batch, where several students share its forward pass (of
+    several teachers a tuple); labelled: 0-dim, the share of its images that have labels, None where
+    all the training images have."""
 
     img: Tensor
     target: Tensor
@@ -31,7 +33,7 @@ class Batch:
     strong: Tensor | None = None
     epoch: Tensor | None = None
     epochs: Tensor | None = None
-    teacher: tuple[network.Features, ...] = ()
+    teacher: tuple = ()
     labelled: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,12 +48,13 @@ class Batch:
             teacher = self.teacher[k : k + 1]
             yield replace(self, **dict(zip(tensors, parts)), teacher=teacher), share
 
-    def features(self, tapped: network.Tapped) -> network.Features:
-        """The features of a network, with those of the second view."""
+    def features(self, tapped: network.Tapped | Teachers):
+        """The features of a network, with those of the second view; of several teachers a
+        tuple."""
         x = tapped(self.img)
-        return x if self.strong is None else replace(x, strong=tapped(self.strong))
+        return x if self.strong is None else with_strong(x, tapped(self.strong))
 
-    def teacher_features(self, tapped: network.Tapped) -> network.Features:
+    def teacher_features(self, tapped: network.Tapped | Teachers):
         """The teacher's features of a micro-batch: those that are there already, or `tapped`'s."""
         return self.teacher[0] if self.teacher else self.features(tapped)
 
@@ -61,13 +64,18 @@ class Criterion(nn.Module):
 
     Called with the features of both networks and a batch, it returns the unweighted loss, a scalar.
     gather: compare the images of all processes. standardise: standardise the logits first.
+    teacher: the number of its teacher, from 1, where there are several.
     """
 
-    def __init__(self, settings: Settings, stage_ids: list[int], s, t, train):
+    def __init__(self, settings: Settings, stage_ids: list[int], s, t, train, t_stage_ids=None):
+        """stage_ids: places in the lists of both features; t_stage_ids: in the teacher's, where
+        these differ."""
         super().__init__()
         self.settings, self.mode, self.stage_ids = settings, settings.mode, stage_ids
+        self.t_stage_ids = stage_ids if t_stage_ids is None else t_stage_ids
         self.gather = self.standardise = False
-        s, t = self._select(s), self._select(t)
+        self.teacher = None
+        s, t = _select(s, self.stage_ids), _select(t, self.t_stage_ids)
         self.adapter = Adapter(settings.adapter, settings.inputs.reads, s, t)
         s, t = self.adapter.eval()(s, t)
         try:
@@ -75,17 +83,21 @@ class Criterion(nn.Module):
         except (ValueError, RuntimeError, MemoryError) as error:  # too large for the memory
             raise UserError(f"--kd_mode {self.mode}: {utils.first_line(error)}") from error
 
-    def _select(self, x: network.Features) -> network.Features:
-        """The features with the compared stages alone."""
-        lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
-        return replace(x, **{k: [v[i] for i in self.stage_ids] for k, v in lists.items() if v})
+    @property
+    def parts(self) -> list["Criterion"]:
+        return [self]
+
+    @property
+    def label(self) -> str:
+        """Its name in the log."""
+        return self.mode if self.teacher is None else f"{self.mode}, teacher {self.teacher}"
 
     def forward(self, s, t, batch: Batch, inputs: Inputs | None = None) -> Tensor:
         """inputs: what the loss is fed, None for the method's own."""
         inputs = inputs or self.settings.inputs
-        t = self._select(t)
+        t = _select(t, self.t_stage_ids)
         if s is not None:
-            s, t = self.adapter(self._select(s), t)
+            s, t = self.adapter(_select(s, self.stage_ids), t)
         if self.gather:
             s, t = _gathered(s), _gathered(t)
         if self.standardise:
@@ -95,6 +107,12 @@ class Criterion(nn.Module):
         if inputs.per_stage:
             value = sum(value) / (len(value) if self.settings.reduce == "mean" else 1)
         return value
+
+
+def _select(x: network.Features, stage_ids: list[int]) -> network.Features:
+    """The features with the compared stages alone."""
+    lists = dict(stages=x.stages, preacts=x.preacts, numbers=x.numbers)
+    return replace(x, **{k: [v[i] for i in stage_ids] for k, v in lists.items() if v})
 
 
 def _gathered(x: network.Features) -> network.Features:
@@ -113,9 +131,10 @@ def _standardised(x: network.Features) -> network.Features:
 class Distiller:
     """Student and teacher, and a criterion for each method.
 
-    student, teacher: network.Tapped; of a student without a method, which learns from the labels
-    alone, the teacher is None. criteria: {name of the loss in metrics.csv: Criterion}: 'kd',
-    or of several methods 'kd_MODE'. added: the criteria as one module, what the methods add.
+    student, teacher: network.Tapped; of several teachers `ensemble.Teachers`; of a student without
+    a method, which learns from the labels alone, the teacher is None. criteria: {name of the loss
+    in metrics.csv: Criterion}: 'kd', or of several methods 'kd_MODE'; with several teachers an
+    `ensemble.OfEnsemble` or `OfEach`. added: the criteria as one module, what the methods add.
     deployed: the network that is evaluated and saved, the student unless a method deploys its
     projector with it.
     """
@@ -123,7 +142,8 @@ class Distiller:
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, settings: list[Settings], train
     ):
-        """settings: of each method; train: the training set."""
+        """teacher: several are an `ensemble.Ensemble`; settings: of each method; train: the
+        training set."""
         methods = [x.method for x in settings]
         roles = {m.teacher for m in methods} or {"none"}
         self.teacher_role = next(
@@ -148,10 +168,12 @@ class Distiller:
             reads.add("feat")
             if "feat" in student.taps:
                 foreign.behead(student)
-        stages = [align(student, teacher, x.stages) for x in settings]
-        union = sorted({i for ids in stages for i in ids})
-        self.student = network.Tapped(student, sorted(reads), union)
-        self.teacher = teacher and network.Tapped(teacher, sorted(reads), union)
+        nets = nets_of(teacher)
+        stages = [[align(student, net, x.stages) for x in settings] for net in nets]
+        unions = [sorted({i for ids in own for i in ids}) for own in stages]
+        self.student = network.Tapped(student, sorted(reads), sorted(set().union(*unions)))
+        tapped = [network.Tapped(net, sorted(reads), own) for net, own in zip(nets, unions)]
+        self.teacher = Teachers(tapped, teacher.kind) if len(nets) > 1 else next(iter(tapped), None)
         trial = torch.zeros(2, 3, train.size, train.size)
         with torch.no_grad():
             for net in self.networks:
@@ -159,10 +181,10 @@ class Distiller:
             s, t = self.student(trial), teacher and self.teacher(trial)
             names = ["kd"] if len(settings) == 1 else [f"kd_{x.mode}" for x in settings]
             self.criteria = {
-                name: Criterion(x, [union.index(i) for i in ids], s, t, train)
-                for name, x, ids in zip(names, settings, stages)
+                name: self._criterion(x, ids, s, t, train)
+                for name, x, *ids in zip(names, settings, *stages)
             }
-        self.added = nn.ModuleList(self.criteria.values())
+        self.added = nn.ModuleList(part for x in self.criteria.values() for part in x.parts)
         self.deployed, self.projector_spec = student, None
         for criterion in self.added:
             if criterion.settings.method.deploys_projector:
@@ -179,10 +201,31 @@ class Distiller:
         self.epoch, self.epochs = torch.tensor(1.0), torch.tensor(240.0)
         self._clock = None
 
+    def _criterion(self, settings: Settings, stages: list[tuple[int, ...]], s, t, train):
+        """The criterion of a method, with all teachers. stages: that are compared with each; s, t:
+        features of a trial pass."""
+
+        def make(t, stages):
+            s_ids, t_ids = ([x.numbers.index(i) for i in stages] for x in (s, t))
+            return Criterion(settings, s_ids, s, t, train, t_ids)
+
+        if not isinstance(t, tuple):
+            return make(t, stages[0])
+        if all(inputs.reads_logits_alone for inputs in _all_inputs(settings)):
+            return OfEnsemble(lambda t: make(t, ()), self.teacher.net, t)
+        parts = [make(*pair) for pair in zip(t, stages)]
+        for k, part in enumerate(parts, 1):
+            part.teacher = k
+        return OfEach(parts)
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        return nets_of(self.teacher and self.teacher.net)
+
     @property
     def networks(self) -> list[nn.Module]:
-        """The student and, if there is one, the teacher."""
-        return [x.net for x in (self.student, self.teacher) if x]
+        """The student and, if there are any, the teachers."""
+        return [self.student.net, *self.teachers]
 
     # --- what runs in a step ---
 
@@ -240,15 +283,16 @@ class Distiller:
             if name == "features":
                 _train_only(student, self.feature_path)
                 continue
-            module = dict(student=student, backbone=student, teacher=teacher, kd=self.added)[head]
-            if inner:
-                module = self.added[0].loss.get_submodule(inner)
-            module.train().requires_grad_(True)
+            named = dict(student=student, backbone=student, teacher=teacher, kd=self.added)
+            for part in self.added if inner else [named[head]]:
+                module = part.loss.get_submodule(inner) if inner else part
+                module.train().requires_grad_(True)
             if name == "backbone":
                 classifier = student.get_submodule(student.taps["feat"].removesuffix(":in"))
                 classifier.eval().requires_grad_(False)
         if self.batch_teacher_bn and not phase.teacher_learns:
-            _use_batch_statistics(teacher)
+            for net in self.teachers:
+                _use_batch_statistics(net)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def param_groups(self, phase: Phase) -> list[dict]:
@@ -280,12 +324,13 @@ class Distiller:
         for phase in self.phases if self.teacher else ():
             with torch.set_grad_enabled(self.image_grad):
                 s, t = (batch.features(x) for x in (self.student, self.teacher))
-                for criterion in self.added.eval() if phase.kd else []:
+                self.added.eval()
+                for criterion in self.criteria.values() if phase.kd else []:
                     added = self._check(criterion, phase, s, t, batch)
                     macs += added // 2 if phase.inputs is None else 0
         return macs
 
-    def _check(self, criterion: Criterion, phase: Phase, s, t, batch: Batch) -> int:
+    def _check(self, criterion, phase: Phase, s, t, batch: Batch) -> int:
         weight = criterion.settings.lambda_kd
 
         def call():
@@ -299,7 +344,7 @@ class Distiller:
                 loss.backward(retain_graph=True)
 
         try:
-            return count_macs(criterion, call)
+            return count_macs(self.added, call)
         except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
             reason = utils.first_line(error)
             if "not have been used in the graph" in reason:

@@ -4,7 +4,9 @@ from argparse import Namespace
 
 from engine import cli
 from engine.checkpoint import find_weights
+from engine.ensemble import KINDS
 from engine.settings import ADAPTERS, Settings, batch_size, settings, uses
+from engine.teachers import takes_ensemble
 from kd_losses import METHODS, Flag
 from utils import UserError, named
 
@@ -18,7 +20,7 @@ OF_THE_METHODS = {
 }
 PLACE = {"note", "save_root"}
 OF_THE_TEACHER = {f"{name}_{side}" for name in ("t", "net1") for side in ("model", "init", "name")}
-OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes", "teacher_cache"}
+OF_THE_TEACHER |= {"t_pretrained", "t_taps", "t_key", "t_classes", "teacher_cache", "ensemble"}
 
 
 # --- several students -----------------------------------------------------------------------------
@@ -39,8 +41,7 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
         raise UserError(f"--kd_mode {kd_mode}: expected different students, separated by commas")
     if {"-h", "--help"} & set(argv):
         raise UserError(f"--help shows one student at a time: --kd_mode {students[0]} --help")
-    for student in students:
-        modes_of(student)
+    of_logits = [x for x in students if any(map(takes_ensemble, modes_of(x)))]
     lines = {student: [] for student in students}
     found = [(*_owner_of(words[0], students), words) for words in _flags_with_values(argv)]
     own = {(owner, inner) for owner, inner, _ in found}
@@ -52,10 +53,12 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
                 f"--{name}: there are several students, give it for one of them: "
                 f"--{students[0]}.{name}"
             )
-        if owner and base not in OF_THE_METHODS | PLACE | {"logit_stand", "gather"}:
+        if owner and base not in OF_THE_METHODS | PLACE | {"logit_stand", "gather", "ensemble"}:
             raise UserError(f"--{name}: all students share --{base}")
         for student in [owner] if owner else students:
             if student == NONE and owner is None and inner in OF_THE_TEACHER | {"s_taps"}:
+                continue
+            if name == "ensemble" and student not in of_logits and of_logits:
                 continue
             if owner is None and (student, inner) in own:
                 continue  # it has one of its own
@@ -235,7 +238,8 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     )
     name = dict(type=cli.filled, metavar="NAME")
     file = dict(type=cli.filled, metavar="FILE")
-    add("--t_model", "--net1_init", **file, help="checkpoint of the teacher")
+    files = dict(type=cli.filled, metavar="FILE[,FILE]")
+    add("--t_model", "--net1_init", **files, help="checkpoint of the teacher, or of several")
     add(
         "--s_init",
         "--net2_init",
@@ -244,6 +248,13 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     )
     add("--t_name", "--net1_name", **name, help="teacher network (default: as the checkpoint says)")
     add("--s_name", "--net2_name", **name, help="student network (default: as the checkpoint says)")
+    add(
+        "--ensemble",
+        choices=KINDS,
+        help="what methods of logits learn from several teachers: the mean of their probabilities "
+        "(default probs), of their logits, or the logits weighted by each teacher's cross-entropy; "
+        "other methods sum their loss over the teachers",
+    )
     add(
         "--t_classes",
         type=cli.class_lines,
@@ -267,7 +278,8 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
             f"--{side}_taps",
             type=cli.comma(cli.filled),
             metavar="M[,M]",
-            help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)",
+            help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)"
+            + "; those of several teachers are separated by +" * (side == "t"),
         )
     add(
         "--unlabeled",

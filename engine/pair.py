@@ -1,10 +1,15 @@
-"""The two networks of a run: what the teacher's classes and the images have to do with them."""
+"""The two networks of a run: what the teacher's classes and the images have to do with them.
+
+found_t: what is known of the teacher, or of several (`teachers.each`); None without one.
+"""
 
 from argparse import Namespace
 from dataclasses import replace
 
 from engine import kd_cli, outputs
 from engine.channels import check_channels, check_grey
+from engine.ensemble import nets_of
+from engine.teachers import agreed, each
 from kd_losses import METHODS
 from utils import UserError, shown
 
@@ -17,6 +22,10 @@ def known_data(args: Namespace, found_t, found_s) -> dict:
     teacher has is compared later, by `match_classes`. Raises UserError where --data_name
     contradicts a checkpoint.
     """
+    several = [x for x in each(found_t) if set(x.meta) - {"num_class"}]
+    if len(several) > 1:
+        return agreed([(x.path, known_data(args, x, found_s)) for x in several], args)
+    found_t = next(iter(several), None)
     known = found_t.meta if found_t else {}
     knows = {key: x for key, x in known.items() if key != "num_class"}
     if not knows:
@@ -58,11 +67,12 @@ def match_outputs(args: Namespace, found_t, found_s, data) -> None:
     where = data.train.classes, data.name, data.train.size
     trained = any(METHODS[mode].teacher == "trained" for mode in modes)
     fresh = outputs.Outputs(data.train.num_class)  # of a library, whose classifier is replaced
-    if found_t:
-        found_t.outputs, found_t.channels = fresh, args.channels if trained else None
-    if found_t and not (trained and found_t.pretrained):
-        found_t.outputs = outputs.match_classes(
-            *(found_t, *where, "--t_model" if found_t.path else "--t_pretrained"),
+    for found in each(found_t):
+        found.outputs, found.channels = fresh, args.channels if trained else None
+        if trained and found.pretrained:
+            continue
+        found.outputs = outputs.match_classes(
+            *(found, *where, "--t_model" if found.path else "--t_pretrained"),
             *(args.t_classes, "--t_classes", *needed_classes(modes)),
             in_classifier=trained or any(METHODS[mode].reads_classifier for mode in modes),
         )
@@ -82,17 +92,11 @@ def check_images(args: Namespace, found_t, found_s, teacher, student, data, batc
     where they cannot."""
     check_channels(student, found_s.name, args.channels)
     found_s.say(check_grey(student, found_s.name, data.train))
-    if teacher is None:
-        return
-    found_t.say(check_grey(teacher, found_t.name, data.train))
-    if batch_norms and found_t.outputs.answers:
-        count = found_t.outputs.shown
-        outputs.forward_logits(teacher, found_t.name, count, data.train.size, training=True)
-
-
-def has_answers(found_t) -> bool:
-    """Whether the teacher's accuracy on the dataset has a meaning."""
-    return found_t is None or found_t.outputs is None or found_t.outputs.answers
+    for found, net in zip(each(found_t), nets_of(teacher)):
+        found.say(check_grey(net, found.name, data.train))
+        if batch_norms and found.outputs.answers:
+            count = found.outputs.shown
+            outputs.forward_logits(net, found.name, count, data.train.size, training=True)
 
 
 def take_over(found_t, first, teacher, img_size: int) -> None:

@@ -136,16 +136,20 @@ class Run:
         """What the run said of its data or teacher when it was started."""
         return self.known.get(what, default) if isinstance(self.known, dict) else default
 
-    def learns_from(self, data: dict, teacher: str | None = None) -> None:
-        """Say what identifies the data and the teacher's file (its sha256); where the run goes on,
-        they have to be those that it was started with."""
+    def learns_from(self, data: dict, teacher: str | list | None = None) -> None:
+        """Say what identifies the data and the teacher's file (its sha256; of several teachers a
+        list); where the run goes on, they have to be those that it was started with."""
         self.sources = dict(data=data, teacher=teacher)
         if "val" in data:
             self.score = VALIDATION
         own = self._before("teacher", teacher)
         if own != teacher:
+            file = self.cfg.t_model
+            if isinstance(teacher, list) and isinstance(own, list) and len(own) == len(teacher):
+                k = next(k for k, (a, b) in enumerate(zip(own, teacher)) if a != b)
+                file, own, teacher = f"{file} (number {k + 1})", own[k], teacher[k]
             raise UserError(
-                f"--resume: --t_model {self.cfg.t_model} is not the file of the run's start "
+                f"--resume: --t_model {file} is not the file of the run's start "
                 f"(sha256 {str(teacher)[:12]}, it was {str(own)[:12]}): put that one "
                 "back, or start another run with --note NAME"
             )

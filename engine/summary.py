@@ -4,6 +4,7 @@ import dataset
 import network
 from engine import cli, published
 from engine.distiller import Criterion, Distiller
+from engine.ensemble import OfEnsemble
 
 
 def summary(
@@ -27,16 +28,19 @@ def summary(
         )
     lines.append("phases: " + ", ".join(f"{p.name} {epochs} epoch(s)" for p, epochs in phases))
     for criterion in distiller.added:
-        mode = criterion.mode
-        origin = criterion.settings.origin
+        mode, origin = criterion.mode, criterion.settings.origin
         parts = [
             f"{name} {value}" + (f" ({origin[name]})" if origin[name] != "default" else "")
             for name, value in _values(criterion, distiller).items()
         ]
-        lines.append(f"{mode}: " + ", ".join(parts))
+        lines.append(f"{criterion.label}: " + ", ".join(parts))
         if cfg.protocol != "kdzoo" and not published.settings_of(mode, cfg.protocol):
             lines.append(f"{mode}: {cfg.protocol} has no settings for it, these are its defaults")
-        lines += [f"{mode}: adapter, {note}" for note in criterion.adapter.notes]
+        lines += [f"{criterion.label}: adapter, {note}" for note in criterion.adapter.notes]
+    for criterion in distiller.criteria.values():
+        if isinstance(criterion, OfEnsemble):
+            count, kind = len(distiller.teachers), criterion.net.kind
+            lines.append(f"{criterion.mode}: learns from the ensemble ({kind}) of {count} teachers")
     added = network.count_parameters(distiller.added)
     if distiller.deployed is not distiller.student.net:
         whole = network.count_parameters(distiller.deployed)
@@ -60,9 +64,10 @@ def _values(criterion: Criterion, distiller: Distiller) -> dict:
 def recorded_settings(distiller: Distiller) -> dict:
     """For args.json: the methods' values, where each comes from, and the parameters that they
     add."""
-    methods = {x.mode: _values(x, distiller) for x in distiller.added}
+    methods = {x.label: _values(x, distiller) for x in distiller.added}
     origins = {
-        x.mode: {name: x.settings.origin[name] for name in methods[x.mode]} for x in distiller.added
+        x.label: {name: x.settings.origin[name] for name in methods[x.label]}
+        for x in distiller.added
     }
     added = network.count_parameters(distiller.added)
     return dict(methods=methods, origins=origins, added=added)

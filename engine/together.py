@@ -12,6 +12,7 @@ import network
 import utils
 from engine.console import Stopped
 from engine.distiller import Batch, Distiller
+from engine.ensemble import Teachers, union, with_strong
 from engine.signals import Signals
 from engine.teacher_cache import KINDS, CachedTeacher
 from utils import UserError
@@ -27,10 +28,7 @@ class SharedTeacher:
     """
 
     def __init__(self, sharing: list[Distiller], precision: utils.Precision):
-        teachers = [x.teacher for x in sharing]
-        kinds = set().union(*(x.kinds for x in teachers))
-        stages = sorted(set().union(*(x.numbers for x in teachers)))
-        self.tapped = network.Tapped(teachers[0].net, sorted(kinds), tuple(stages))
+        self.tapped = union([x.teacher for x in sharing])
         self.sharing, self.precision = sharing, precision
         self.cached, self.cache, self.number, self._views = [], None, 0, {}
 
@@ -76,10 +74,10 @@ class SharedTeacher:
         found = []
         for passes in zip(*views):
             plain, *strong = (_as_for(distiller.teacher, x) for x in passes)
-            found.append(replace(plain, strong=strong[0]) if strong else plain)
+            found.append(with_strong(plain, strong[0]) if strong else plain)
         return replace(batch, teacher=tuple(found))
 
-    def _view(self, name: str, images: list[torch.Tensor]) -> list[network.Features]:
+    def _view(self, name: str, images: list[torch.Tensor]) -> list:
         """The features of one view of the micro-batches."""
         if name not in self._views:
             with torch.no_grad(), self.precision.autocast():
@@ -104,6 +102,8 @@ def can_share(distiller: Distiller) -> bool:
 
 def why_not_cached(distiller: Distiller) -> str:
     """Why a student cannot learn from a cache, or ''."""
+    if isinstance(distiller.teacher, Teachers):
+        return "has several teachers"
     if distiller.two_views:
         return "sees a second view of each image"
     if not can_share(distiller):
@@ -112,8 +112,10 @@ def why_not_cached(distiller: Distiller) -> str:
     return f"reads the teacher's feature maps ({', '.join(sorted(more))})" if more else ""
 
 
-def _as_for(tapped: network.Tapped, x: network.Features) -> network.Features:
+def _as_for(tapped: network.Tapped | Teachers, x):
     """Of the features `x` what `tapped` would have given."""
+    if isinstance(tapped, Teachers):
+        return tuple(map(_as_for, tapped.members, x))
     kept = {}
     for kind in tapped.kinds:
         value = getattr(x, kind)

@@ -52,7 +52,7 @@ class Inputs:
     flags: the method's flags that `feed` takes by name.
     per_stage: whether it returns a list. one_stage: whether it compares a single stage.
     logits_only: whether it compares logits and nothing else. classifier: whether it reads the
-    networks' last layers.
+    networks' last layers. calls_nets: whether it calls the networks again.
     """
 
     feed: Callable
@@ -62,6 +62,12 @@ class Inputs:
     one_stage: bool = False
     logits_only: bool = False
     classifier: bool = False
+    calls_nets: bool = False
+
+    @property
+    def reads_logits_alone(self) -> bool:
+        """Whether the logits are all that it reads of the networks' features."""
+        return self.reads == ("out",)
 
     @property
     def reads_answers(self) -> bool:
@@ -174,7 +180,7 @@ def factors(loss, s, t, batch):
     return loss.distance(loss.translator(s.stages[0]), loss.paraphraser.factor(t.stages[0]))
 
 
-@reads("out", flags=("attack_size",))
+@reads("out", flags=("attack_size",), calls_nets=True)
 def boundary(loss, s, t, batch, attack_size):
     index, attack_class, valid = select(s.out, t.out, batch.target, attack_size)
     index, attack_class = index[valid], attack_class[valid]

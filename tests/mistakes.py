@@ -200,7 +200,9 @@ def make_checkpoints(root):
         pair=dict(student=net, teacher=net),
         flat_pair=dict(state_dict={f"{x}.{k}": v for k, v in net.items() for x in ("s", "t")}),
         half_inside=dict(state_dict={f"model.{k}": v for k, v in net.items() if k != "fc.bias"}),
+        sized=dict(net=net, meta=META | dict(img_size=16)),
     )
+    files["a,b"] = files["fine"]  # a comma separates several teachers
     for name, content in files.items():
         torch.save(content, root / f"{name}.pth")
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), root / "x.pt2")

@@ -143,6 +143,14 @@ EVAL = [
     ("{ck}/fine.pth --key nett", "--key", "nett", "{ck}/fine.pth", "net"),
     ("{ck}/fine.pth --which peer --key net", "--key", "--which"),
     ("{ck}/meta_img_size.pth", "{ck}/meta_img_size.pth", "img_size", "-3"),
+    ("{s} {t}", "--ensemble", "2"),
+    ("{s} --ensemble probs", "--ensemble", "probs"),
+    ("{s} {t} --ensemble mean", "--ensemble", "mean"),
+    ("{s} {t} --ensemble confidence", "--ensemble", "confidence"),
+    ("{s} {t} --ensemble probs --net resnet8", "--net", "resnet8", "2"),
+    ("{s} {t} --ensemble probs --which peer", "--which"),
+    ("{s} {ck}/sparse.pth --ensemble probs", "{ck}/sparse.pth", "fc.bias"),
+    ("{s} {ck}/sized.pth --ensemble probs", "--img_size", "{s}", "{ck}/sized.pth"),
 ]
 EXPORT = [
     ("{ck}/nan.pth --out {root}/x.safetensors", "{root}/x.safetensors"),

@@ -277,6 +277,34 @@ KD = [
         for x in "fc layer1#0 layer1#-1 layer1#9 layer1:out layer1,layer1 layer3,layer1".split()
     ),
     "--cuda_graph",
+    # several teachers
+    ("--t_model {t},{t}", "--t_model", "{t}"),
+    ("--t_model {t},", "--t_model", "2"),
+    ("--t_model ,", "--t_model", "2"),
+    ("--t_model {t},{ck}/gone.pth", "{ck}/gone.pth"),
+    ("--t_model {ck}/a,b.pth", "--t_model", "{ck}/a,b.pth"),
+    ("--t_model {t},{s} --t_name resnet14", "--t_name", "resnet14", "2"),
+    ("--t_model {t},{s} --t_name resnet14,resnet8,resnet8", "--t_name", "2"),
+    ("--t_model {t},{s} --t_name resnet14,", "--t_name", "2"),
+    ("--t_model {t},{s} --t_name resnet14,resnet20", "--t_name", "resnet20", "{s}"),
+    ("--t_model {t},{s} --t_taps layer1,layer2", "--t_taps", "2"),
+    ("--t_model {t},{s} --t_taps layer1+", "--t_taps", "2"),
+    ("--t_model {t},{s} --t_taps layer1+layr1", "layr1", "layer1"),
+    ("--t_model {t},{s} --t_key ema", "--t_key", "ema"),
+    ("--t_model {t},{ck}/hundred.pth --kd_mode st", "{ck}/hundred.pth", "100"),
+    ("--t_model {t},{ck}/wolves.pth --kd_mode st", "{ck}/wolves.pth", "wolf"),
+    ("--t_model {t},{ck}/sized.pth", "--img_size", "{t}", "12", "{ck}/sized.pth", "16"),
+    ("--t_model {t},{s} --kd_mode dml", "--t_model", "dml"),
+    ("--t_model {t},{s} --kd_mode simkd", "--t_model", "simkd"),
+    ("--t_model {t},{s} --kd_mode wkd_l", "--t_model", "wkd_l"),
+    ("--t_model {t},{s} --kd_mode st --teacher_cache {root}/cache", "--teacher_cache", "st"),
+    ("--t_model {t},{s} --kd_mode bss --ensemble confidence", "bss", "--ensemble", "confidence"),
+    ("--t_model {t},{s} --ensemble probs", "--ensemble", "probs", "at"),
+    ("--t_model {t},{s} --kd_mode at,sp --ensemble probs", "--ensemble", "probs", "at"),
+    ("--t_model {t},{s} --kd_mode st --ensemble mean", "--ensemble", "mean"),
+    ("--t_model {t},{s} --kd_mode st --ensemble", "--ensemble"),
+    ("--kd_mode st --ensemble logits", "--ensemble", "logits"),
+    ("--kd_mode dml --ensemble logits", "--ensemble", "logits"),
     # what the checkpoints know
     ("--t_name resnet20", "--t_name", "resnet20", "{t}"),
     ("--s_name resnet20", "--s_name", "resnet20", "{s}"),
@@ -329,6 +357,8 @@ BARE_KD = [
     ("--kd_mode dml --s_name {nets}:TwoOfOne " + DIGITS, "{nets}:TwoOfOne", "tuple", "logits"),
     ("--kd_mode at --s_init {s} --t_pretrained --t_name resnet8", "resnet8", "pretrained"),
     ("--kd_mode dml --s_name resnet8", "--data_name"),
+    (f"--kd_mode none --s_name resnet8 --ensemble probs {DIGITS}", "--ensemble", "none"),
+    ("--kd_mode st --s_name resnet8 --t_pretrained --t_name resnet8,", "--t_name", "2"),
     *(
         (f"--kd_mode {mode} --s_name {{nets}}:Exits {more} {DIGITS}", "{nets}:Exits")
         for mode, more in dict(dml="--t_name resnet8", st="--t_model {t}").items()

@@ -3,6 +3,7 @@ agreement with a teacher.
 
     python tools/eval.py runs/at-c10-r20/model_best.pth.tar --teacher \
 runs/base-c10/model_best.pth.tar
+    python tools/eval.py runs/t1/model_best.pth.tar runs/t2/model_best.pth.tar --ensemble probs
 
 Top-1, top-5 and loss are those that training printed: the same function, images and precision. What
 the checkpoint knows (network, dataset, normalisation) need not be said again.
@@ -37,8 +38,10 @@ from engine.checkpoint import (  # noqa: E402
     read_meta,
     read_weights,
 )
+from engine.ensemble import KINDS, Ensemble, nets_of  # noqa: E402
 from engine.find_taps import dry_pass  # noqa: E402
 from engine.outputs import match_classes, notes_of  # noqa: E402
+from engine.teachers import agreed  # noqa: E402
 from utils import UserError  # noqa: E402
 
 SECONDS = 1.0  # of forward passes that are timed
@@ -47,8 +50,22 @@ SECONDS = 1.0  # of forward passes that are timed
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="ours, a .safetensors file, or a public one")
-    add("--net", metavar="NAME", help="its network, where the file does not know it")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="ours, a .safetensors file, or a public one; several are evaluated as an ensemble",
+    )
+    add(
+        "--ensemble",
+        choices=KINDS,
+        help="of several checkpoints: the mean of their probabilities, or of their logits",
+    )
+    add(
+        "--net",
+        metavar="NAME[,NAME]",
+        help="its network, where the file does not know it; of several checkpoints one for each",
+    )
     add(
         "--which",
         choices=("student", "peer"),
@@ -78,7 +95,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{flag} is nothing without --teacher CHECKPOINT")
     if args.key and args.which == "peer":
         raise UserError(f"--key {args.key}: --which peer says which entry")
+    check_ensemble(args, len(args.checkpoint))
     return args
+
+
+def check_ensemble(args: argparse.Namespace, count: int) -> None:
+    """Raise UserError for flags that do not fit the number of checkpoints."""
+    if count == 1 and args.ensemble:
+        raise UserError(f"--ensemble {args.ensemble} has no effect with one checkpoint")
+    if count > 1 and not args.ensemble:
+        raise UserError(f"there are {count} checkpoints: give --ensemble probs, or logits")
+    if args.ensemble == "confidence":
+        raise UserError(
+            "--ensemble confidence weights the logits by the labels, which a test must not use: "
+            "give probs or logits"
+        )
+    if count > 1 and args.which == "peer":
+        raise UserError("--which peer is for one checkpoint")
+    names = args.net.split(",") if args.net else []
+    if count > 1 and args.net and (len(names) != count or not all(names)):
+        raise UserError(f"--net {args.net}: expected {count} names, one for each checkpoint")
 
 
 def find_peer(name: str | None, path: str) -> Weights:
@@ -115,8 +151,10 @@ def build(
 
 def scores(net, teacher, images, precision, batch_size) -> tuple[dict, Tensor]:
     """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first
-    batch."""
+    batch. Of an ensemble also the top-1 accuracy of each member."""
     first, answers, divergence = [], [], []
+    members = nets_of(net) if isinstance(net, Ensemble) else []
+    chosen = [[] for _ in members]
 
     def look(net, args, out):
         if not first:
@@ -127,10 +165,18 @@ def scores(net, teacher, images, precision, batch_size) -> tuple[dict, Tensor]:
             kl = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True)
             divergence.append(kl)
 
-    hook = net.register_forward_hook(look)
+    def note(classes):
+        return lambda net, args, out: classes.append(out.argmax(1))
+
+    hooks = [x.register_forward_hook(note(own)) for x, own in zip(members, chosen)]
+    hooks.append(net.register_forward_hook(look))
     score = utils.evaluate(net, stream.test_batches(images, batch_size), precision)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     result = {key: score[f"test_{key}"] for key in ("top1", "top5", "loss")}
+    if members:
+        right = [torch.cat(own) == images.labels for own in chosen]
+        result["members_top1"] = [100 * x.double().mean().item() for x in right]
     if teacher is not None:
         s, t = torch.cat(answers, 1)
         result["agreement"] = 100 * (s == t).double().mean().item()
@@ -165,12 +211,16 @@ def known(args: argparse.Namespace, meta: dict, classes: tuple[str, ...] | None)
 
 def measure(args: argparse.Namespace) -> dict:
     """Everything that is to be said of the checkpoint, floats as in metrics.csv."""
+    files, names = args.checkpoint, [args.net]
+    if len(files) > 1:
+        names = args.net.split(",") if args.net else [None] * len(files)
     if args.which == "peer":
-        found = find_peer(args.net, args.checkpoint)
+        found = [find_peer(args.net, files[0])]
     else:
-        what = args.net, args.checkpoint, "net", "CHECKPOINT"
-        found = find_weights(*what, key=args.key, key_flag="key")
-    teacher, knows = None, known(args, found.meta, args.classes)
+        how = dict(key=args.key, key_flag="key")
+        found = [find_weights(*x, "net", "CHECKPOINT", **how) for x in zip(names, files)]
+    teacher = None
+    knows = agreed([(x.path, known(args, x.meta, args.classes)) for x in found], args)
     if args.teacher:
         what = args.teacher_net, args.teacher, "teacher_net", "teacher"
         teacher = find_weights(*what, key=args.t_key, key_flag="t_key")
@@ -180,15 +230,16 @@ def measure(args: argparse.Namespace) -> dict:
     device = utils.select_device(args.device, args.cuda)
     precision = utils.precision(device, args.amp)
     data = cli.load_data(recipe)
-    net = build(found, data, device, args.classes, "classes")
+    nets = [build(x, data, device, args.classes, "classes") for x in found]
+    net = Ensemble(nets, args.ensemble) if args.ensemble else nets[0]
     tnet = build(teacher, data, device, args.t_classes, "t_classes").eval() if teacher else None
     images = data.test.to(device)
     score, img = scores(net, tnet, images, precision, args.batch_size)
     with torch.no_grad():
         macs = count_macs(net, lambda: net(img[:1]))
     result = dict(
-        checkpoint=args.checkpoint,
-        network=found.name,
+        checkpoint=" ".join(files),
+        network=",".join(x.name for x in found),
         parameters=network.count_parameters(net),
         macs=macs,
         data_name=data.name,
@@ -204,6 +255,9 @@ def measure(args: argparse.Namespace) -> dict:
     )
     if teacher:
         result |= dict(teacher=args.teacher, teacher_network=teacher.name)
+    if args.ensemble:
+        result["ensemble"] = args.ensemble
+        result["members_top1"] = [float(f"{x:.6g}") for x in score["members_top1"]]
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}
 
 
@@ -222,6 +276,9 @@ def lines(r: dict) -> list[str]:
     rows["speed"] = (
         f"{r['img_per_s']:,.0f} img/s, forward passes alone, batches of {r['batch_size']}"
     )
+    if "ensemble" in r:
+        each = ", ".join(f"{x:.2f} %" for x in r["members_top1"])
+        rows["ensemble"] = f"{r['ensemble']}; each one's top-1 {each}"
     if "teacher" in r:
         rows["teacher"] = f"{r['teacher']}, {r['teacher_network']}, top-1 {r['teacher_top1']:.2f} %"
         rows["agreement"] = f"{r['agreement']:.2f} % of the images get the teacher's class"
