@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--data is needed: {cli.DATA_NAMES}")
     if args.data == "imagefolder" and not args.img_root:
         raise UserError("--data imagefolder needs --img_root DIR")
-    check_places(args)
     tables_slurm.check(args)
+    check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
     if args.teacher:
         knows = find_weights(None, args.teacher, "t_name", "teacher").name
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
         make_folder(Path(args.out))
         remembered(Path(args.out) / f"{args.table}.runs.csv")
     if args.launcher == "slurm":
-        return tables_slurm.submit(args, todo, jobs)
+        tables_slurm.submit(args, todo, jobs)
+        return
     places = {str(job.folder): dict(epochs=job.epochs) for job in jobs}
     tables_status.remember(Path(args.runs), args.table, places)
     failed = work(todo, jobs, args.jobs, args.cuda, not args.apart)

@@ -100,14 +100,19 @@ def check(args) -> None:
         return
     if args.jobs != 1:
         raise UserError(f"--jobs {args.jobs} is for this machine: give --max_parallel for SLURM")
+    for flag in ("out", "into"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag}: the table is not there when the jobs are submitted: give it to show"
+            )
     import_submitit()
     if CLUSTER == "slurm" and not shutil.which("sbatch"):
         raise UserError("--launcher slurm: there is no sbatch on this machine: is SLURM installed?")
 
 
-def submit(args, todo: list[Job], jobs: list[Job]) -> None:
+def submit(args, todo: list[Job], jobs: list[Job]) -> list:
     """Submit what is neither finished nor in the queue: first the teachers, then the rest, which
-    waits for them in the queue."""
+    waits for them in the queue. Returns the jobs, as submitit has them."""
     submitit, runs = import_submitit(), Path(args.runs)
     busy = in_queue(runs, args.table)
     left = [job for job in todo if str(job.folder) not in busy]
@@ -116,6 +121,7 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> None:
     remember(runs, args.table, {str(job.folder): dict(epochs=job.epochs) for job in jobs})
     before = {busy[str(job.needs)] for job in left if str(job.needs) in busy}
     ways = max(1, args.gpus or 0) if args.apart else 1
+    submitted = []
     for group in filter(None, teams(left, jobs)):
         executor = submitit.AutoExecutor(
             folder=runs / "jobs" / "%j", cluster=CLUSTER, slurm_max_num_timeout=9999
@@ -128,6 +134,7 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> None:
                 ]
         except Exception as error:
             raise UserError(f"--launcher slurm: {_reason(error)}") from error
+        submitted += found
         names = [job.job_id for job in found]
         own = {str(job.folder) for job in left}
         places = {}
@@ -141,6 +148,7 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> None:
         what = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         print(f"submitted {len(names)} job{'s' * (len(names) > 1)}: {what}", flush=True)
     print(f"tools/tables.py status {args.table} --runs {args.runs} shows the trainings", flush=True)
+    return submitted
 
 
 def parameters(args, before: set[str]) -> dict:

@@ -35,7 +35,7 @@ def finished(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(argv, says, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables_work, "start", lambda *args: pytest.fail("a training was started"))
+    monkeypatch.setattr(tables_work, "launch", lambda *args: pytest.fail("a training was started"))
     runs = ["--runs", str(tmp_path / "runs")] if argv[1:] else []
     with pytest.raises(SystemExit) as error:
         tables.main([*argv, *runs])
@@ -81,7 +81,7 @@ def test_a_teacher_that_is_another_network(tmp_path, capsys):
 def test_a_bad_place_is_found_before_anything_is_trained(
     command, argv, says, finished, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(tables_work, "start", lambda *_: pytest.fail("a training was started"))
+    monkeypatch.setattr(tables_work, "launch", lambda *_: pytest.fail("a training was started"))
     finished()
     names = dict(tmp=tmp_path, file=tmp_path / "file", link=tmp_path / "link")
     names |= dict(taken=tmp_path / "taken", latin=tmp_path / "latin.md")
