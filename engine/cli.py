@@ -128,6 +128,16 @@ def one_folder(text: str) -> str:
     return text
 
 
+def wandb_project(text: str) -> str:
+    """An argparse type: the name of a W&B project."""
+    if len(filled(text)) > 128 or set(text) & set("/\\#?%:") or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            "expected the name of a W&B project, up to 128 characters without / \\ # ? % :, got "
+            f"{text!r}"
+        )
+    return text
+
+
 def class_lines(text: str) -> tuple[str, ...]:
     """An argparse type: the lines of a file that has one for each class of the dataset."""
     path = Path(filled(text))
@@ -275,6 +285,13 @@ def add_run_flags(parser: Parser) -> None:
         "--tensorboard",
         action="store_true",
         help="also write the metrics of each epoch for TensorBoard",
+    )
+    add(
+        "--wandb",
+        type=wandb_project,
+        metavar="PROJECT",
+        help="also send config, metrics and curves to this project of W&B (WANDB_MODE=offline: "
+        "only write them)",
     )
     add("--resume", action="store_true", help="continue the run in the folder")
     add(

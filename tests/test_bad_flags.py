@@ -49,6 +49,7 @@ BASE = [
     "--cuda -1",
     "--flip maybe",
     ("--amp fp8", "--amp", "fp8"),
+    *(f"--wandb {x}" for x in ("''", "a/b", "a#b", "a:b", "x" * 129)),
     ("--device tpu", "--device", "tpu"),
     ("--device cuda:x", "--device", "cuda"),
     ("--device cpu --cuda 1", "--device", "--cuda"),
