@@ -6,13 +6,12 @@ the published figures.
     python tools/tables.py show kdzoo-r20-r20
     python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed through train_base.py and \
-train_kd.py. It
-skips what is finished, goes on with what was interrupted and goes on after a failure; what another
-process trains is waited for. `--launcher slurm` submits them to a cluster instead. `--dry_run` says
-the commands and their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best epoch, mean and deviation over the
-seeds; the published figures are in published.csv. Runs of other data, epochs or precision are shown
-apart, never in one mean.
+`run` trains the missing teacher, then every method and seed. It skips what is finished, resumes what
+was interrupted and continues after a failure; it waits for what another process trains. `--launcher
+slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and their
+recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
+epoch, mean and deviation over the seeds, beside the published figures of published.csv. Runs of
+other data, epochs or precision are shown apart, never in one mean.
 """
 
 import argparse
