@@ -6,10 +6,10 @@ the published figures.
     python tools/tables.py show kdzoo-r20-r20
     python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed. It skips what is finished, resumes what
-was interrupted and continues after a failure; it waits for what another process trains. `--launcher
-slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and their
-recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
+`run` trains the missing teacher, then every method and seed. It skips what is finished, resumes
+what was interrupted and continues after a failure; it waits for what another process trains.
+`--launcher slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and
+their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
 epoch, mean and deviation over the seeds, beside the published figures of published.csv. Runs of
 other data, epochs or precision are shown apart, never in one mean.
 """
