@@ -259,6 +259,13 @@ def test_several_students(teacher, bare, tmp_path):
         assert_same(one, two)
 
 
+def test_several_teachers(base, bare, tmp_path):
+    both = ",".join(str(base / name / "model_best.pth.tar") for name in ("resnet14", "resnet8"))
+    distil("st+at", both, tmp_path, "--unlabeled", bare, "--val", "0.1")
+    rows = read_metrics(tmp_path / "r")
+    assert {"ce", "kd_st", "kd_at", "val_top1"} <= set(rows[0])
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 
