@@ -202,11 +202,14 @@ def _defaults(early: Namespace, modes: list[str]) -> dict[str, Settings]:
     for side, file in (("t", "t_model"), ("s", "s_init")):
         names[side], path = getattr(early, f"{side}_name") or "", getattr(early, file)
         if path:
+            paths = path.split(",") if side == "t" else [path]
+            name = names[side] if len(paths) == 1 else None
             try:
-                found = find_weights(names[side] or None, path, f"{side}_name", file)
+                found = [find_weights(name or None, x, f"{side}_name", file) for x in paths]
             except UserError:  # --help does not need the file
                 continue
-            names[side], num_class = found.name, found.meta.get("num_class", num_class)
+            names[side] = found[0].name if len({x.name for x in found}) == 1 else ""
+            num_class = found[0].meta.get("num_class", num_class)
     composed = len(modes) > 1
     return {m: settings(m, early.protocol, *names.values(), num_class, {}, composed) for m in modes}
 
