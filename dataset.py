@@ -26,7 +26,7 @@ from torch import Tensor
 
 from utils import UserError, first_line, named, printable, shown
 
-IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
+IMG_SIZE = dict(imagenet=224, wds=224)  # the default; other images stay as large as they are
 CLASSES = 2, 1_000_000  # how many there may be
 SIZES = 5, 4096  # of images, in pixels: mirrored padding needs more than the 4 that it adds
 
@@ -637,14 +637,14 @@ def some(names: list[str]) -> str:
     return ", ".join(map(shown, names[:5])) + more
 
 
-def open_image(path: str):
-    """The image in a file, as RGB; transparency is dropped."""
+def open_image(path: str, data=None):
+    """The image in a file, or in `data`, open bytes, as RGB; transparency is dropped."""
     from PIL import Image
 
     try:
-        if not os.path.isfile(path):  # one that never ends, perhaps
+        if data is None and not os.path.isfile(path):  # one that never ends, perhaps
             raise ValueError("no file")
-        with Image.open(path) as image:
+        with Image.open(data or path) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
                 grey = np.asarray(image).clip(0, 65535) / 257
                 image = Image.fromarray(grey.round().astype(np.uint8))

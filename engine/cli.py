@@ -14,7 +14,7 @@ import utils
 from utils import UserError
 
 
-DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
+DATA_NAMES = "cifar10, cifar100, digits, imagefolder, imagenet or wds"
 
 
 class Parser(argparse.ArgumentParser):
@@ -294,7 +294,12 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
     add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
-    add("--img_root", type=filled, metavar="DIR", help="folder of the images (default ./datasets)")
+    add(
+        "--img_root",
+        type=filled,
+        metavar="DIR",
+        help="folder of the images, or shards: 'DIR/train-{0000..0127}.tar' (default ./datasets)",
+    )
     add(
         "--num_class",
         type=number(int, *CLASSES),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import dataset
-from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
+from dataset import Data, Files, Images, normalise, scale_shift_of
+from engine import shards
 from engine.augment import StrongView, autoaugment_view
 from utils import UserError
 
@@ -28,8 +29,11 @@ def load(
     flip: bool | None = None,
     workers: int = 0,
 ) -> Data:
-    """`dataset.load`, with the normalisation of files measured where it is not given."""
-    data = dataset.load(name, root, mean_std, img_size, flip, workers)
+    """`dataset.load`, or shards, with the normalisation of files measured where it is not given."""
+    if name == shards.NAME:
+        data = shards.load(root, mean_std, img_size, flip, workers)
+    else:
+        data = dataset.load(name, root, mean_std, img_size, flip, workers)
     train = data.train
     if not isinstance(train, Files):
         return data
@@ -127,7 +131,7 @@ class Reader:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                 for i, seed in zip(*batch):
                     torch.default_generator.manual_seed(int(seed))
-                    image = pil_to_tensor(open_image(os.fsdecode(self.items[i])))
+                    image = pil_to_tensor(shards.open_item(os.fsdecode(self.items[i])))
                     pixels.append(self.transform(image).permute(1, 2, 0))
         except UserError as error:
             return str(error)

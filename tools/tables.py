@@ -6,13 +6,13 @@ the published figures.
     python tools/tables.py show kdzoo-r20-r20
     python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed through train_base.py and \
-train_kd.py. It
-skips what is finished, goes on with what was interrupted and goes on after a failure; what another
-process trains is waited for. `--launcher slurm` submits them to a cluster instead. `--dry_run` says
-the commands and their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best epoch, mean and deviation over the
-seeds; the published figures are in published.csv. Runs of other data, epochs or precision are shown
-apart, never in one mean.
+`run` trains the missing teacher, then every method and seed through train_base.py and train_kd.py.
+It skips what is finished, continues what was interrupted, and continues after a failure; what
+another process trains is waited for. `--launcher slurm` submits jobs to a cluster instead,
+`--dry_run` prints the commands and their recipes. `status` says what is finished, running, queued
+or failed. `show` gives last and best epoch, mean and deviation over the seeds; the published
+figures are in published.csv. Runs of other data, epochs or precision are shown apart, never in one
+mean.
 """
 
 import argparse
@@ -52,8 +52,10 @@ def run(args: argparse.Namespace) -> None:
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
         raise UserError(f"--data is needed: {cli.DATA_NAMES}")
-    if args.data == "imagefolder" and not args.img_root:
-        raise UserError("--data imagefolder needs --img_root DIR")
+    if args.data in ("imagefolder", "wds") and not args.img_root:
+        raise UserError(
+            f"--data {args.data} needs --img_root {'DIR' if args.data != 'wds' else 'SHARDS'}"
+        )
     tables_slurm.check(args)
     check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
