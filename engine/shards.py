@@ -4,10 +4,10 @@
 
 A sample is two members that follow each other, KEY.jpg (or another kind of image) and KEY.cls, its
 label as a number. classes.txt beside the shards has the names, a line each. The headers are read
-once at the start; then an image is a place in a file. So an epoch sees every image once, in an order
-of its own, a share goes to every process, and a run resumes inside an epoch, all as with a folder;
-shards of a folder that were packed in its order give the same numbers. The test images are in
-shards of the same name with `test` or `val` in the place of `train`.
+once, at the start; from then on an image is a place in a file. So an epoch sees every image once,
+in an order of its own, each process gets its share, and a run resumes inside an epoch, as with a
+folder; shards of a folder that were packed in its order give the same numbers. The test images are
+in shards of the same name with `test` or `val` in the place of `train`.
 """
 
 import functools
