@@ -25,7 +25,7 @@ from torch import Tensor
 
 from utils import UserError, first_line, named, printable, shown
 
-IMG_SIZE = dict(imagenet=224)  # the default; other images stay as large as they are
+IMG_SIZE = dict(imagenet=224, wds=224)  # the default; other images stay as large as they are
 CLASSES = 2, 1_000_000  # how many there may be
 SIZES = 5, 4096  # of images, in pixels: mirrored padding needs more than the 4 that it adds
 

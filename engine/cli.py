@@ -15,7 +15,7 @@ from utils import UserError
 
 
 PADDINGS = {ROTATED: "rotated by up to 20 degrees"}
-DATA_NAMES = "cifar10, cifar100, digits, imagefolder, imagenet, tiny-imagenet or hf/NAME"
+DATA_NAMES = "cifar10, cifar100, digits, imagefolder, imagenet, tiny-imagenet, wds or hf/NAME"
 
 
 class Parser(argparse.ArgumentParser):
@@ -316,7 +316,12 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
         metavar="NAME",
         help=f"{DATA_NAMES} (a folder of Parquet files, or a data set of the Hugging Face hub)",
     )
-    add("--img_root", type=filled, metavar="DIR", help="folder of the images (default ./datasets)")
+    add(
+        "--img_root",
+        type=filled,
+        metavar="DIR",
+        help="folder of the images, or shards: 'DIR/train-{0000..0127}.tar' (default ./datasets)",
+    )
     add(
         "--num_class",
         type=number(int, *CLASSES),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import dataset
-from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
+from dataset import Data, Files, Images, normalise, scale_shift_of
+from engine import shards
 from engine.augment import Rotation, StrongView, autoaugment_view
 from engine.published import ROTATED
 from engine.readers import reader_of
@@ -31,10 +32,16 @@ def load(
     workers: int = 0,
     **flags,
 ) -> Data:
-    """`dataset.load` of any dataset, with the normalisation of files measured where it is not
-    given. flags: fit, val, seed and unlabeled, see `readers.reader_of`."""
-    read = reader_of(name, img_size or dataset.IMG_SIZE.get(name), **flags)
-    data = dataset.load(name, root, mean_std, img_size, flip, workers, read)
+    """`dataset.load` of any dataset, or shards, with the normalisation of files measured where it
+    is not given. flags: fit, val, seed and unlabeled, see `readers.reader_of`."""
+    if name == shards.NAME:
+        for flag in ("fit", "val", "unlabeled"):
+            if flags.get(flag) is not None:
+                raise UserError(f"--{flag} does not work with --data_name {shards.NAME}")
+        data = shards.load(root, mean_std, img_size, flip, workers)
+    else:
+        read = reader_of(name, img_size or dataset.IMG_SIZE.get(name), **flags)
+        data = dataset.load(name, root, mean_std, img_size, flip, workers, read)
     train = data.train
     if not isinstance(train, Files):
         return data
@@ -141,7 +148,7 @@ class Reader:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                 for i, seed in zip(*batch):
                     torch.default_generator.manual_seed(int(seed))
-                    image = pil_to_tensor(open_image(os.fsdecode(self.items[i])))
+                    image = pil_to_tensor(shards.open_item(os.fsdecode(self.items[i])))
                     pixels.append(self.transform(image).permute(1, 2, 0))
         except UserError as error:
             return str(error)

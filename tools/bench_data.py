@@ -2,8 +2,10 @@
 
 import argparse
 import itertools
+import os
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,6 +16,7 @@ import torch
 import dataset
 import utils
 from engine import cli, published, stream
+from tools import pack
 from tools.bench_flags import add_amp, add_numbers, add_rounds
 from tools.bench_meter import spread, take_turns
 from tools.bench_steps import bare_step, pair, random_images
@@ -63,6 +66,19 @@ def data(args: argparse.Namespace, device: torch.device, precision: utils.Precis
                 args.workers,
                 "plain DataLoader, the same files",
                 on_disk(root, args.img_size),
+            ),
+            *(
+                (
+                    name,
+                    in_shards(root, side, args).to(device),
+                    args.workers,
+                    "plain DataLoader, the unpacked files",
+                    on_disk(root, args.img_size),
+                )
+                for name, side in (
+                    ("shards of these files", None),
+                    (f"shards, shorter side {shorter_side(args)}", shorter_side(args)),
+                )
             ),
         )
         for name, own, processes, other, plain in turns:
@@ -125,6 +141,20 @@ def write_jpegs(root: Path, count: int) -> float:
             )
     sizes = [path.stat().st_size for path in (root / "train").rglob("*.jpg")]
     return sum(sizes) / len(sizes) / 1000
+
+
+def shorter_side(args: argparse.Namespace) -> int:
+    """That to which the test images are resized, as ImageNet's: 256 for crops of 224."""
+    return round(args.img_size * 256 / 224)
+
+
+def in_shards(root: str, side: int | None, args: argparse.Namespace) -> dataset.Files:
+    """The training images in the folder `root`, packed by tools/pack.py."""
+    out = f"{root}/shards{side or ''}"
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        pack.main([root, out, *(["--max_side", str(side)] if side else [])])
+    shard = f"{out}/train-0000.tar"
+    return stream.load("wds", shard, published.IMAGENET, args.img_size, workers=args.workers).train
 
 
 class InMemory(torch.utils.data.Dataset):

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> None:
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
         raise UserError(f"--data is needed: {cli.DATA_NAMES}")
-    if args.data == "imagefolder" and not args.img_root:
-        raise UserError("--data imagefolder needs --img_root DIR")
+    if args.data in ("imagefolder", "wds") and not args.img_root:
+        raise UserError(
+            f"--data {args.data} needs --img_root {'DIR' if args.data != 'wds' else 'SHARDS'}"
+        )
     tables_slurm.check(args)
     check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)

@@ -13,7 +13,7 @@ from pathlib import Path
 import train_base
 import train_kd
 import utils
-from engine import cli, folders, kd_cli, published
+from engine import cli, folders, kd_cli, published, shards
 from engine.checkpoint import sha256
 from engine.schedule import schedule
 from engine.settings import Settings
@@ -189,6 +189,8 @@ def setting(args, table: Table) -> str:
         root = Path(args.img_root)
         name = re.sub(r"[^\w.-]", "_", root.resolve().name)[:60]
         data = f"{name}-{fingerprint(folders.folder_identity(root))}"
+    if data == shards.NAME:
+        data = f"{data}-{fingerprint(shards.identity(args.img_root))}"
     epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
     parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
     parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])

@@ -3,18 +3,22 @@
 # slurm`.
 #
 #     apt-get install slurm-wlm munge
-#     tests/slurm/start.sh DIR        # everything of it is in DIR; then export SLURM_CONF=DIR/slurm.conf
+#     tests/slurm/start.sh DIR        # all of it is in DIR
+#     export SLURM_CONF=DIR/slurm.conf
 #     tests/slurm/stop.sh DIR
 #
 # Nothing of the machine's own configuration is read or changed: own key, sockets, ports and pid
-# files, and no users but the one that starts it. Partitions: `main`, whose jobs are queued again where
-# a job of `urgent` needs their place.
+# files, and no users but the one that starts it. Partitions: `main`, whose jobs are queued again
+# where a job of `urgent` needs their place.
 set -euo pipefail
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 for command in munged slurmctld slurmd sbatch squeue scontrol; do
-    command -v "$command" > /dev/null || { echo "$command is missing: apt-get install slurm-wlm munge"; exit 3; }
+    if ! command -v "$command" > /dev/null; then
+        echo "$command is missing: apt-get install slurm-wlm munge"
+        exit 3
+    fi
 done
 mkdir -p "$dir/state" "$dir/spool"
 chmod 755 "$dir"
@@ -28,8 +32,9 @@ print(*(x.getsockname()[1] for x in found))"))
 
 head -c 1024 /dev/urandom > "$dir/munge.key"
 chmod 400 "$dir/munge.key"
-munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
-    --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" 2> "$dir/munged.err"
+munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
+    --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" \
+    2> "$dir/munged.err"
 
 cat > "$dir/slurm.conf" <<CONF
 ClusterName=tables
