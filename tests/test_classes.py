@@ -380,6 +380,7 @@ def test_the_number_of_classes_of_an_unknown_file(tmp_path):
 # --- several students -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_students_side_by_side(trained, large, folder, tmp_path, capsys):
     """Each as alone: a teacher in another order for logits and features, one of more classes for
     features alone."""

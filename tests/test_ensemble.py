@@ -256,6 +256,7 @@ def test_the_run_says_who_teaches(files, tmp_path):
     assert {"st", "fitnet, teacher 1", "fitnet, teacher 3"} < set(record["methods"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["st+fitnet", pytest.param("vid", marks=pytest.mark.slow)])
 def test_resume_is_exact(mode, files, tmp_path, monkeypatch):
     argv = command(mode, files, tmp_path / "stopped", *["--accumulate", "2"] * (mode != "vid"))
@@ -269,6 +270,7 @@ def test_resume_is_exact(mode, files, tmp_path, monkeypatch):
     assert_same(result(tmp_path / "stopped" / "r"), result(tmp_path / "whole" / "r"))
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused(files, tmp_path, monkeypatch, capsys):
     own = [tmp_path / f"{i}.pth" for i in range(3)]
     for path, mine in zip(files.split(","), own):
@@ -283,6 +285,7 @@ def test_another_teacher_is_refused(files, tmp_path, monkeypatch, capsys):
         train_kd.main([*argv, "--resume"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "students, more",
     [
@@ -330,6 +333,7 @@ def test_names_and_taps_of_each(files, tmp_path, capsys):
     assert "teacher 3: adapter, stages0 64x3x3 -> 256x3x3" in out
 
 
+@pytest.mark.slow
 def test_classes_in_another_order(files, tmp_path):
     """Of one of the teachers: the run is the unpermuted one, byte for byte but for the note."""
     first, second, third = files.split(",")
@@ -362,6 +366,7 @@ def test_one_teacher_has_nothing_of_it(files, tmp_path):
 # --- tools/eval.py --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["probs", "logits"])
 def test_eval(kind, files, tmp_path, monkeypatch):
     """The accuracy of the ensemble and of each member, by hand."""

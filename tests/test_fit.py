@@ -69,6 +69,7 @@ def test_streamed(wide):
     assert torch.equal(raw(crop.test, img)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_remembers_it(wide, tmp_path, capsys):
     argv = ["--net_name", "resnet8", "--data_name", "imagefolder", "--img_root", str(wide)]
     argv += ["--img_size", "24", "--cuda", "0", "--epochs", "1", "--batch_size", "2"]

@@ -215,6 +215,7 @@ def test_a_run(teacher, bare, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "args.json").read_text())["recipe"]["unlabeled"]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(teacher, bare, tmp_path, monkeypatch, capsys):
     more = ["--unlabeled", bare, "--accumulate", 2]
     distil("at", teacher, tmp_path / "whole", *more)
@@ -249,6 +250,7 @@ def test_without_labels(teacher, bare, tmp_path, capsys):
     assert read_checkpoint(tmp_path / "r" / "checkpoint.pth.tar")["meta"]["num_class"] == 10
 
 
+@pytest.mark.slow
 def test_several_students(teacher, bare, tmp_path):
     distil("at,st", teacher, tmp_path, "--unlabeled", bare)
     for mode in ("at", "st"):

@@ -154,6 +154,7 @@ def test_the_test_set_is_evaluated_once(tmp_path, monkeypatch):
     assert seen == ["val"] * 3 + ["test"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 12])
 def test_stopped_and_resumed(step, tmp_path, monkeypatch):
     base(tmp_path, "whole")
@@ -194,6 +195,7 @@ def distil(mode, teacher, root, note):
     return [*argv, "--save_root", str(root), "--note", note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [1, 2])
 def test_killed_at_the_very_end(kill, teacher, tmp_path):
     """The test is repeated, and nothing is lost."""
@@ -228,6 +230,7 @@ def test_killed_anywhere(kills, teacher, tmp_path):
     assert_same(result(tmp_path / "whole"), result(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_several_students_as_alone(teacher, tmp_path):
     train_kd.main(distil("at,dkd", teacher, tmp_path, "r"))
     for mode in ("at", "dkd"):
@@ -237,6 +240,7 @@ def test_several_students_as_alone(teacher, tmp_path):
         assert one | dict(seconds=0) == two | dict(seconds=0)
 
 
+@pytest.mark.slow
 def test_the_peer_too(teacher, tmp_path):
     found = train_kd.main(distil("dml", teacher, tmp_path, "r"))
     assert {"peer_last", "peer_best", "val_last", "val_best"} <= set(found)
@@ -248,6 +252,7 @@ def test_the_peer_too(teacher, tmp_path):
         assert found[f"peer_{which}"] == pytest.approx(score, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_shown_the_test_set(teacher, tmp_path, capsys):
     train_kd.main(distil("at", teacher, tmp_path, "r"))
     out = capsys.readouterr().out
