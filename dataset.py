@@ -1,4 +1,4 @@
-"""Every dataset, by name: small images, decoded once and kept on the training device as one tensor,
+"""Datasets, by name: small images, decoded once and kept on the training device as one tensor,
 enlarged there if need be, and files of larger ones, which worker processes read when wanted.
 
     data = load("cifar100", "./datasets")
@@ -11,12 +11,11 @@ two, on every device and with any number of workers.
 """
 
 import hashlib
+import io
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,8 @@ class Files(Split):
     """One split whose images, of `size` pixels, are read when wanted, by `workers` processes.
 
     `items`: the files' paths as an array of bytes (a list of str would be copied into every worker,
-    reference count by reference count). `loader`: that of the last whole epoch of training, whose
+    reference count by reference count). `fit`: 'crop', or 'squash' for one that is not square, as a
+    whole. `loader`: that of the last whole epoch of training, whose
     processes wait for the next and end with the Files. The rest as in Images.
     """
 
@@ -98,6 +98,7 @@ class Files(Split):
     size: int
     flip: bool = True
     workers: int = 0
+    fit: str = "crop"
     loader: torch.utils.data.DataLoader | None = field(default=None, init=False, repr=False)
 
     def to(self, device) -> "Files":
@@ -106,9 +107,10 @@ class Files(Split):
 
 @dataclass
 class Data:
-    """A dataset: its two splits, its name, and what the log should say of it.
+    """A dataset: its splits, its name, and what the log should say of it.
 
-    `sources`: of each split, the sha256 of its pixels and labels, or the files under `root`.
+    `sources`: of each split, the sha256 of its pixels and labels, or the files under `root`; `val`:
+    the validation set, on which the best epoch is chosen; None: on the test set.
     """
 
     name: str
@@ -117,36 +119,46 @@ class Data:
     notes: list[str] = field(default_factory=list)
     sources: tuple = ()
     root: Path = Path()
+    val: Images | Files | None = None
+
+    @property
+    def splits(self) -> dict[str, Images | Files]:
+        found = dict(train=self.train, test=self.test, val=self.val)
+        return {name: split for name, split in found.items() if split is not None}
+
+    @property
+    def selection(self) -> str:
+        """The split on which the best epoch is chosen."""
+        return "test" if self.val is None else "val"
 
     def to(self, device) -> "Data":
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        return replace(self, **{name: split.to(device) for name, split in self.splits.items()})
 
     def measured(self, pixels: Iterable[Tensor], count: int) -> "Data":
         """The same with the normalisation measured on `pixels`, `count` training images."""
         mean, std = measure(pixels)
-        train, test = (replace(split, mean=mean, std=std) for split in (self.train, self.test))
-        note = (
-            f"normalisation measured on {count} of {len(train)} training images: mean {mean}, "
-            f"std {std}"
-        )
-        return replace(self, train=train, test=test, notes=[*self.notes, note])
+        splits = {name: replace(x, mean=mean, std=std) for name, x in self.splits.items()}
+        of = f"{count} of {len(self.train)} training images"
+        note = f"normalisation measured on {of}: mean {mean}, std {std}"
+        return replace(self, **splits, notes=[*self.notes, note])
 
     def identity(self) -> dict:
         """What is the same wherever the data lie, and for no other data: {split: {images,
         sha256}}."""
-        return identity_of(self.sources, (len(self.train), len(self.test)), self.root)
+        return identity_of(self.sources, list(map(len, self.splits.values())), self.root)
 
 
 def identity_of(sources, counts, root: Path) -> dict:
     """See `Data.identity`. Of files it is the names below `root` and the sizes."""
     found = {}
-    for split, source, count in zip(("train", "test"), sources, counts):
-        sha = source if isinstance(source, str) else _digest_files(source, root)
+    for split, source, count in zip(("train", "test", "val"), sources, counts):
+        sha = source if isinstance(source, str) else digest_files(source, root)
         found[split] = dict(images=count, sha256=sha)
     return found
 
 
-def _digest_files(files: np.ndarray, root: Path) -> str:
+def digest_files(files: np.ndarray, root: Path) -> str:
+    """The sha256 of the names of files below `root` and their sizes."""
     digest, above = hashlib.sha256(), os.fsencode(root)
     for path in files:
         try:
@@ -172,21 +184,23 @@ def load(
     img_size: int | None = None,
     flip: bool | None = None,
     workers: int = 0,
+    read: Callable | None = None,
 ) -> Data:
-    """The dataset `name`, read from `root`; see DATASETS for the names.
+    """The dataset `name`, read from `root`; see DATASETS for the names; or `read` by
+    another function, as engine/folders.py has them.
 
     `mean_std`: normalisation; None: measured on the training split. `img_size`: side to which
     images are resized and cropped, files streamed by `workers` processes above RESIDENT; None: what
     they have, and the images of a folder must have one size. `flip`: mirror in training; None: what
     suits the dataset. Raises UserError where the data are missing.
     """
-    read = named(DATASETS, name, "dataset")
+    read = read or named(DATASETS, name, "dataset")
     img_size = img_size or IMG_SIZE.get(name)
     try:
         *parts, classes, options, notes = read(Path(root), img_size)
     except OSError as error:  # a folder that may not be read, or is gone in the meantime
         raise UserError(f"{printable(str(error.filename or root))}: {error.strerror}") from error
-    sources = options.pop("sources")
+    sources, fit = options.pop("sources"), options.pop("fit", "crop")
     if len(parts[0][1]) < 2:
         raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
     if len(classes) < 2:
@@ -198,7 +212,8 @@ def load(
     for items, labels in parts:
         labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
         if items.ndim == 1:
-            split = Files(items, labels, classes, mean, std, img_size, options["flip"], workers)
+            where = img_size, options["flip"], workers, fit
+            split = Files(items, labels, classes, mean, std, *where)
         else:
             pixels = torch.from_numpy(np.ascontiguousarray(items))
             if pixels.shape[1] < SIZES[0]:
@@ -207,9 +222,10 @@ def load(
                 )
             split = Images(pixels, labels, classes, mean, std, img_size=img_size, **options)
         splits.append(split)
-    train = splits[0]
+    train, test, *val = splits
+    data = Data(name, train, test, notes, sources, Path(root), *val)
     if isinstance(train, Files):
-        return Data(name, *splits, notes, sources, Path(root))
+        return data
     if train.enlarged:
         steps = ["Resize", "RandomCrop"] + ["RandomHorizontalFlip"] * train.flip
         steps += ["AutoAugment"] * train.autoaugment
@@ -218,10 +234,9 @@ def load(
     if mean_std is None:
         size = SAMPLE_BATCH if is_large(img_size) else 4096
         places, bounds = sample(train, is_large(img_size), size)
-        return Data(name, *splits, notes, sources, Path(root)).measured(
-            (_shown(train, places[start:stop]) for start, stop in bounds), len(places)
-        )
-    return Data(name, *splits, notes, sources, Path(root))
+        shown_pixels = (_shown(train, places[start:stop]) for start, stop in bounds)
+        return data.measured(shown_pixels, len(places))
+    return data
 
 
 def sample(train: Images | Files, few: bool, batch_size: int) -> tuple[Tensor, list]:
@@ -450,7 +465,7 @@ def normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-# --- the datasets: (root, img_size) -> (items, labels) twice, class names, options, notes ---------
+# --- the datasets: (root, img_size) -> (items, labels) of each split, class names, options, notes -
 
 
 def _cifar(kind: str):
@@ -459,7 +474,7 @@ def _cifar(kind: str):
 
         reader = getattr(torchvision.datasets, kind)
         splits = []
-        _no_file(root)
+        no_file(root)
         missing = [x for x in (root / reader.filename, root, *root.parents) if not x.exists()]
         here = (root / reader.base_folder).is_dir()
         try:
@@ -487,7 +502,7 @@ def _cifar(kind: str):
     return read
 
 
-def _no_file(root: Path) -> None:
+def no_file(root: Path) -> None:
     for path in (root, *root.parents):
         try:
             if path.exists() and not path.is_dir():
@@ -532,119 +547,20 @@ def _digits(root: Path, img_size: int | None):
     )
 
 
-def _folder(*tests: str):
-    """ROOT/train/<class>/* and ROOT/<the first of `tests` that is there>/<class>/*."""
-
-    def read(root: Path, img_size: int | None):
-        train, test, (classes, files, labels, note), second = _list_folder(root, tests)
-        items = sources = _paths(files, second[1])
-        small = is_large(img_size) and all(map(_is_small, chain(*items)))
-        if small or not is_large(img_size):
-            side = None if small else img_size
-            items = [_decode(x, side, folder) for x, folder in zip(items, (train, test))]
-            sizes = [x.shape[1] for x in items]
-            if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"{root}: train images have {sizes[0]} pixels, {test.name} images {sizes[1]}: "
-                    "give --img_size"
-                )
-        notes = [x for x in (note, second[3]) if x]
-        options = dict(flip=True, sources=sources, **dict(autoaugment=True) if small else {})
-        return (items[0], labels), (items[1], second[2]), classes, options, notes
-
-    return read
-
-
-def folder_identity(root: Path, tests: tuple[str, ...] = ()) -> dict:
-    """`Data.identity` of an image folder, or with VALIDATED of imagenet, without its images being
-    read."""
-    *_, train, test = _list_folder(root, tests or FOLDER)
-    files = _paths(train[1], test[1])
-    return identity_of(files, list(map(len, files)), root)
-
-
-def _list_folder(root: Path, tests: tuple[str, ...]):
-    """The folders of the two splits, and what `_list_images` says of each."""
-    _no_file(root)
-    train = root / "train"
-    test = next((root / name for name in tests if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
-        raise UserError(
-            f"{root}: no image folder: train/<class>/* and {tests[0]}/<class>/* "
-            f"(or {tests[1]}) are needed"
-        )
-    first, second = _list_images(train), _list_images(test)
-    odd = [
-        f"only in {split.name}: {some(sorted(set(mine) - set(others)))}"
-        for split, mine, others in ((train, first[0], second[0]), (test, second[0], first[0]))
-        if set(mine) - set(others)
-    ]
-    if odd:
-        raise UserError(f"{root}: the classes of train and {test.name} differ, {'; '.join(odd)}")
-    return train, test, first, second
-
-
-def _paths(*splits: list[str]) -> list[np.ndarray]:
-    return [np.array([os.fsencode(path) for path in paths]) for paths in splits]
-
-
-def _is_small(path: bytes) -> bool:
-    """Whether an image is one to be kept and enlarged, rather than read when it is wanted."""
-    from PIL import Image
-
-    try:
-        if not os.path.isfile(path):  # one that never ends, perhaps
-            return False
-        with Image.open(os.fsdecode(path)) as image:
-            return image.width == image.height <= RESIDENT
-    except Exception:  # PIL raises nearly anything on a broken file: said when it is read
-        return False
-
-
-def _list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | None]:
-    """Class names, paths and labels of the images in `folder`, and a note on what is ignored."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
-    if not classes:
-        raise UserError(f"{folder}: no class folders with images in them")
-    files, labels, empty, ignored = [], [], [], Counter()
-    for label, name in enumerate(classes):
-        found = []
-        for where, inner, names in os.walk(folder / name, onerror=_raise):
-            inner[:] = [x for x in inner if x[0] != "."]
-            for path in (os.path.join(where, x) for x in names if x[0] != "."):
-                suffix = os.path.splitext(path)[1].lower()
-                if suffix in IMG_EXTENSIONS:
-                    found.append(path)
-                else:
-                    ignored[suffix or "no suffix"] += 1
-        files += sorted(found)
-        labels += [label] * len(found)
-        empty += [] if found else [name]
-    if empty:
-        raise UserError(f"{folder}, class {some(empty)}: no images ({', '.join(IMG_EXTENSIONS)})")
-    note = f"{folder}: {ignored.total()} file(s) ignored ({some(sorted(ignored))}): no images"
-    return classes, files, labels, note if ignored else None
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk leaves out, without a word, what it may not read
-
-
 def some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(shown, names[:5])) + more
 
 
-def open_image(path: str):
-    """The image in a file, as RGB; transparency is dropped."""
+def open_image(path: str, data: bytes | None = None):
+    """The image in a file, or in the bytes `data` that go by the name `path`, as RGB; transparency
+    is dropped."""
     from PIL import Image
 
     try:
-        if not os.path.isfile(path):  # one that never ends, perhaps
+        if data is None and not os.path.isfile(path):  # one that never ends, perhaps
             raise ValueError("no file")
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
                 grey = np.asarray(image).clip(0, 65535) / 257
                 image = Image.fromarray(grey.round().astype(np.uint8))
@@ -659,37 +575,8 @@ def open_image(path: str):
         ) from error
 
 
-def _decode(files: np.ndarray, img_size: int | None, folder: Path) -> np.ndarray:
-    from PIL import Image, ImageOps
-    from tqdm import tqdm
-
-    pixels, first = None, None
-    bar = tqdm(files, f"decoding {folder}", unit="img", mininterval=1, leave=False, disable=None)
-    for i, path in enumerate(map(os.fsdecode, bar)):
-        image, path = open_image(path), printable(path)
-        if img_size:
-            image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BILINEAR)
-        if max(image.size) > RESIDENT:
-            raise UserError(
-                f"{path} is {image.width}x{image.height} pixels: give --img_size (above {RESIDENT} "
-                "images are streamed from disk)"
-            )
-        first = first or image.size
-        if image.size != first or image.width != image.height:
-            one, two = (f"{w}x{h}" for w, h in (first, image.size))
-            name = shown(os.path.basename(os.fsdecode(files[0])))
-            raise UserError(f"{path} is {two} pixels ({name}: {one}): give --img_size")
-        if pixels is None:
-            pixels = np.empty((len(files), image.height, image.width, 3), np.uint8)
-        pixels[i] = np.asarray(image)
-    return pixels
-
-
-FOLDER, VALIDATED = ("test", "val"), ("val", "test")
-DATASETS = {
+DATASETS = {  # those of one archive; engine/folders.py has those of files in folders
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "digits": _digits,
-    "imagefolder": _folder(*FOLDER),
-    "imagenet": _folder(*VALIDATED),  # its test folder, where there is one, has no labels
 }

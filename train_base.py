@@ -22,6 +22,7 @@ from engine.checkpoint import save_checkpoint
 from engine.cuda_graph import check_cuda_graph, choose_step
 from engine.find_taps import check_trainable, dry_pass
 from engine.run import Run
+from engine.testing import evaluate, final_tests
 
 
 def parse(argv: list[str]):
@@ -93,7 +94,9 @@ def main(argv: list[str] | None = None) -> dict:
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
     check_cuda_graph(cfg, device, {})
-    note = args.note or f"base-{cfg.data_name}-{foreign.file_name(args.net_name)}"
+    note = (
+        args.note or f"base-{foreign.file_name(cfg.data_name)}-{foreign.file_name(args.net_name)}"
+    )
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
     run.learns_from(data.identity())
@@ -110,8 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
     where = utils.describe_device(device, precision)
     lines = [
         f"{where}: {args.net_name}, {network.count_parameters(net):,} parameters",
-        f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
-        f"{data.train.size} pixels, {data.train.num_class} classes",
+        f"{data.name}: {cli.describe_images(data)}, {data.train.num_class} classes",
         *data.notes,
         *notes,
         cli.describe_recipe(cfg, dataset.padded(data.train)),
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict:
         step = choose_step(train_step, cfg, device, run.log)
         for epoch in range(len(run.history) + 1, cfg.epochs + 1):
             train_epoch(run, step, precision, net, data, cfg, epoch, optimizer)
-        return run.finish()
+        return run.finish(final_tests(run, dict(net=net), data, precision))
 
 
 def train_epoch(run, step, precision, net, data, cfg, epoch, optimizer):
@@ -194,7 +196,7 @@ def train_epoch(run, step, precision, net, data, cfg, epoch, optimizer):
         epoch=epoch,
         lr=lr,
         **now,
-        **utils.evaluate(net, stream.test_batches(data.test, share=utils.share()), precision),
+        **evaluate(net, data, data.selection, precision),
     )
     run.epoch(row, speed, saved)
 

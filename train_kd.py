@@ -33,6 +33,8 @@ from engine.schedule import loss_weights, schedule
 from engine.settings import Settings
 from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
+from engine.testing import evaluate, final_tests
+from engine.unlabeled import label_terms, of_the_labelled
 from engine.together import Group, SharedTeacher, why_not_cached
 from kd_losses import METHODS, Phase
 from utils import UserError
@@ -78,10 +80,13 @@ def train_step(
         logits = distiller.logits_to_label(phase, s, t)
         if logits:
             with torch.set_grad_enabled(phase.ce):
-                ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
+                if micro.labelled is None:
+                    ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
+                    known = dict(ce=ce[0], train_top1=utils.top1(s.out.detach(), micro.target))
+                else:  # of the labelled images alone
+                    ce, known = label_terms([float32(out) for out in logits], micro)
             weighted += [(distiller.lambda_ce, x) for x in ce if phase.ce]
-            top1 = utils.top1(s.out.detach(), micro.target)
-            terms = {"ce": ce[0], **terms, "train_top1": top1}
+            terms = {"ce": known.pop("ce"), **terms, **known}
         loss = utils.weighted_sum(weighted)
         precision.backward(loss if share == 1 else share * loss)
         for name, value in terms.items():
@@ -145,7 +150,7 @@ def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None
     )
     student.meter.add(terms, len(batch.img))
     if i % cfg.print_freq == 0:
-        now = student.meter.read()
+        now = of_the_labelled(student.meter.read())
         run.check_finite(now, f"{student.where}, step {i}")
         warn_of_imbalance(run, distiller, phase, weights, now)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in now.items())
@@ -157,30 +162,25 @@ def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None
 def end_epoch(student: Student, beside: int) -> None:
     """Evaluate, record, save. beside: the number of students that shared the epoch's time."""
     run, distiller, phase, data = student.run, student.distiller, student.phase, student.data
-    now, speed = student.meter.read(), student.meter.speed
+    now, speed = of_the_labelled(student.meter.read()), student.meter.speed
     run.check_finite(now, student.where)
     warn_of_imbalance(run, distiller, phase, student.weights, now)
 
     saved = state(student)
     row = dict(phase=phase.name, epoch=student.epoch, lr=student.lr, **now)
     if phase.student_learns:
-        row |= evaluate(distiller.deployed, data.test, student.precision)
+        row |= evaluate(distiller.deployed, data, data.selection, student.precision)
     if phase.teacher_learns:
-        peer = evaluate(distiller.teacher.net, data.test, student.precision)
+        peer = evaluate(distiller.teacher.net, data, data.selection, student.precision)
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
-            saved |= {f"prec{i}@1": score["test_top1"], f"prec{i}@5": score["test_top5"]}
+            saved |= {f"prec{i}@{k}": score[f"{data.selection}_top{k}"] for k in (1, 5)}
     run.epoch(row, speed, saved, keep_best="student" in phase.trainable, beside=beside)
 
 
 def float32(x: Tensor) -> Tensor:
     """Half precision as float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def evaluate(net: torch.nn.Module, images, precision: utils.Precision) -> dict[str, float]:
-    batches = stream.test_batches(images, share=utils.share())
-    return utils.evaluate(net, batches, precision)
 
 
 def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, now: dict) -> None:
@@ -225,7 +225,8 @@ def main(argv: list[str] | None = None) -> dict:
             row = min(student.row for student in left)
             train_epoch([x for x in left if x.row == row], group, teacher)
         for student in group.active(students):
-            results[student.name] = student.run.finish()
+            with group.alone(student):
+                results[student.name] = finish(student)
     group.close()
     return results if group.several else results[students[0].name]
 
@@ -243,7 +244,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     precision = utils.precision(device, args.amp)
     check_flags(args, modes, device)
     names = [foreign.file_name(found.name) for found in (found_t, found_s) if found]
-    note = args.note or "-".join([args.kd_mode, cfg.data_name, *names])
+    note = args.note or "-".join([args.kd_mode, foreign.file_name(cfg.data_name), *names])
     if group.several and not (Path(cfg.save_root) / note).exists():
         cfg.resume = False  # it had not begun when the others were stopped
     command, label = ["train_kd.py", *argv], group.label(args.kd_mode)
@@ -334,6 +335,10 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
             raise UserError(f"--logit_stand: {mode} compares more than logits")
         if args.gather and not method.relational:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
+        if args.unlabeled and method.reads_labels:
+            raise UserError(
+                f"--unlabeled: {mode} reads the labels in its loss; st, at and others not"
+            )
     check_cuda_graph(args, device, {mode: METHODS[mode].capturable for mode in modes})
 
 
@@ -377,6 +382,8 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
             f"--kd_mode {args.kd_mode}: a second view is made of images up to {dataset.RESIDENT} "
             "pixels, or enlarged from such, not of files read one by one"
         )
+    if distiller.labels == "none" and distiller.lambda_ce and any(p.ce for p in distiller.phases):
+        raise UserError("--unlabeled: no training image has a label: give --lambda_ce 0")
     has_kd = any(x.lambda_kd for x in chosen)
     for phase in distiller.phases:
         if not (phase.ce and distiller.lambda_ce) and not (phase.kd and (has_kd or phase.weight)):
@@ -407,14 +414,15 @@ def prepare(student: Student, group: Group) -> None:
         distiller.precompute(data.train, run.log)
     constant = distiller.teacher_role not in ("trained", "none")
     nets = teachers.to_evaluate(distiller.teacher.net, student.found[0]) if constant else []
+    split = data.selection
     for name, net in nets:
-        key = name, *nets_of(net)
-        score = group.once(
-            key, lambda net=net: evaluate(net, data.test, student.precision)["test_top1"]
+        scores = group.once(
+            (name, *nets_of(net)), lambda net=net: evaluate(net, data, split, student.precision)
         )
-        run.log(f"{name} test_top1 {score:.2f}")
-        if utils.by_chance(score, len(data.test), data.train.num_class):
-            run.warn(f"the {name} is no better than chance on the test images")
+        score = scores[f"{split}_top1"]
+        run.log(f"{name} {split}_top1 {score:.2f}")
+        if utils.by_chance(score, len(data.splits[split]), data.train.num_class):
+            run.warn(f"the {name} is no better than chance on the {split} images")
     found_s = student.found[1]
     if found_s.epoch and not run.saved:
         run.warn(
@@ -425,6 +433,15 @@ def prepare(student: Student, group: Group) -> None:
     utils.seed_everything(cfg.seed + 1_000_003 * utils.rank(), own)
     distributed.broadcast_parameters(*distiller.networks, distiller.added)
     student.step = choose_step(train_step, cfg, student.precision.device, run.log, distiller.added)
+
+
+def finish(student: Student) -> dict:
+    """The result of its run."""
+    distiller = student.distiller
+    nets = dict(snet=distiller.deployed)
+    if any(phase.teacher_learns for phase, _ in student.phases):
+        nets["net1"] = distiller.teacher.net
+    return student.run.finish(final_tests(student.run, nets, student.data, student.precision))
 
 
 if __name__ == "__main__":

@@ -464,9 +464,11 @@ def top1(out: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, batches, precision: Precision) -> dict[str, float]:
+def evaluate(
+    net: nn.Module, batches, precision: Precision, split: str = "test"
+) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all `batches` of (img,
-    target, index), of this process and of those beside it."""
+    target, index), of this process and of those beside it. split: what their names begin with."""
     net.eval()
     meter = Meter()
     for img, target, _ in batches:
@@ -475,9 +477,9 @@ def evaluate(net: nn.Module, batches, precision: Precision) -> dict[str, float]:
         out = out.float()
         five = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]
         values = dict(
-            test_loss=F.cross_entropy(out, target),
-            test_top1=top1(out, target),
-            test_top5=100 * five.any(1).float().mean(),
+            loss=F.cross_entropy(out, target),
+            top1=top1(out, target),
+            top5=100 * five.any(1).float().mean(),
         )
-        meter.add(values, len(target))
+        meter.add({f"{split}_{name}": value for name, value in values.items()}, len(target))
     return meter.read()

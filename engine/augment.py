@@ -183,6 +183,22 @@ class StrongView:
         return cut_out(self.augment(k, pixels), self.square[:, start:stop])
 
 
+class Rotation:
+    """A rotation of each of an epoch's images by up to `most` degrees, as torchvision's
+    RandomRotation: the nearest pixel, or black."""
+
+    def __init__(self, n: int, size: int, generator, bounds, device, most: float = 20.0):
+        angle = (torch.rand(n, generator=generator) * 2 - 1) * math.radians(most)
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(n)
+        numbers = torch.stack([cos, -sin, zero, sin, cos, zero], 1) / (size / 2)
+        self.numbers, self.bounds = numbers.to(device, non_blocking=True), bounds
+
+    def __call__(self, k: int, pixels: Tensor) -> Tensor:
+        """Batch `k`."""
+        start, stop = self.bounds[k]
+        return affine(pixels, self.numbers[start:stop])
+
+
 def autoaugment_view(
     n: int, size: int, generator, bounds: list[tuple[int, int]], device
 ) -> Augment:

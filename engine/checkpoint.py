@@ -329,6 +329,7 @@ def read_meta(checkpoint: dict, path: str) -> dict:
         img_size=lambda x: type(x) is int and low <= x <= high,
         mean=lambda x: _three(x) and meta.get("std") is not None,
         std=lambda x: _three(x) and min(x) > 0,
+        fit=lambda x: x in ("crop", "squash"),
     )
     return {key: value for key, value in meta.items() if value is not None}
 

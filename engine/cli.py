@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 from dataset import CLASSES, IMG_SIZE, SIZES
-from engine.published import PROTOCOLS, Protocol, scaled
+from engine.published import PROTOCOLS, ROTATED, Protocol, scaled
 from engine import stream
 import utils
 from utils import UserError
 
 
-DATA_NAMES = "cifar10, cifar100, digits, imagefolder or imagenet"
+PADDINGS = {ROTATED: "rotated by up to 20 degrees"}
+DATA_NAMES = "cifar10, cifar100, digits, imagefolder, imagenet, tiny-imagenet or hf/NAME"
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +92,22 @@ def writable_file(path: Path, force: bool) -> None:
         raise UserError(f"{path} cannot be written (no permission)")
 
 
+def count_or_share(text: str) -> int | float:
+    """An argparse type: a number of images, or a share of them below 1."""
+    try:
+        return number(int, 1)(text)
+    except argparse.ArgumentTypeError:
+        try:
+            share = number(float, 0, open_low=True)(text)
+        except argparse.ArgumentTypeError:
+            share = 1.0
+        if share >= 1:
+            raise argparse.ArgumentTypeError(
+                f"expected int >= 1 or a share > 0 and < 1, got {text!r}"
+            ) from None
+        return share
+
+
 def filled(text: str) -> str:
     """An argparse type: a name or path that is not empty and can be printed."""
     try:
@@ -107,6 +124,16 @@ def one_folder(text: str) -> str:
     if Path(filled(text)).name != text or text == ".." or "\\" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(
             f"the name of one folder is wanted, not {text!r}; --save_root says where it is"
+        )
+    return text
+
+
+def wandb_project(text: str) -> str:
+    """An argparse type: the name of a W&B project."""
+    if len(filled(text)) > 128 or set(text) & set("/\\#?%:") or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            "expected the name of a W&B project, up to 128 characters without / \\ # ? % :, got "
+            f"{text!r}"
         )
     return text
 
@@ -259,6 +286,13 @@ def add_run_flags(parser: Parser) -> None:
         action="store_true",
         help="also write the metrics of each epoch for TensorBoard",
     )
+    add(
+        "--wandb",
+        type=wandb_project,
+        metavar="PROJECT",
+        help="also send config, metrics and curves to this project of W&B (WANDB_MODE=offline: "
+        "only write them)",
+    )
     add("--resume", action="store_true", help="continue the run in the folder")
     add(
         "--save_every",
@@ -276,7 +310,12 @@ def add_run_flags(parser: Parser) -> None:
 def add_data_flags(parser: Parser, training: bool = False) -> None:
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_name", type=filled, metavar="NAME", help=DATA_NAMES)
+    add(
+        "--data_name",
+        type=filled,
+        metavar="NAME",
+        help=f"{DATA_NAMES} (a folder of Parquet files, or a data set of the Hugging Face hub)",
+    )
     add("--img_root", type=filled, metavar="DIR", help="folder of the images (default ./datasets)")
     add(
         "--num_class",
@@ -289,6 +328,12 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
         type=number(int, *SIZES),
         metavar="N",
         help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
+    )
+    add(
+        "--fit",
+        choices=("crop", "squash"),
+        help="images that are not square: the middle is cropped, or the whole image is squashed "
+        "(default crop)",
     )
     if training:
         add(
@@ -303,6 +348,14 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             choices=(1, 3),
             help="1: the network that is trained takes grey images of one channel (default: as the "
             "network is made, or as its checkpoint says)",
+        )
+        add(
+            "--val",
+            type=count_or_share,
+            metavar="N",
+            help="validation set: N training images, or a share such as 0.1, of every class, drawn "
+            "by --seed; chooses the best epoch (default: the test set does, or a val folder beside "
+            "the test folder)",
         )
     add(
         "--mean_std",
@@ -417,14 +470,14 @@ def describe_recipe(cfg: argparse.Namespace, augmented: bool) -> str:
         + (f", warm-up {cfg.warmup}" if cfg.warmup else "")
         + (f", {cfg.accumulate} gradient accumulation steps" if cfg.accumulate > 1 else "")
         + (f", label smoothing {smoothing:g}" if smoothing else "")
-        + (f", {cfg.padding} padding" if augmented else "")
+        + (f", {PADDINGS.get(cfg.padding, f'{cfg.padding} padding')}" if augmented else "")
     )
 
 
 def resolve_data(cfg: argparse.Namespace, knows: dict, protocol: Protocol) -> None:
     """Fill in, in place, what `add_data_flags` and --workers left open: from `knows`, then from
     `protocol`."""
-    for flag in ("data_name", "num_class", "img_size"):
+    for flag in ("data_name", "num_class", "img_size", "fit"):
         given, known = getattr(cfg, flag), knows.get(flag)
         if given is not None and known is not None and given != known:
             raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
@@ -455,6 +508,10 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
         cfg.img_size,
         None if cfg.flip is None else bool(cfg.flip),
         cfg.workers,
+        fit=cfg.fit,
+        val=getattr(cfg, "val", None),
+        seed=getattr(cfg, "seed", 0),
+        unlabeled=getattr(cfg, "unlabeled", None),
     )
     if cfg.num_class not in (None, data.train.num_class):
         raise UserError(
@@ -473,6 +530,17 @@ def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
     return data
 
 
+def describe_images(data) -> str:
+    """How many images there are, and of which size."""
+    val = "" if data.val is None else f", {len(data.val)} validation"
+    bare = int((data.train.labels < 0).sum())
+    bare = f" ({bare} of them without labels)" if bare else ""
+    return (
+        f"{len(data.train)} training{bare}{val} and {len(data.test)} test images of "
+        f"{data.train.size} pixels"
+    )
+
+
 def describe_data(cfg: argparse.Namespace, data) -> dict:
     """What a checkpoint remembers of the data."""
     return dict(
@@ -483,4 +551,5 @@ def describe_data(cfg: argparse.Namespace, data) -> dict:
         classes=list(data.train.classes),
         mean=list(data.train.mean),
         std=list(data.train.std),
+        **(dict(fit=cfg.fit) if cfg.fit else {}),
     )

@@ -23,8 +23,9 @@ class Batch:
     """img (B, 3, H, W), target (B,), index (B,): the samples' places in the training set; strong: a
     second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the
     device, the epoch from 1 and the number of epochs, both in the protocol's number; teacher: the
-    teacher's features of each micro-batch, where several students share its forward pass. The
-    features of several teachers are a tuple."""
+    teacher's features of each micro-batch, where several students share its forward pass (of
+    several teachers a tuple); labelled: 0-dim, the share of its images that have labels, None where
+    all the training images have."""
 
     img: Tensor
     target: Tensor
@@ -33,6 +34,7 @@ class Batch:
     epoch: Tensor | None = None
     epochs: Tensor | None = None
     teacher: tuple = ()
+    labelled: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What has an entry for each sample."""
@@ -152,6 +154,8 @@ class Distiller:
         if settings:
             self.lambda_ce = settings[0].lambda_ce
             self.phases = next(x.phases for x in settings if x.method.teacher == self.teacher_role)
+        labelled = int((train.labels >= 0).sum())
+        self.labels = "all" if labelled == len(train) else "some" if labelled else "none"
         self.two_views = any(m.two_views for m in methods)
         self.batch_teacher_bn = any(x.teacher_bn == "batch" for x in settings)
         trainable = {name for x in settings for phase in x.phases for name in phase.trainable}
@@ -244,7 +248,10 @@ class Distiller:
 
     def logits_to_label(self, phase: Phase, s, t) -> list[Tensor]:
         """The logits that the cross-entropy of a phase compares with the labels, the student's
-        first. None of a student that has the teacher's classifier instead of its own."""
+        first. None of a student that has the teacher's classifier instead of its own, and none
+        where no training image has a label."""
+        if self.labels == "none":
+            return []
         own = (phase.ce or phase.student_learns) and self.deployed is self.student.net
         learning = [s] * own + [t] * phase.teacher_learns
         return [x.out for x in learning] + [x.strong.out for x in learning if x.strong]
@@ -256,7 +263,10 @@ class Distiller:
             self.epoch.fill_(epoch), self.epochs.fill_(epochs)
 
     def batch(self, img: Tensor, target: Tensor, index: Tensor, strong=None) -> Batch:
-        return Batch(img, target, index, strong, self.epoch, self.epochs)
+        batch = Batch(img, target, index, strong, self.epoch, self.epochs)
+        if self.labels == "some":
+            batch.labelled = distributed.mean((target >= 0).float().mean())
+        return batch
 
     # --- what trains in a phase ---
 

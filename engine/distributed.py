@@ -25,6 +25,14 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
         _average([p.grad for p in params if p.grad is not None])
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks."""
+    if world() > 1:
+        dist.all_reduce(x)
+        x /= world()
+    return x
+
+
 def average_batch_norms(*modules: nn.Module) -> None:
     """The running statistics, gathered on each rank's share, become the same on all."""
     if world() > 1:

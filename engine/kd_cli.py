@@ -147,7 +147,7 @@ def modes_of(kd_mode: str | None) -> list[str]:
 
 def _check_baseline(args: Namespace) -> None:
     """Raise UserError for what has no effect on a student that is trained without a teacher."""
-    names = ("lambda_kd", "lambda_ce", "gather", "logit_stand", "s_taps")
+    names = ("lambda_kd", "lambda_ce", "gather", "logit_stand", "s_taps", "unlabeled")
     for name in (*names, *sorted(OF_THE_TEACHER)):
         if vars(args).get(name) not in (None, False):
             raise UserError(f"--{name} has no effect with --kd_mode {NONE}: leave it out")
@@ -284,6 +284,13 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
             help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)"
             + "; those of several teachers are separated by +" * (side == "t"),
         )
+    add(
+        "--unlabeled",
+        type=cli.filled,
+        metavar="DIR",
+        help="also train on the images in DIR and the folders in it, without labels; without a "
+        "train folder, or with --lambda_ce 0, on no labels at all (methods that read none)",
+    )
     add(
         "--gather",
         action="store_true",

@@ -25,6 +25,8 @@ REVIEWKD_CIFAR = tuple(
     tuple(round(v / 255, 6) for v in row) for row in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 )
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TINY_IMAGENET = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
+ROTATED = "rotated"  # instead of a padding: no crop, but a rotation by up to 20 degrees
 
 LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a lower rate
 
@@ -36,7 +38,8 @@ class Protocol:
     milestones: the epochs after which the learning rate falls to a tenth; scales: whether `lr` is
     that of `batch_size` and grows with another; networks: {name: fields that it changes}; warmup:
     epochs in which the rate grows linearly to `lr`; label_smoothing: of train_base.py alone, for
-    teachers and baselines; img_size: None for that of the data.
+    teachers and baselines; img_size: None for that of the data; padding: of the images that are
+    cropped, 'reflect' or 'zero', or ROTATED.
     """
 
     lr: float
@@ -111,6 +114,18 @@ PROTOCOLS = {
     ),
     # MDistiller's ImageNet configurations; some methods have a smaller batch
     "mdistiller-imagenet": IMAGENET_RECIPE,
+    # MDistiller's Tiny-ImageNet configurations; its KD has the weights of its CIFAR-100 ones
+    "mdistiller-tiny-imagenet": Protocol(
+        lr=0.2,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=5e-4,
+        batch_size=256,
+        epochs=200,
+        milestones=(60, 120, 160),
+        padding=ROTATED,
+        constants={"tiny-imagenet": TINY_IMAGENET},
+    ),
     # ReviewKD's ImageNet scripts
     "reviewkd-imagenet": replace(IMAGENET_RECIPE, lr=0.1, batch_size=256),
     # KnowledgeReview: CIFAR-100 at 224 pixels, networks trained on ImageNet before
@@ -149,6 +164,7 @@ def scaled(epochs: int, total: int, protocol: Protocol) -> int:
 # what a protocol does not set is taken from another one
 LIKE = {
     "mdistiller-imagenet": "crd",
+    "mdistiller-tiny-imagenet": "crd",
     "reviewkd-imagenet": "reviewkd",
     "knowledgereview": "reviewkd",
 }
@@ -342,6 +358,7 @@ SETTINGS = {
         ),
         "mgd": dict(lambda_kd=0.00007),
     },
+    "mdistiller-tiny-imagenet": {},  # those of "crd"
     "reviewkd-imagenet": {
         "reviewkd": REVIEWKD_IMAGENET,
     },

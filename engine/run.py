@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import io
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine import loggers
 from engine.locks import NO_LOCKS, Held, hold
 from engine.console import Stopped, say
 from engine.checkpoint import read_checkpoint, save_checkpoint, to_cpu, write_file
@@ -34,9 +34,12 @@ from utils import (
 
 # flags that do not decide the result: --resume may change them
 FREE = frozenset(
-    "print_freq tensorboard save_every resume dry_run save_root note img_root workers".split()
-    + "cuda cuda_graph device num_class".split()  # num_class: the dataset's in any case
+    "print_freq tensorboard wandb save_every resume dry_run save_root note img_root".split()
+    + ["unlabeled"]  # a folder, whose images are compared
+    + "workers cuda cuda_graph device num_class".split()  # num_class: the dataset's in any case
 )
+
+VALIDATION = "val_top1"  # the score that chooses the best epoch where there is a validation set
 
 
 class Run:
@@ -72,11 +75,11 @@ class Run:
         self.cfg, self.argv, self.loss, self.score = cfg, argv, loss, score
         self.history, self.timing = [], []
         self.best = dict(epoch=0, score=-1.0)
-        self.saved = self.inside = self.events = self.known = None
+        self.saved = self.inside = self.known = None
         self.sources = {}
         self.where, self.warned = "before its first step", set()
-        if cfg.tensorboard:
-            summary_writer()  # or say what to install, before anything is written
+        loggers.check(cfg)
+        self.loggers = loggers.loggers_of(cfg, self.dir)
         self.checkpoint = self.dir / "checkpoint.pth.tar"
         for parent in [self.dir, *self.dir.parents]:
             try:
@@ -137,6 +140,8 @@ class Run:
         """Say what identifies the data and the teacher's file (its sha256; of several teachers a
         list); where the run goes on, they have to be those that it was started with."""
         self.sources = dict(data=data, teacher=teacher)
+        if "val" in data:
+            self.score = VALIDATION
         own = self._before("teacher", teacher)
         if own != teacher:
             file = self.cfg.t_model
@@ -182,7 +187,9 @@ class Run:
             if row["row"] != i or not _finite(row["seconds"]) or row["seconds"] < 0:
                 raise ValueError(f"the time of epoch {i} is {row['seconds']!r} s")
         epoch, score = self.best["epoch"], self.best["score"]
-        scores = [row.get(self.score) for row in self.history]
+        validated = any(VALIDATION in row for row in self.history)
+        key = VALIDATION if validated else self.score
+        scores = [row.get(key) for row in self.history]
         if epoch == 0:
             fine = score == -1.0
         else:
@@ -226,13 +233,21 @@ class Run:
     def _recorded(self, what: str):
         """What args.json remembers; None where it remembers nothing."""
         try:
-            args = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
+            args = self._args()
             found = args.get(what)
             if what == "sources" and found is None and "teacher" in args:  # of older runs
                 found = dict(teacher=args["teacher"]["sha256"])
             return found
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):
             return None
+
+    def _args(self) -> dict:
+        """What args.json holds; nothing where it cannot be read."""
+        try:
+            args = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
+            return args if isinstance(args, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
 
     def _flags(self) -> dict:
         """The flags that decide the result, as plain values."""
@@ -275,18 +290,16 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             open_to_all = self._lock()
             self.log_file = open(self.dir / "log.txt", "a", buffering=1, encoding="utf-8")
-            if not self.saved:
-                self._write_args(where, notes or {})
-            elif self.history:  # it may have been stopped between the checkpoint and these
-                self._write_rows()
+            record = self._args() if self.saved else self._write_args(where, notes or {})
+            lines = [x.begin(record, self.history, self.timing) for x in self.loggers]
         except OSError as error:
             raise UserError(f"{self.dir} cannot be written ({error.strerror})") from error
         if open_to_all:
             self.warn(f"{open_to_all}: see that no other process trains in {self.dir}")
         if self.found and not isinstance(self._before("data"), dict):
             self.warn("the run does not say with which images it was started: not compared")
-        if self.cfg.tensorboard:
-            self.events = summary_writer()(self.dir, purge_step=len(self.history) + 1)
+        for line in filter(None, lines):
+            self.log(line)
         return self
 
     def _lock(self) -> str | None:
@@ -311,7 +324,7 @@ class Run:
             self.lock.flush()
         return why
 
-    def _write_args(self, where: str, notes: dict) -> None:
+    def _write_args(self, where: str, notes: dict) -> dict:
         record = dict(
             command=" ".join(self.argv),
             recipe={k: v for k, v in vars(self.cfg).items() if k not in ("resume", "dry_run")},
@@ -328,6 +341,7 @@ class Run:
         )
         text = json.dumps(record, indent=1, default=str) + "\n"
         write_file(self.dir / "args.json", text.encode())
+        return record
 
     def __enter__(self) -> "Run":
         """Catch the signals that ask for an end."""
@@ -341,8 +355,8 @@ class Run:
         self.log_file.close()
         if self.lock:
             self.lock.close()
-        if self.events:
-            self.events.close()
+        for logger in self.loggers:
+            logger.close()
 
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -435,8 +449,9 @@ class Run:
         weights = state.pop("weights")
         scores = {"epoch": len(self.history)}
         row = self.history[-1] if self.history else {}
-        if "test_top1" in row:
-            scores |= {"prec@1": row["test_top1"], "prec@5": row["test_top5"]}
+        for split in ("test", "val"):  # the one that the epochs are evaluated on
+            if f"{split}_top1" in row:
+                scores |= {"prec@1": row[f"{split}_top1"], "prec@5": row[f"{split}_top5"]}
         everything = dict(
             weights,
             **scores,
@@ -453,14 +468,10 @@ class Run:
             if better:
                 save_checkpoint(to_cpu(dict(weights, **scores)), self.dir / "model_best.pth.tar")
             save_checkpoint(to_cpu(everything), self.dir / "checkpoint.pth.tar")
-            if not inside:
-                self._write_rows()
+            for logger in self.loggers if not inside else ():
+                logger.saved(self.history, self.timing)
         except OSError as error:
             raise self._full(error) from error
-
-    def _write_rows(self) -> None:
-        for name, rows in (("metrics", self.history), ("timing", self.timing)):
-            write_file(self.dir / f"{name}.csv", _csv(rows).encode())
 
     def epoch(
         self, row: dict, speed: float, state: dict, keep_best: bool = True, beside: int = 1
@@ -477,47 +488,50 @@ class Run:
             dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))
         )
         self.log(_line(row) + f"  {seconds:6.1f} s  {speed:6.0f} img/s")
-        if self.events:
-            for name, value in row.items():
-                if not isinstance(value, str):
-                    self.events.add_scalar(name, value, len(self.history))
-            self.events.flush()
+        for logger in self.loggers if rank() == 0 else ():
+            logger.epoch(self.history, self.timing)
         better = keep_best and row[self.score] > self.best["score"]
         if better:
             self.best = dict(epoch=len(self.history), score=row[self.score])
         self.where = f"after epoch {len(self.history)}"
         self.save(state, better=better)
 
-    def finish(self) -> dict:
+    def finish(self, tests: dict[str, dict] | None = None) -> dict:
         """Say the result, draw the curves, write result.json: last and best accuracy, the peer's
-        too where two networks learned, and the seconds. Returns the same, and the folder."""
+        too where two networks learned, and the seconds. Returns the same, and the folder.
+
+        tests: where best was chosen on a validation set, the metrics of 'last' and 'best' on the
+        test set (`validation.final_tests`)."""
         last = self.history[-1][self.score]
         best, seconds = self.best["score"], sum(row["seconds"] for row in self.timing)
         result = dict(last=last, best=best, seconds=round(seconds, 3))
         peer = [row["peer_test_top1"] for row in self.history if "peer_test_top1" in row]
         if peer:
             result |= dict(peer_last=peer[-1], peer_best=max(peer))
+        chosen = "chosen on the test set"
+        if tests:
+            for which, scores in tests.items():
+                self.log(f"{which} on the test set: {_line(scores)}")
+                result[which] = _short(scores["test_top1"])
+                if "peer_test_top1" in scores:
+                    result[f"peer_{which}"] = _short(scores["peer_test_top1"])
+            result |= dict(chosen_on="val", val_last=last, val_best=_short(best))
+            chosen = f"chosen on the validation set: {best:.2f}"
         self.log(
-            f"last {last:.2f}  best {best:.2f} (row {self.best['epoch']}, chosen on the test set)  "
-            f"{seconds:.0f} s  {self.dir}"
+            f"last {result['last']:.2f}  best {result['best']:.2f} (row {self.best['epoch']}, "
+            f"{chosen})  {seconds:.0f} s  {self.dir}"
         )
         if rank() > 0:
             return dict(result, dir=str(self.dir))
         try:
             write_file(self.dir / "result.json", (json.dumps(result) + "\n").encode())
-            draw_curves([self.dir], self.dir / "curves.png", None, self.loss, self.score)
+            curves = self.dir / "curves.png"
+            draw_curves([self.dir], curves, None, self.loss, self.score)
+            for logger in self.loggers:
+                logger.finish(result, curves)
         except OSError as error:
             raise self._full(error) from error
         return dict(result, dir=str(self.dir))
-
-
-def summary_writer():
-    """TensorBoard's, or a UserError that says what to install."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter
 
 
 def check_finite(values: dict[str, float], where: str) -> None:
@@ -580,15 +594,6 @@ def _line(row: dict) -> str:
     return "  ".join(parts)
 
 
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def read_metrics(folder: str | Path) -> list[dict]:
     """The rows of a run's metrics.csv, numbers as floats, empty cells left out."""
     with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
@@ -637,6 +642,7 @@ def draw_curves(
     from matplotlib.ticker import MaxNLocator
 
     titles = dict(ce="training cross-entropy", loss="training loss", test_top1="test top-1 (%)")
+    titles[VALIDATION] = "validation top-1 (%)"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = matplotlib.colormaps["tab10"].colors

@@ -16,7 +16,9 @@ from torch import Tensor
 
 import dataset
 from dataset import Data, Files, Images, normalise, open_image, scale_shift_of
-from engine.augment import StrongView, autoaugment_view
+from engine.augment import Rotation, StrongView, autoaugment_view
+from engine.published import ROTATED
+from engine.readers import reader_of
 from utils import UserError
 
 
@@ -27,9 +29,12 @@ def load(
     img_size: int | None = None,
     flip: bool | None = None,
     workers: int = 0,
+    **flags,
 ) -> Data:
-    """`dataset.load`, with the normalisation of files measured where it is not given."""
-    data = dataset.load(name, root, mean_std, img_size, flip, workers)
+    """`dataset.load` of any dataset, with the normalisation of files measured where it is not
+    given. flags: fit, val, seed and unlabeled, see `readers.reader_of`."""
+    read = reader_of(name, img_size or dataset.IMG_SIZE.get(name), **flags)
+    data = dataset.load(name, root, mean_std, img_size, flip, workers, read)
     train = data.train
     if not isinstance(train, Files):
         return data
@@ -57,16 +62,20 @@ def train_batches(
     strongly augmented. Images on the device: see `dataset.train_batches`; files: see `transform`.
     """
     if isinstance(images, Images):
-        augments = images.enlarged and images.autoaugment
+        augment = autoaugment_view if images.enlarged and images.autoaugment else None
+        rotated = padding == ROTATED
+        if rotated and not images.enlarged:
+            augment = Rotation
         yield from dataset.train_batches(
             images,
             batch_size,
             seed,
             epoch,
-            padding=padding,
+            pad=0 if rotated else 4,
+            padding="zero" if rotated else padding,
             skip=skip,
             share=share,
-            augment=autoaugment_view if augments else None,
+            augment=augment,
             second_view=StrongView if two_views else None,
         )
         return
@@ -99,15 +108,20 @@ def transform(images: Files, train: bool):
     """The torchvision transform that makes (3, size, size) of an image's uint8 (3, H, W).
 
     As for ImageNet: a crop of random scale and shape, mirrored; in the test the centre of the image
-    resized to 256 where the size is 224.
+    resized to 256 where the size is 224. With fit 'squash' the whole image is made square: in
+    training before the crop, in the test instead of it.
     """
     from torchvision.transforms import v2
 
-    size = images.size
+    size, squash = images.size, images.fit == "squash"
+    larger = round(size * 256 / 224)
     if train:
-        steps = [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
+        steps = [v2.Resize((larger, larger))] * squash
+        steps += [v2.RandomResizedCrop(size), *[v2.RandomHorizontalFlip()] * images.flip]
+    elif squash:
+        steps = [v2.Resize((size, size))]
     else:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        steps = [v2.Resize(larger), v2.CenterCrop(size)]
     return v2.Compose(steps)
 
 

@@ -14,7 +14,7 @@ def summary(
     names = f"{found_t.name} -> {found_s.name}" if found_t else f"{found_s.name} without a teacher"
     lines = [
         f"{where}: {names}, {data.name}, {data.train.num_class} classes",
-        f"{len(data.train)} training and {len(data.test)} test images of {data.train.size} pixels, "
+        f"{cli.describe_images(data)}, "
         f"student from {found_s.path or ('library' if found_s.pretrained else 'random')} weights",
         *data.notes,
         *(found_t.notes if found_t else []),

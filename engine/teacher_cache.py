@@ -20,6 +20,7 @@ import utils
 from engine import stream
 from engine.checkpoint import write_file
 from engine.distiller import Distiller
+from engine.published import ROTATED
 from utils import UserError
 
 KINDS = ("out", "feat")  # what is small enough to be kept
@@ -130,7 +131,7 @@ class CachedTeacher:
         """For `distillers`, which have one teacher, and training images that stay on the device.
         Raises UserError for other images."""
         images = data.train
-        if not isinstance(images, dataset.Images) or images.enlarged:
+        if not isinstance(images, dataset.Images) or images.enlarged or padding == ROTATED:
             raise UserError(
                 "--teacher_cache: these images have more than the 162 views of a crop of small "
                 "images: leave it out"

@@ -43,6 +43,27 @@ from .ttm import TTM
 from .vkd import VKD
 from .wttm import WTTM
 
+# what _wiring.py builds: not used here, so that every loss can be imported from the package
+from .ab import AB as AB
+from .afd import AFD as AFD
+from .bss import BSS as BSS
+from .cc import CC as CC, NeighbourCC as NeighbourCC
+from .crd import CRD as CRD
+from .ft import FT as FT, Paraphraser as Paraphraser, Translator as Translator
+from .itrd import ITRD as ITRD
+from .mlkd import MLKD as MLKD
+from .ofa import OFA as OFA
+from .ofd import OFD as OFD
+from .reviewkd import ABF as ABF, ReviewKD as ReviewKD
+from .sdd import SDD as SDD
+from .semckd import SemCKD as SemCKD
+from .simkd import SimKD as SimKD
+from .srrl import SRRL as SRRL
+from .vid import VID as VID
+from .wkd_f import WKDF as WKDF
+from .wkd_l import WKDL as WKDL
+from .wsld import WSLD as WSLD
+
 # after the loss files: `logits` is a file, too, and here it is what a loss is fed; the two names
 # with `as` are for engine/published.py
 from ._wiring import (
@@ -83,6 +104,7 @@ from ._wiring import (
     logits,
     maps,
     mutual,
+    names_labels,
     pairs,
     preacts,
     preacts_summed as preacts_summed,
@@ -279,6 +301,13 @@ class Method:
         fed = [self.inputs, self.precompute, *(phase.inputs for phase in self.phases)]
         reads = any(inputs.reads_answers for inputs in fed if inputs)
         return reads or self.deploys_projector or self.teacher == "trained"
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads the labels of the training images."""
+        fed = [self.inputs, self.precompute, *(phase.inputs for phase in self.phases)]
+        builder = [] if isinstance(self.loss, type) else [self.loss]
+        return any(x.reads_labels for x in fed if x) or any(map(names_labels, builder))
 
     def build(self, s, t, train, flags: dict):
         """The loss module. s, t: Features of a trial pass; train: the training set."""

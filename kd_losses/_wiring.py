@@ -75,8 +75,19 @@ class Inputs:
         return "out" in self.reads or self.classifier
 
     @property
+    def reads_labels(self) -> bool:
+        return names_labels(self.feed)
+
+    @property
     def reads_stages(self) -> bool:
         return bool({"stages", "preacts"} & set(self.reads))
+
+
+def names_labels(function: Callable) -> bool:
+    """Whether a function that feeds or builds a loss reads the labels: `batch.target`, or those of
+    the training set."""
+    code = function.__code__
+    return bool({"target", "labels"} & {*code.co_names, *code.co_varnames})
 
 
 def reads(*kinds: str, **fields):

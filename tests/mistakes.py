@@ -68,6 +68,7 @@ CRAFTED = dict(
     logical=("num_class", True),
     tensor=("num_class", torch.tensor(10)),
     pixels=("img_size", 2.0**70),
+    fit=("fit", "stretch"),
     logical_mean=("mean", [True, True, True]),
     large_mean=("mean", [10**400] * 3),
     scale=("mean", [125.0, 123.0, 114.0]),

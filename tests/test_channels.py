@@ -51,7 +51,11 @@ def grey(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("size", [[], ["--img_size", "97", "--workers", "0"]], ids=["as is", "97"])
+@pytest.mark.parametrize(
+    "size",
+    [[], pytest.param(["--img_size", "97", "--workers", "0"], marks=pytest.mark.slow)],
+    ids=["as is", "97"],
+)
 def test_a_folder_of_grey_images(grey, size, tmp_path, capsys):
     """Trained, as teacher and as student beside networks of three channels, evaluated, exported."""
     name, where = f"{grey}/nets.py:Grey", ["--save_root", str(tmp_path)]
@@ -84,6 +88,7 @@ def test_the_first_channel_is_what_is_seen(grey):
     assert channels_of(give_one_channel(colour)) == 3 and not colour._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_networks_of_three_channels_made_of_one(grey, tmp_path, capsys):
     """They make the same of grey images as before; their files say it by the weights' shape, and a
     teacher of three channels teaches a student of one."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torchvision
+from conftest import tiers
 from messages import ends, names, refused
 from mistakes import pictures
 from torch import nn
@@ -113,6 +114,7 @@ def test_another_order_of_the_student(trained, distil, tmp_path):
     assert metrics == same and "another order" in mapped
 
 
+@pytest.mark.slow
 def test_another_order_in_eval(trained, tmp_path, capsys):
     file = permuted(trained["resnet14"], tmp_path / "moved.pth")
     found = {}
@@ -160,7 +162,7 @@ def test_other_names(trained, distil, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("written", ["name", "index", "mixed"])
+@pytest.mark.parametrize("written", tiers(["name", "index", "mixed"], "mixed"))
 def test_t_classes_is_the_way_out(trained, distil, tmp_path, written):
     """Wolves are mapped to cats: an order of the teacher's own classes."""
     plain, metrics = distil("st", trained["resnet14"], note="plain")

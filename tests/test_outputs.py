@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
+from conftest import tiers
 from messages import ends, names, refused
 from torch import Tensor, nn
 
@@ -179,7 +180,7 @@ def file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["Net", "InTraining", "WithTaps"])
+@pytest.mark.parametrize("kind", tiers(["Net", "InTraining", "WithTaps"], "Net"))
 def test_through_the_scripts(kind, file, tmp_path, capsys):
     """Trained, as a teacher and as a student, evaluated and exported."""
     name, where = f"{file}:{kind}", ["--save_root", str(tmp_path)]
@@ -199,6 +200,7 @@ def test_through_the_scripts(kind, file, tmp_path, capsys):
     assert program(torch.zeros(3, 3, 12, 12)).shape == (3, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 96)])
 def test_auxiliary_classifiers_of_torchvision(name, size, tmp_path, monkeypatch):
     """A file that has them gives the network that has them; its logits alone are given, in training
@@ -241,7 +243,7 @@ class Map(Pooled):
 """
 
 
-@pytest.mark.parametrize("kind", ["Pooled", "Map"])
+@pytest.mark.parametrize("kind", tiers(["Pooled", "Map"], "Map"))
 def test_a_backbone_teaches_features(kind, tmp_path, capsys):
     (tmp_path / "nets.py").write_text(BACKBONES)
     name, file = f"{tmp_path}/nets.py:{kind}", str(tmp_path / "x.pth")

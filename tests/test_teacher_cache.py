@@ -70,6 +70,7 @@ def test_several_students_and_pooled_features(teacher, tmp_path, passes):
     assert_same(result(tmp_path / "at-x"), result(tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_damaged_rows_are_computed_again(teacher, tmp_path, passes):
     cache = "--teacher_cache", tmp_path / "cache"
     train_kd.main(command("st", teacher, tmp_path, "a", *cache))

@@ -75,6 +75,7 @@ def test_as_alone(students, more, teacher, tmp_path):
     assert_as_alone(students, argv, tmp_path / "group", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_baseline_is_train_base(teacher, tmp_path):
     train_kd.main(command("none,st", teacher, tmp_path))
     argv = [*SMALL, "--net_name", "resnet8", "--epochs", "2", "--save_root", tmp_path]
@@ -119,6 +120,7 @@ def test_killed_and_resumed(kills, teacher, tmp_path):
     assert_as_alone(FEW, argv, tmp_path / "group", tmp_path)
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_others(teacher, tmp_path, capsys):
     argv = command("st,at,dkd", teacher, tmp_path / "group", "--at.lambda_kd", "1e30")
     with ends(capsys, "at"):

@@ -245,8 +245,8 @@ def test_a_meter_goes_on_with_another_s_sums():
 
 
 def recipe(tmp_path, **kwargs):
-    flags = dict(resume=False, print_freq=1, lr=0.1, tensorboard=False, save_every=None)
-    return Namespace(save_root=str(tmp_path), on_nan="stop", **flags, **kwargs)
+    flags = dict(resume=False, print_freq=1, lr=0.1, tensorboard=False, wandb=None)
+    return Namespace(save_root=str(tmp_path), on_nan="stop", save_every=None, **flags, **kwargs)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_survives(tmp_path, monkeypatch):

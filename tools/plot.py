@@ -54,6 +54,9 @@ WORDS = dict(  # columns of metrics.csv
     test_loss="test cross-entropy",
     test_top1="test top-1 (%)",
     test_top5="test top-5 (%)",
+    val_loss="validation cross-entropy",
+    val_top1="validation top-1 (%)",
+    val_top5="validation top-5 (%)",
 )
 OF_A_RUN = ("checkpoint.pth.tar", "model_best.pth.tar")  # the folder's name says more than theirs
 BATCH = 100
@@ -190,11 +193,13 @@ def curves(args: argparse.Namespace):
 
     runs, legend = [rows_of(folder) for folder in args.what], args.labels or short(args.what)
     numbers = {k: v for rows in runs for row in rows for k, v in row.items() if v != str(v)}
-    for metric in args.metric:
+    scores = [x for x in ("test_top1", "val_top1") if x in numbers]  # by what best was chosen
+    metrics = args.metric or ["ce", *scores]
+    for metric in metrics:
         utils.named(numbers, metric, "metric")
-    titles = [WORDS.get(metric, metric) for metric in args.metric]
+    titles = [WORDS.get(metric, metric) for metric in metrics]
     figure, axes = panels("Training, epoch by epoch", titles, 4.4, 3.4, legend=legend)
-    for metric, axis in zip(args.metric, axes):
+    for metric, axis in zip(metrics, axes):
         for rows, name, color in zip(runs, legend, colors(len(runs))):
             points = [(i, row[metric]) for i, row in enumerate(rows, 1) if metric in row]
             axis.plot(*zip(*points or [(math.nan,) * 2]), ".-", color=color, label=name)
@@ -373,7 +378,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names = dict(nargs="+", type=cli.filled, metavar="NAME")
     add("--labels", **names, help="one for each (default: names of folders)")
     if command == "curves":
-        add("--metric", nargs="+", default=["ce", "test_top1"], help="(default ce test_top1)")
+        text = "(default ce test_top1, or val_top1 where a validation set chose the best epoch)"
+        add("--metric", nargs="+", help=text)
     elif command == "tsne":
         few = cli.number(int, 5)
         add("--images", type=few, default=2000, metavar="N", help="drawn by chance (default 2000)")

@@ -4,14 +4,14 @@ the published figures.
     python tools/tables.py list
     python tools/tables.py run kdzoo-r20-r20 --data cifar10 --methods baseline,st,at --seeds 3
     python tools/tables.py show kdzoo-r20-r20
+    python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed through train_base.py and \
-train_kd.py. It
-skips what is finished, goes on with what was interrupted and goes on after a failure; what another
-process trains is waited for. `--dry_run` says the commands and their recipes \
-instead. `show` gives last and best epoch, mean and deviation over the
-seeds; the published figures are in published.csv. Runs of other data, epochs or precision are shown
-apart, never in one mean.
+`run` trains the missing teacher, then every method and seed. It skips what is finished, resumes
+what was interrupted and continues after a failure; it waits for what another process trains.
+`--launcher slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and
+their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
+epoch, mean and deviation over the seeds, beside the published figures of published.csv. Runs of
+other data, epochs or precision are shown apart, never in one mean.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from tools.tables_plan import (  # noqa: E402
 )
 from tools.tables_runs import collect, merge, remembered  # noqa: E402
 from tools.tables_show import draw, markdown, summarise  # noqa: E402
+from tools import tables_slurm, tables_status  # noqa: E402
 from tools.tables_work import work  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--data is needed: {cli.DATA_NAMES}")
     if args.data == "imagefolder" and not args.img_root:
         raise UserError("--data imagefolder needs --img_root DIR")
+    tables_slurm.check(args)
     check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
     if args.teacher:
@@ -76,6 +78,11 @@ def run(args: argparse.Namespace) -> None:
     if args.out:  # or say before all is trained that nothing can be written there
         make_folder(Path(args.out))
         remembered(Path(args.out) / f"{args.table}.runs.csv")
+    if args.launcher == "slurm":
+        tables_slurm.submit(args, todo, jobs)
+        return
+    places = {str(job.folder): dict(epochs=job.epochs) for job in jobs}
+    tables_status.remember(Path(args.runs), args.table, places)
     failed = work(todo, jobs, args.jobs, args.cuda, not args.apart)
     show(args)
     if failed:
@@ -102,6 +109,12 @@ def show(args: argparse.Namespace) -> None:
     if args.into:
         insert(Path(args.into), args.table, text)
     print(text)
+
+
+def status(args: argparse.Namespace) -> None:
+    """Print what the trainings of a table do just now."""
+    cli.usable_folder(Path(args.runs), "--runs", write=False)
+    print("\n".join(tables_status.status(Path(args.runs), args.table)))
 
 
 def overview(args: argparse.Namespace) -> None:
@@ -144,7 +157,7 @@ def make_folder(path: Path) -> None:
 
 # --- the command ----------------------------------------------------------------------------------
 
-COMMANDS = dict(list=overview, run=run, show=show)
+COMMANDS = dict(list=overview, run=run, show=show, status=status)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -159,6 +172,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
         folder = dict(type=cli.filled, metavar="DIR")
         add("--runs", default="runs/tables", **folder, help="(default runs/tables)")
+    if command in ("run", "show"):
         add("--out", **folder, help="also write CSV, Markdown and a figure there")
         page = dict(type=cli.filled, metavar="FILE")
         add("--into", **page, help="also put it between its marks in this page")
@@ -191,13 +205,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
         ways.add_argument("--apart", action="store_true", help="a process for each training")
         add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
+        tables_slurm.add_flags(parser, cli.filled, cli.number)
         cli.add_device_flags(parser)
     return parser.parse_args(argv[1:])
 
 
 @console.command
 def main(argv: list[str] | None = None) -> None:
-    """`list`, `run` or `show`."""
+    """`list`, `run`, `show` or `status`."""
     args = parse(sys.argv[1:] if argv is None else list(argv))
     COMMANDS[args.command](args)
 

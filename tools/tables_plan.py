@@ -10,11 +10,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import dataset
 import train_base
 import train_kd
 import utils
-from engine import cli, kd_cli, published
+from engine import cli, folders, kd_cli, published
 from engine.checkpoint import sha256
 from engine.schedule import schedule
 from engine.settings import Settings
@@ -24,7 +23,7 @@ from utils import UserError
 
 BASE = "baseline"
 SIDES = ("teacher", "student")
-NUM_CLASS = dict(cifar10=10, cifar100=100, digits=10, imagenet=1000)
+NUM_CLASS = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "tiny-imagenet": 200}
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -98,7 +97,12 @@ TABLES = {
         data=("imagenet",),
         names=LIBRARY,
     ),
-    "tiny-imagenet": Table("MDistiller on Tiny-ImageNet", None, data=("tiny-imagenet",)),
+    "tiny-imagenet": Table(
+        "MDistiller on Tiny-ImageNet",
+        "mdistiller-tiny-imagenet",
+        "last",
+        data=("tiny-imagenet",),
+    ),
     "small": Table("resnet20 -> resnet8, nothing published", "kdzoo", data=(), rows=SMALL),
 }
 
@@ -184,7 +188,7 @@ def setting(args, table: Table) -> str:
     if data == "imagefolder":
         root = Path(args.img_root)
         name = re.sub(r"[^\w.-]", "_", root.resolve().name)[:60]
-        data = f"{name}-{fingerprint(dataset.folder_identity(root))}"
+        data = f"{name}-{fingerprint(folders.folder_identity(root))}"
     epochs = args.epochs or published.PROTOCOLS[table.protocol].epochs
     parts = [data] + ([f"{args.img_size}px"] if args.img_size else [])
     parts += [f"{epochs}ep"] + ([args.amp] if args.amp != "auto" else [])
@@ -201,7 +205,7 @@ def same_images(home: Path, root: str | None) -> None:
             before = read_json(path)["sources"]["data"]
         except (ValueError, KeyError, TypeError):
             continue
-        now = now or dataset.folder_identity(root, dataset.VALIDATED)
+        now = now or folders.folder_identity(root, folders.VALIDATED)
         if before != now:
             raise UserError(
                 f"{home} holds runs of other images than those in {root}: give another --runs"

@@ -14,6 +14,7 @@ from tools.tables_plan import BASE
 from utils import UserError
 
 RECORD = "protocol setting data teacher student mode seed epochs last best seconds added precision"
+VALIDATED = " (best chosen on a validation set)"  # of a setting: never in one mean with others
 CHECKS = {
     "a name": lambda x: isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable(),
     "a name or nothing": lambda x: x == "" or CHECKS["a name"](x),
@@ -104,7 +105,7 @@ def records_of(folder: Path, home: Path) -> list[dict]:
         raise ValueError("its name is not METHOD-SEED or base-NETWORK-SEED")
     common = dict(
         protocol=home.name,
-        setting=place.parts[0],
+        setting=place.parts[0] + VALIDATED * (result.get("chosen_on") == "val"),
         data=said("recipe", "data_name"),
         teacher="",
         student=said("meta", "network"),

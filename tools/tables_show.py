@@ -8,6 +8,7 @@ from engine import published
 from engine.run import import_matplotlib
 from kd_losses import METHODS
 from tools.tables_plan import BASE, TABLES, figures_of, short
+from tools.tables_runs import VALIDATED
 from utils import UserError
 
 COLUMNS = (
@@ -26,10 +27,11 @@ def summarise(name: str, records: list[dict]) -> list[dict]:
     full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
     pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
-    # (where, data, epochs) -> whether it is a published one: no size of its own either
+    # (where, data, epochs) -> whether it is a published one: no size or validation set of its own
     settings = {
         (r["setting"], r["data"], r["epochs"]): r["data"] in table.data
         and r["setting"].startswith(f"{r['data']}-{full}ep")
+        and not r["setting"].endswith(VALIDATED)
         for r in records
     }
     there = {data for (_, data, _), own in settings.items() if own}

@@ -35,12 +35,18 @@ class Process:
 
 
 def work(
-    todo: list[Job], jobs: list[Job], side_by_side: int, cuda: int | None, grouped: bool = False
+    todo: list[Job],
+    jobs: list[Job],
+    side_by_side: int,
+    cuda: int | None,
+    grouped: bool = False,
+    running: list[Process] | None = None,
 ) -> list[Job]:
     """Run the jobs, some side by side; with `grouped`, those of a group in one process. Returns
-    those that failed."""
+    those that failed. running: a list that always holds the processes at work."""
     gpus = torch.cuda.device_count() if cuda != 0 else 0
-    waiting, running, failed = list(todo), [], []
+    running = [] if running is None else running
+    waiting, failed = list(todo), []
     slots = list(range(side_by_side))
     again = {}  # when to look again at those that another process trains
     single = set()  # folders of jobs that get a process of their own
@@ -206,8 +212,10 @@ def launch(
     more = ["--resume"] if any(job.folder.exists() for job in jobs) else []
     files[0].truncate(0)
     env = dict(os.environ)
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    if gpus:  # of those that this process may use: a cluster gives a job some of a machine's
+        own = [x for x in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
+        own = own or [str(number) for number in range(gpus)]
+        env["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
     elif side_by_side > 1:  # threads of several processes stall each other
         env["OMP_NUM_THREADS"] = str(max(1, utils.cpus() // side_by_side))
     try:
@@ -267,7 +275,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """No training outlives a `run` that was killed: the next one would find its folder in use."""
+    """No training outlives a `run` that was killed: the next one would find its folder in use. A
+    cluster's warning that a job's time ends reaches all its processes, and is for `run` alone."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

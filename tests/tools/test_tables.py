@@ -23,7 +23,6 @@ def finished(tmp_path):
         (["run", "crdd"], "invalid choice: 'crdd'"),
         (["run", "crd", "--methods", "att"], "no method 'att': did you mean at"),
         (["run", "crd", "--pairs", "resnet56-resnet21"], "did you mean resnet56-resnet20"),
-        (["run", "tiny-imagenet"], "cannot be run"),
         (["run", "small"], "--data is needed"),
         (["run", "small", "--data", "imagefolder"], "needs --img_root DIR"),
         (["run", "small", "--data", "digit"], "digit"),

@@ -5,10 +5,9 @@ import pytest
 import toys
 from PIL import Image
 
-import dataset
 import train_base
 import utils
-from engine import cli, kd_cli, published, schedule
+from engine import cli, folders, kd_cli, published, schedule
 from tools import tables, tables_plan
 
 
@@ -289,7 +288,7 @@ def test_another_imagenet_is_refused(tmp_path):
     one, other = pictures(tmp_path / "one"), pictures(tmp_path / "other", 9)
     folder = tmp_path / "runs" / "base-x-1"
     folder.mkdir(parents=True)
-    data = dataset.folder_identity(one, dataset.VALIDATED)
+    data = folders.folder_identity(one, folders.VALIDATED)
     (folder / "args.json").write_text(json.dumps(dict(sources=dict(data=data))))
     tables_plan.same_images(tmp_path / "runs", str(one))
     with pytest.raises(utils.UserError, match="holds runs of other images than those in"):

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from finished_runs import finished_run, record, show
 
 from kd_losses import METHODS
-from tools import tables, tables_plan, tables_show
+from tools import tables, tables_plan, tables_runs, tables_show
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +20,22 @@ ROOT = Path(__file__).parents[2]
 def finished(tmp_path):
     """Make the folder of a finished run of resnet20 -> resnet8 in the table `small`."""
     return partial(finished_run, tmp_path)
+
+
+def test_a_validation_set_is_said_and_never_in_one_mean(finished, tmp_path, capsys):
+    finished("st-1", last=60.0)
+    chosen = dict(last=40.0, best=42.0, seconds=3.0, chosen_on="val", val_best=50.0)
+    finished("st-2", result=json.dumps(chosen))
+    show(tmp_path, "--out", str(tmp_path))
+    out = capsys.readouterr().out
+    assert "| st | 60.00 | 61.00 | 1 |" in out and "| st | 40.00 | 42.00 | 1 |" in out
+    assert "digits-2ep (best chosen on a validation set)" in out
+    show(tmp_path, "--out", str(tmp_path))
+    assert capsys.readouterr().out == out, "as it is remembered"
+    records = [record(setting=f"cifar10-200ep{x}") for x in ("", tables_runs.VALIDATED)]
+    rows = tables_show.summarise("kdzoo-r20-r20", records)
+    rows = [row for row in rows if row["seeds"] and row["mode"] == "at"]
+    assert [row["difference"] != "" for row in rows] == [True, False]
 
 
 # --- what is published ----------------------------------------------------------------------------
