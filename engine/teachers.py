@@ -116,6 +116,8 @@ def _check_modes(args: Namespace, modes: list[str]) -> None:
             raise UserError(f"--kd_mode {mode}: {why}")
         if why:
             raise UserError(f"--t_model: --kd_mode {mode} can have one teacher only, because {why}")
+    if args.ensemble == "confidence" and args.unlabeled:
+        raise UserError("--unlabeled: --ensemble confidence reads the labels: give probs or logits")
     if args.ensemble and not any(takes_ensemble(mode) for mode in modes):
         raise UserError(
             f"--ensemble {args.ensemble} has no effect: --kd_mode {'+'.join(modes)} reads feature "
