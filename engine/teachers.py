@@ -117,9 +117,7 @@ def _check_modes(args: Namespace, modes: list[str]) -> None:
         if why:
             raise UserError(f"--t_model: --kd_mode {mode} can have one teacher only, because {why}")
     if args.ensemble == "confidence" and args.unlabeled:
-        raise UserError(
-            "--ensemble confidence needs labels, and the images of --unlabeled lack them"
-        )
+        raise UserError("--unlabeled: --ensemble confidence reads the labels: give probs or logits")
     if args.ensemble and not any(takes_ensemble(mode) for mode in modes):
         raise UserError(
             f"--ensemble {args.ensemble} has no effect: --kd_mode {'+'.join(modes)} reads feature "
