@@ -11,8 +11,9 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,14 @@ class Team:
     running: list[Process] = field(default_factory=list)
 
     def __call__(self) -> None:
-        signal.signal(signal.SIGTERM, _end)  # scancel, preemption: the trainings save
+        signal.signal(signal.SIGTERM, _end)  # scancel, preemption
         todo = [job for job in self.jobs if not job.finished]
-        if work(todo, self.jobs, self.side_by_side, self.cuda, self.grouped, self.running):
+        try:
+            failed = work(todo, self.jobs, self.side_by_side, self.cuda, self.grouped, self.running)
+        except _Ended as end:  # the trainings have saved
+            queue_again()
+            sys.exit(str(end))
+        if failed:
             sys.exit(2)  # what failed has been said
 
     def checkpoint(self):
@@ -57,8 +63,26 @@ class Team:
         return DelayedSubmission(Team(self.jobs, self.side_by_side, self.cuda, self.grouped))
 
 
+class _Ended(BaseException):
+    """A signal wants the job to end."""
+
+
 def _end(number: int, frame) -> None:
-    sys.exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)
+    raise _Ended(f"ended by {signal.Signals(number).name}")
+
+
+def queue_again() -> None:
+    """Put this job into the queue again, where it is to be preempted: SLURM itself does so only with
+    jobs that are still at work at the end of the grace time. A job that was cancelled, queued again
+    or out of time has another state by now, and is left to SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:
+        with suppress(OSError, subprocess.SubprocessError):
+            show = ["scontrol", "show", "job", "--oneliner", job]
+            done = subprocess.run(show, capture_output=True, text=True, timeout=60)
+            if "JobState=RUNNING" in done.stdout.split():
+                subprocess.run(["scontrol", "requeue", job], timeout=60)
 
 
 def teams(todo: list[Job], jobs: list[Job]) -> tuple[list[list[Job]], list[list[Job]]]:

@@ -34,7 +34,7 @@ def undated(path: Path) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def wait(until, seconds: float = 400, what=lambda: "") -> None:
+def wait(until, seconds: float = 900, what=lambda: "") -> None:
     end = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < end, what()
@@ -278,7 +278,7 @@ def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
         if job is warned:
             os.kill(children(job._process.pid)[0], signal.SIGUSR2)  # as before a job's time ends
         else:
-            kill_all(job)
+            kill_all(job._process.pid)
     wait(lambda: all(finished(job) for job in submitted), what=lambda: str(states(tmp_path)))
     assert "Requeued job" in warned.paths.stdout.read_text()
     found = states(tmp_path)
@@ -298,9 +298,9 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-def kill_all(job) -> None:
-    """SIGKILL to a job's controller, its task and its trainings."""
-    found = [job._process.pid]
+def kill_all(first: int) -> None:
+    """SIGKILL to a process and all below it."""
+    found = [first]
     for pid in found:
         found += children(pid)
     for pid in found:
@@ -334,6 +334,17 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def kill_job(runs: Path, job: str) -> None:
+    """Kill what SLURM began for a job: SLURM itself would warn it."""
+    command = ["pgrep", "-f", f"submitit.core._submit {runs}"]
+    number = f"SLURM_ARRAY_TASK_ID={job.partition('_')[2]}"
+    for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+        process = Path("/proc") / pid
+        task = b"srun" not in (process / "cmdline").read_bytes()
+        if task and number.encode() in (process / "environ").read_bytes().split(b"\0"):
+            kill_all(int(pid))
+
+
 def restarts(job: str) -> int:
     words = slurm("scontrol", "show", "job", job).split()
     return int(next(word for word in words if word.startswith("Restarts=")).partition("=")[2])
@@ -347,7 +358,8 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     began = time.monotonic()
 
     def note(text: str) -> None:
-        print(f"{time.monotonic() - began:5.0f} s  {text}", file=sys.stderr)
+        with capsys.disabled():  # pytest -s shows them
+            print(f"{time.monotonic() - began:5.0f} s  {text}")
 
     def job_of(name: str) -> str:
         known = tables_status.remembered(tmp_path, "small")
@@ -375,7 +387,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     slurm("scancel", "--signal=USR2", one)  # as SLURM does before the end of a job's time
     note(f"job {one} was warned that its time ends")
     wait(lambda: (home / "resnet20-resnet8" / "st-2" / "metrics.csv").exists())
-    slurm("scancel", "--full", "--signal=KILL", two)
+    kill_job(tmp_path, two)
     note(f"job {two} was killed")
     wait(lambda: restarts(one) == 1)
     wait(
