@@ -307,10 +307,6 @@ KD = [
         "--unlabeled",
     ),
     ("--t_model {t},{s} --ensemble probs", "--ensemble", "probs", "at"),
-    (
-        "--t_model {t},{s} --kd_mode st --ensemble confidence --unlabeled {img}/size6",
-        *("--unlabeled", "--ensemble", "confidence"),
-    ),
     ("--t_model {t},{s} --kd_mode at,sp --ensemble probs", "--ensemble", "probs", "at"),
     ("--t_model {t},{s} --kd_mode st --ensemble mean", "--ensemble", "mean"),
     ("--t_model {t},{s} --kd_mode st --ensemble", "--ensemble"),
