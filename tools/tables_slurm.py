@@ -6,6 +6,7 @@ that is preempted or runs out of time saves, is queued again and continues.
 """
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,13 +152,14 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> list:
             folder=runs / "jobs" / "%j", cluster=CLUSTER, slurm_max_num_timeout=9999
         )
         executor.update_parameters(**parameters(args, before))
+        said = io.StringIO()  # by sbatch: its first line is the reason
         try:
-            with _importable(), executor.batch():
+            with _importable(), redirect_stderr(said), executor.batch():
                 found = [
                     executor.submit(Team(team, ways, args.cuda, not args.apart)) for team in group
                 ]
         except Exception as error:
-            raise UserError(f"--launcher slurm: {_reason(error)}") from error
+            raise UserError(f"--launcher slurm: {_reason(said, error)}") from error
         submitted += found
         names = [job.job_id for job in found]
         own = {str(job.folder) for job in left}
@@ -212,10 +214,11 @@ def _importable():
             os.environ["PYTHONPATH"] = before
 
 
-def _reason(error: Exception) -> str:
+def _reason(said: io.StringIO, error: Exception) -> str:
     """What sbatch says, without the command that submitit shows with it."""
-    lines = [line for line in str(error).splitlines() if "error: " in line]
-    return lines[-1].partition("error: ")[2] if lines else first_line(error)
+    lines = [*said.getvalue().splitlines(), *str(error).splitlines()]
+    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return errors[0] if errors else first_line(error)
 
 
 def import_submitit():

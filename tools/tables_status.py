@@ -154,9 +154,9 @@ def duration(seconds: float) -> str:
 
 
 def last_line(folder: Path) -> str:
-    """The last line that a training printed; of the folder's log where that says more."""
+    """The last line of a training: an error, or the last of its log."""
     lines = []
-    for path in (folder / "log.txt", folder.with_name(folder.name + ".out")):
+    for path in (folder.with_name(folder.name + ".out"), folder / "log.txt"):
         with suppress(OSError):
             text = path.read_bytes()[-10_000:].decode("utf-8", "replace")
             lines += [line.strip() for line in text.splitlines() if line.strip()][-1:]
