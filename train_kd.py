@@ -35,7 +35,7 @@ from engine.student import Student, check_checkpoint, state
 from engine.summary import recorded_settings, summary
 from engine.testing import evaluate, final_tests
 from engine.unlabeled import label_terms, of_the_labelled
-from engine.together import Group, SharedTeacher, why_not_cached
+from engine.together import Group, SharedTeacher, check_together, same_images, shared_data
 from kd_losses import METHODS, Phase
 from utils import UserError
 
@@ -201,8 +201,8 @@ def main(argv: list[str] | None = None) -> dict:
     commands = kd_cli.command_lines(argv)
     group = Group(list(commands))
     students = []
-    for own in commands.values():
-        students.append(plan(own, group, students))
+    for name in sorted(commands, key=lambda name: name == kd_cli.NONE):  # the baseline last
+        students.append(plan(commands[name], group, students))
     check_together(students)
     if students[0].cfg.dry_run:
         for student in students:
@@ -239,6 +239,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
     found_t, found_s = find_networks(args, modes, group)
+    same_images(args, others)
     cfg = kd_cli.resolve(args, found_s.name, pair.known_data(args, found_t, found_s))
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
@@ -249,7 +250,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
         cfg.resume = False  # it had not begun when the others were stopped
     command, label = ["train_kd.py", *argv], group.label(args.kd_mode)
     run = Run(cfg, note, command, label=label, signals=group.signals)
-    data = others[0].data if others else cli.load_data(cfg, args.batch_size)
+    data = shared_data(args, cfg, others)
     chosen = choose_settings(args, found_t, found_s, data, cfg)
     distiller = build(args, chosen, found_t, found_s, data, cfg, others)
     phases = schedule(distiller.phases, cfg)
@@ -264,22 +265,6 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
         check_checkpoint(run, distiller, phases, data, cfg, precision)
     found = found_t, found_s
     return Student(args.kd_mode, run, distiller, data, cfg, precision, phases, found, lines)
-
-
-def check_together(students: list[Student]) -> None:
-    """Raise UserError where students cannot see the same batches, or none can use the cache."""
-    first = students[0]
-    reasons = {x.name: why_not_cached(x.distiller) for x in students if x.distiller.teacher}
-    if any(x.cfg.teacher_cache for x in students) and all(reasons.values()):
-        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-        raise UserError(f"--teacher_cache has no effect: {why}")
-    for other in students[1:]:
-        if other.cfg.batch_size != first.cfg.batch_size:
-            raise UserError(
-                f"--kd_mode: protocol {first.cfg.protocol} has batch size {first.cfg.batch_size} "
-                f"for {first.name} and {other.cfg.batch_size} for {other.name}: train them in two "
-                "commands, or give --batch_size"
-            )
 
 
 def start(student: Student, runs: ExitStack, together: list[str]) -> None:

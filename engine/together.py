@@ -10,9 +10,11 @@ import torch
 import dataset
 import network
 import utils
+from engine import cli
 from engine.console import Stopped
 from engine.distiller import Batch, Distiller
 from engine.ensemble import Teachers, union, with_strong
+from engine.kd_cli import NONE
 from engine.signals import Signals
 from engine.teacher_cache import KINDS, CachedTeacher
 from utils import UserError
@@ -123,6 +125,62 @@ def _as_for(tapped: network.Tapped | Teachers, x):
             value = [value[x.numbers.index(number)] for number in tapped.numbers]
         kept[kind] = value
     return network.Features(x.out, x.net, numbers=tapped.numbers, **kept)
+
+
+def check_together(students: list) -> None:
+    """Raise UserError where students cannot see the same batches, or none can use the cache."""
+    first = students[0]
+    reasons = {x.name: why_not_cached(x.distiller) for x in students if x.distiller.teacher}
+    if any(x.cfg.teacher_cache for x in students) and all(reasons.values()):
+        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        raise UserError(f"--teacher_cache has no effect: {why}")
+    for other in students[1:]:
+        if other.cfg.batch_size != first.cfg.batch_size:
+            raise UserError(
+                f"--kd_mode: protocol {first.cfg.protocol} has batch size {first.cfg.batch_size} "
+                f"for {first.name} and {other.cfg.batch_size} for {other.name}: train them in two "
+                "commands, or give --batch_size"
+            )
+
+
+SEEN = ("data_name", "img_root", "img_size", "flip", "fit", "val", "unlabeled")
+
+
+def shared_data(args, cfg, others: list) -> dataset.Data:
+    """The data of a student, and of the others, which were checked before it: loaded once.
+
+    Raises UserError where they would see different images.
+    """
+    if not others:
+        return cli.load_data(cfg, args.batch_size)
+    first = others[0]
+    for name in SEEN:
+        own, theirs = getattr(cfg, name, None), getattr(first.cfg, name, None)
+        if own != theirs:
+            raise UserError(
+                f"--{name}: {first.name} would see {theirs}, {cfg.kd_mode} {own}: give --{name}"
+            )
+    train = first.data.train
+    if cfg.mean_std != first.cfg.mean_std:
+        own = cfg.mean_std
+        if own is None and isinstance(train, dataset.Images):
+            own = dataset.measure([train.pixels])
+        elif own is None:
+            measured = cli.load_data(cfg, args.batch_size).train
+            own = measured.mean, measured.std
+        if tuple(map(tuple, own)) != (tuple(train.mean), tuple(train.std)):
+            raise UserError(
+                f"--mean_std: {first.name} would see images normalised with {train.mean}, "
+                f"{train.std}, {cfg.kd_mode} with {own[0]}, {own[1]}: give --mean_std"
+            )
+    return first.data
+
+
+def same_images(args, others: list) -> None:
+    """Let a student without a teacher, who names no dataset, see what the others see."""
+    if others and args.kd_mode == NONE and args.data_name is None and not args.s_init:
+        for name in ("data_name", "img_root", "img_size", "fit", "mean_std"):
+            setattr(args, name, getattr(others[0].cfg, name))
 
 
 class Group:

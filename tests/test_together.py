@@ -154,6 +154,21 @@ def test_a_dry_run_shows_every_student(teacher, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_the_baseline_sees_what_the_others_see(tmp_path, capsys):
+    """Also where the teacher's checkpoint alone says what that is; else it is refused."""
+    own = ["--mean_std", "0.2,0.2,0.2,0.4,0.4,0.4", "--epochs", "1", "--save_root", str(tmp_path)]
+    t = train_base.main([*SMALL, *own, "--net_name", "resnet14", "--note", "t"])["dir"]
+    files = ["--t_model", f"{t}/model_best.pth.tar", "--s_name", "resnet8", "--epochs", "1"]
+    files += ["--save_root", str(tmp_path), "--cuda", "0"]
+    train_kd.main(["--kd_mode", "none,st", *files, "--note", "a"])
+    alone = [*SMALL, *own, "--kd_mode", "none", "--s_name", "resnet8", "--note", "none-b"]
+    train_kd.main(alone)
+    one, other = (result(tmp_path / f"none-{x}") for x in "ab")
+    assert one[0] == other[0]
+    with ends(capsys, "--mean_std", "none", "st"):
+        train_kd.main(["--kd_mode", "none,st", *files, "--note", "c", *SMALL])
+
+
 def test_command_lines():
     argv = "--kd_mode=at,st+dkd,none --lr 0.1 --at.p=1 --st+dkd.dkd.beta 6 --note x --t_model t"
     assert command_lines(argv.split()) == {
