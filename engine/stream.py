@@ -17,6 +17,7 @@ from torch import Tensor
 import dataset
 from dataset import Data, Files, Images, normalise, scale_shift_of
 from engine import shards
+from engine.shards import open_item
 from engine.augment import StrongView, autoaugment_view
 from utils import UserError
 
@@ -131,7 +132,7 @@ class Reader:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                 for i, seed in zip(*batch):
                     torch.default_generator.manual_seed(int(seed))
-                    image = pil_to_tensor(shards.open_item(os.fsdecode(self.items[i])))
+                    image = pil_to_tensor(open_item(os.fsdecode(self.items[i])))
                     pixels.append(self.transform(image).permute(1, 2, 0))
         except UserError as error:
             return str(error)

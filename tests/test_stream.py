@@ -193,7 +193,7 @@ def test_generators_of_the_process_are_left_alone(photos, workers):
 def test_what_is_skipped_is_not_read(photos, monkeypatch):
     data = load(photos).train
     whole, opened, read = epoch(data), [], dataset.open_image
-    monkeypatch.setattr(stream, "open_image", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(stream, "open_item", lambda path: opened.append(path) or read(path))
     assert_same(whole[2:], epoch(data, skip=2))
     assert len(opened) == sum(len(target) for _, target, _ in whole[2:]) == 7
 

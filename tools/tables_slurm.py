@@ -74,9 +74,9 @@ def _end(number: int, frame) -> None:
 
 
 def queue_again() -> None:
-    """Put this job into the queue again, where it is to be preempted: SLURM itself does so only with
-    jobs that are still at work at the end of the grace time. A job that was cancelled, queued again
-    or out of time has another state by now, and is left to SLURM."""
+    """Put this job into the queue again, where it is to be preempted: SLURM itself does so only
+    with jobs that are still at work at the end of the grace time. A job that was cancelled, queued
+    again or out of time has another state by now, and is left to SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if job:
         with suppress(OSError, subprocess.SubprocessError):
