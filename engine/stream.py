@@ -20,6 +20,7 @@ from engine import shards
 from engine.augment import Rotation, StrongView, autoaugment_view
 from engine.published import ROTATED
 from engine.readers import reader_of
+from engine.shards import open_item
 from utils import UserError
 
 
@@ -148,7 +149,7 @@ class Reader:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
                 for i, seed in zip(*batch):
                     torch.default_generator.manual_seed(int(seed))
-                    image = pil_to_tensor(shards.open_item(os.fsdecode(self.items[i])))
+                    image = pil_to_tensor(open_item(os.fsdecode(self.items[i])))
                     pixels.append(self.transform(image).permute(1, 2, 0))
         except UserError as error:
             return str(error)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import utils
 from detection import coco
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint import save_checkpoint
+from engine.signals import Signals
 from engine import cli
 from engine import stream
 
@@ -216,6 +218,19 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
         train_base.main(argv)
     assert stop.value.code == 130
     one_line(capsys.readouterr().err)
+
+
+def test_a_sigterm_soon_after_a_signal_is_the_same_request():
+    """A cluster sends it to a training and to its parent, which ends its children."""
+    for first in (signal.SIGINT, signal.SIGTERM):
+        with Signals() as signals:
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.number == first
+            signals._came -= 10.0  # and later it is one of its own
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import dataset
 import train_base
 import train_kd
 import utils
-from engine import cli, console, published, shards, stream
+from engine import cli, console, published, stream
 from engine.checkpoint import read_checkpoint
 from engine.run import Run
 
@@ -193,7 +193,7 @@ def test_generators_of_the_process_are_left_alone(photos, workers):
 def test_what_is_skipped_is_not_read(photos, monkeypatch):
     data = load(photos).train
     whole, opened, read = epoch(data), [], dataset.open_image
-    monkeypatch.setattr(shards, "open_item", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(stream, "open_item", lambda path: opened.append(path) or read(path))
     assert_same(whole[2:], epoch(data, skip=2))
     assert len(opened) == sum(len(target) for _, target, _ in whole[2:]) == 7
 

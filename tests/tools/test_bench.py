@@ -140,7 +140,7 @@ def test_crd_s_two_paths(monkeypatch, capsys):
 def test_data(capsys):
     result = bench.main(DATA)
     table = same(capsys.readouterr().out, result, bench.DATA)
-    assert [row["pixels"] for row in table] == ["32"] * 2 + ["97"] * 4
+    assert [row["pixels"] for row in table] == ["32"] * 2 + ["97"] * 8
     for row in result["rows"]:
         assert row["batch_ms"] == pytest.approx(4000 / row["img_per_s"], rel=1e-4)
     for own, plain in zip(result["rows"][::2], result["rows"][1::2]):
@@ -150,7 +150,7 @@ def test_data(capsys):
 
 def test_loaders_take_turns(monkeypatch, capsys):
     """Ours and the plain one, round after round; the ratio is that of a round."""
-    speeds, order = iter([6.0, 3.0, 8.0, 8.0, 5.0, 10.0] * 3), []
+    speeds, order = iter([6.0, 3.0, 8.0, 8.0, 5.0, 10.0] * 5), []
 
     def throughput(batches, workers, count, device):
         order.append(type(batches).__name__)
@@ -158,10 +158,10 @@ def test_loaders_take_turns(monkeypatch, capsys):
 
     monkeypatch.setattr(bench_data, "throughput", throughput)
     rows = bench.main([*DATA, "--rounds", "3"])["rows"]
-    assert order == ["generator", "DataLoader"] * 9
+    assert order == ["generator", "DataLoader"] * 15
     assert [(row["ratio"], row["img_per_s"], row["met"]) for row in rows[::2]] == [
         (1, 6, "yes")
-    ] * 3
+    ] * 5
     assert (rows[0]["ratio_min"], rows[0]["ratio_max"], rows[1]["img_per_s"]) == (0.5, 2, 8)
 
 

@@ -274,7 +274,7 @@ def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
     wait(lambda: (home / "base-resnet20-1" / "log.txt").exists())
     teacher, warned, killed = submitted
     for job, name in ((warned, "st-1"), (killed, "st-2")):
-        wait(lambda: (home / "resnet20-resnet8" / name / "metrics.csv").exists() or finished(job))
+        wait(lambda: (home / "resnet20-resnet8" / name / "log.txt").exists() or finished(job))
         if job is warned:
             os.kill(children(job._process.pid)[0], signal.SIGUSR2)  # as before a job's time ends
         else:
@@ -283,7 +283,7 @@ def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
     assert "Requeued job" in warned.paths.stdout.read_text()
     found = states(tmp_path)
     assert found["resnet20-resnet8/dml-1"] == "finished"
-    assert found["resnet20-resnet8/dml-2"] != "finished"
+    assert found["resnet20-resnet8/st-2"] != "finished"
     tables.main(argv)  # what is left
     wait(lambda: set(states(tmp_path).values()) == {"finished"}, what=lambda: str(states(tmp_path)))
     same(undisturbed, tmp_path, bytewise=False)
