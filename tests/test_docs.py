@@ -9,7 +9,7 @@ import pytest
 import train_base
 from detection import train_det
 from engine import kd_cli
-from tools import bench, export, gpu_check, plot, tables
+from tools import bench, export, gpu_check, pack, plot, tables
 from tools import eval as evaluation
 from utils import UserError
 
@@ -27,6 +27,7 @@ PARSERS = {
     "tools/tables.py": tables.parse,
     "tools/bench.py": bench.parse,
     "tools/gpu_check.py": gpu_check.parse,
+    "tools/pack.py": pack.parse,
 }
 ALONE = {"tools/demo.py"}
 
