@@ -140,7 +140,7 @@ class Run:
         """Say what identifies the data and the teacher's file (its sha256; of several teachers a
         list); where the run goes on, they have to be those that it was started with."""
         self.sources = dict(data=data, teacher=teacher)
-        if "val" in data:
+        if {"val", "test"} <= set(data):  # COCO calls its test set val
             self.score = VALIDATION
         own = self._before("teacher", teacher)
         if own != teacher:
