@@ -258,7 +258,7 @@ def undisturbed(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
     undisturbed, tmp_path, monkeypatch
 ):
@@ -350,7 +350,7 @@ def restarts(job: str) -> int:
     return int(next(word for word in words if word.startswith("Restarts=")).partition("=")[2])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_table(
     cluster, undisturbed, tmp_path, capsys
 ):
@@ -407,7 +407,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     same(undisturbed, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_slurm_refuses(cluster, tmp_path, capsys):
     argv = ["run", *SMALL, "--runs", str(tmp_path), "--launcher", "slurm", "--partition", "none"]
     with pytest.raises(SystemExit) as stop:
