@@ -254,7 +254,10 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     chosen = choose_settings(args, found_t, found_s, data, cfg)
     distiller = build(args, chosen, found_t, found_s, data, cfg, others)
     phases = schedule(distiller.phases, cfg)
-    run.learns_from(data.identity(), teachers.fingerprint(found_t))
+    images = group.once("images", data.identity)  # read from every file once, not by each student
+    run.learns_from(
+        images, group.once(("file", args.t_model), lambda: teachers.fingerprint(found_t))
+    )
     macs = distiller.check_losses(data.train)
     for criterion in distiller.added:
         criterion.gather = args.gather and utils.world() > 1

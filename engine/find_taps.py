@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter import shape_of
-from engine.outputs import forward_logits, logits_of, notes_of
+from engine.outputs import forward_logits, logits_of, no_such_images, notes_of
 from network import as_map, first_tensor, split_tap
 from utils import UserError, brief, named, out_of_memory
 
@@ -127,9 +127,7 @@ def dry_pass(net: nn.Module, name: str, num_class: int | None, img_size: int) ->
     except (Exception, SystemExit) as error:  # whatever somebody's network does
         if out_of_memory(error):
             raise
-        raise UserError(
-            f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
-        ) from error
+        raise no_such_images(name, img_size, error) from error
     finally:
         for hook in hooks:
             hook.remove()

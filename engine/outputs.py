@@ -119,15 +119,20 @@ def forward_logits(
     except (Exception, SystemExit) as error:  # whatever somebody's network does
         if out_of_memory(error):
             raise
-        raise UserError(
-            f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
-        ) from error
+        raise no_such_images(name, img_size, error) from error
     out = logits_of(net, name, out, num_class, training)
     if out.shape != (2, num_class):
         raise UserError(
             f"{name} gives {tuple(out.shape)} for two images, not logits of shape (2, {num_class})"
         )
     return out
+
+
+def no_such_images(name: str, img_size: int, error: BaseException) -> UserError:
+    """What to raise where a network fails on a trial image with `error`."""
+    return UserError(
+        f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
+    )
 
 
 # --- logits in another order, or some of them -----------------------------------------------------
