@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     run = Run(cfg, note, ["train_base.py", *argv])
     data = cli.load_data(cfg, args.batch_size)
-    run.learns_from(data.identity())
+    run.learns_from(data.identity(), selection=data.selection)
     utils.seed_everything(cfg.seed)
     net = make(data.train.num_class, data.train.size, args.pretrained)
     if args.channels == 1:

@@ -254,10 +254,10 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     chosen = choose_settings(args, found_t, found_s, data, cfg)
     distiller = build(args, chosen, found_t, found_s, data, cfg, others)
     phases = schedule(distiller.phases, cfg)
-    images = group.once("images", data.identity)  # read from every file once, not by each student
-    run.learns_from(
-        images, group.once(("file", args.t_model), lambda: teachers.fingerprint(found_t))
-    )
+    # read from the files once, not by each student
+    images = group.once("images", data.identity)
+    teacher_file = group.once(("file", args.t_model), lambda: teachers.fingerprint(found_t))
+    run.learns_from(images, teacher_file, data.selection)
     macs = distiller.check_losses(data.train)
     for criterion in distiller.added:
         criterion.gather = args.gather and utils.world() > 1

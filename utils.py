@@ -311,9 +311,8 @@ def set_rng_state(state: dict[str, Tensor], exact: bool = False) -> None:
     kind = accelerator()
     if kind in state:
         torch.get_device_module(kind).set_rng_state(state[kind])
-    if (
-        rank() > 0 and not exact
-    ):  # its own state is nowhere, and it must not draw what the first rank draws
+    # a later rank's own state is nowhere, and it must not draw what the first rank draws
+    if rank() > 0 and not exact:
         torch.manual_seed(int(torch.randint(2**31, ())) + rank())
 
 

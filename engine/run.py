@@ -136,11 +136,14 @@ class Run:
         """What the run said of its data or teacher when it was started."""
         return self.known.get(what, default) if isinstance(self.known, dict) else default
 
-    def learns_from(self, data: dict, teacher: str | list | None = None) -> None:
+    def learns_from(
+        self, data: dict, teacher: str | list | None = None, selection: str = "test"
+    ) -> None:
         """Say what identifies the data and the teacher's file (its sha256; of several teachers a
-        list); where the run goes on, they have to be those that it was started with."""
+        list); a resumed run must have those that it was started with. selection: the split that
+        chooses the best epoch."""
         self.sources = dict(data=data, teacher=teacher)
-        if {"val", "test"} <= set(data):  # COCO calls its test set val
+        if selection == "val":
             self.score = VALIDATION
         own = self._before("teacher", teacher)
         if own != teacher:
