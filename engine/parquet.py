@@ -7,6 +7,7 @@ named in the file names or folders, as the hub does it: train-00000-of-00001.par
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dataset import RESIDENT, is_large, open_image
-from engine.folders import odd_shapes, stack
+from engine.folders import WAYS, odd_shapes, stack
+from engine.shards import SEPARATOR
 from utils import UserError, first_line, shown
 
 ROWS = 500  # read at a time
@@ -26,11 +28,13 @@ SPLITS = dict(train="train", test="test", val="val", valid="val", validation="va
 
 @dataclass
 class Table:
-    """A split. schema: of pyarrow. batches: names of columns -> its rows, ROWS at a time."""
+    """A split. schema: of pyarrow. batches: names of columns -> its rows, ROWS at a time.
+    arrow: the same rows in uncompressed files, as `datasets` caches them."""
 
     origin: str
     schema: object
     batches: Callable[[list[str]], Iterator]
+    arrow: Callable[[], list[Path]]
 
 
 def hub_reader(name: str, fit: str):
@@ -53,10 +57,13 @@ def hub_reader(name: str, fit: str):
         classes, numbers = _classes(tables["train"].schema, columns[1], values, splits, where)
         small = is_large(img_size) and all(_all_small(tables[x], columns[0]) for x in splits)
         if is_large(img_size) and not small:
-            raise UserError(
-                f"{where}: images above {RESIDENT} pixels are not streamed from Parquet files: "
-                f"give --img_size up to {RESIDENT}, or save them in folders (imagefolder)"
-            )
+            parts, sources = [], []
+            for split in splits:
+                items, digest = _places(tables[split], columns[0])
+                parts.append((items, numbers[split]))
+                sources.append(digest)
+            notes.append(f"images that are not square: {WAYS[fit]} (--fit {fit})")
+            return *parts, classes, dict(flip=True, sources=sources, fit=fit), notes
         parts, sources, odd, side = [], [], 0, None if small else img_size
         for split in splits:
             digest = hashlib.sha256(np.asarray(numbers[split], np.int64))
@@ -118,7 +125,13 @@ def _folder(folder: Path) -> dict[str, Table]:
                 except (OSError, ValueError, RuntimeError) as error:
                     raise UserError(f"{path} is damaged ({first_line(error)})") from error
 
-        return Table(str(paths[0]), opened(paths[0]).schema_arrow, batches)
+        def arrow():
+            found = _datasets(folder).load_dataset(
+                "parquet", data_files=dict(train=list(map(str, paths))), split="train"
+            )
+            return [Path(x["filename"]) for x in found.cache_files]
+
+        return Table(str(paths[0]), opened(paths[0]).schema_arrow, batches, arrow)
 
     return {split: table(paths) for split, paths in files.items()}
 
@@ -136,14 +149,7 @@ def _split_of(path: Path, folder: Path) -> str | None:
 def _hub(name: str) -> dict[str, Table]:
     """{split: table} of a data set of the hub, which `datasets` downloads."""
     try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"hf/{name}: it is no folder; a data set of the hub needs datasets: pip install "
-            "datasets"
-        ) from None
-    try:
-        found = datasets.load_dataset(name)
+        found = _datasets(name).load_dataset(name)
     except Exception as error:  # of the network, of a name that is none, of a data set's own code
         raise UserError(
             f"hf/{name} is not to be had ({first_line(error)}): a folder of Parquet files, or the "
@@ -154,9 +160,25 @@ def _hub(name: str) -> dict[str, Table]:
         def batches(columns):
             return split.select_columns(columns).with_format("arrow").iter(ROWS)
 
-        return Table(f"hf/{name}", split.features.arrow_schema, batches)
+        def arrow():
+            return [Path(x["filename"]) for x in split.cache_files]
+
+        return Table(f"hf/{name}", split.features.arrow_schema, batches, arrow)
 
     return {SPLITS[x]: table(found[x]) for x in found if x in SPLITS}
+
+
+def _datasets(name):
+    """The library `datasets`, which keeps uncompressed copies in its cache ($HF_HOME)."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"hf/{name}: a data set of the hub, and images above {RESIDENT} pixels in Parquet "
+            "files, need datasets: pip install datasets"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
 
 
 # --- what is in them ------------------------------------------------------------------------------
@@ -230,6 +252,39 @@ def _images(table: Table, column: str, digest) -> Iterator:
     for name, data in _bytes(table, column):
         digest.update(data)
         yield name, open_image(name, data)
+
+
+def _places(table: Table, column: str) -> tuple[np.ndarray, str]:
+    """Where each image's bytes are in the uncompressed files (FILE, offset, size, as in shards), so
+    that worker processes read them one by one; and a digest of their sizes."""
+    import pyarrow as pa
+
+    items, digest = [], hashlib.sha256()
+    for path in table.arrow():
+        with pa.memory_map(str(path)) as file:
+            start = file.read_buffer(file.size()).address
+            file.seek(0)
+            for batch in pa.ipc.open_stream(file):
+                data = batch.column(column)
+                data = data.field("bytes") if pa.types.is_struct(data.type) else data
+                if data.null_count or not _is_binary(data.type):
+                    what = f"column {column} has no bytes of an image file"
+                    raise UserError(f"{table.origin}: an image has none: {what}")
+                _, offsets, values = data.buffers()
+                wide = np.int64 if pa.types.is_large_binary(data.type) else np.int32
+                bounds = np.frombuffer(offsets, wide)[data.offset : data.offset + len(data) + 1]
+                places = bounds.astype(np.int64) + (values.address - start)
+                digest.update(np.diff(places))
+                for first, end in zip(places[:-1].tolist(), places[1:].tolist()):
+                    item = SEPARATOR.join((str(path), str(first), str(end - first)))
+                    items.append(os.fsencode(item))
+    return np.array(items), digest.hexdigest()
+
+
+def _is_binary(kind) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _all_small(table: Table, column: str) -> bool:

@@ -322,11 +322,12 @@ def make_runs(root, teacher):
 
 
 def snapshot(folder):
-    """Everything below a folder: sizes and bytes by path."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else p.lstat().st_mode
-        for p in sorted(folder.rglob("*"))
-    }
+    """Everything below a folder: what changes when a path is written, also with the same bytes."""
+    found = {}
+    for p in sorted(folder.rglob("*")):
+        s = p.lstat()
+        found[str(p.relative_to(folder))] = (s.st_mode, s.st_ino, s.st_size, s.st_mtime_ns)
+    return found
 
 
 def make_places(root):

@@ -120,6 +120,58 @@ def test_a_run(hub, tmp_path, capsys):
         train_base.main([*argv, "--resume"])
 
 
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """`datasets` has its cache in the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_large_images_are_read_by_workers(tmp_path, cached, plain):
+    """As those of a folder with the same files, in the same order, bit for bit."""
+    sets = dict(zip(("train", "test"), (rows(n, size=(120, 130)) for n in (30, 7))))
+    for split, (pixels, labels) in sets.items():
+        half = len(labels) // 2
+        for i, part in enumerate((slice(0, half), slice(half, None))):
+            name = tmp_path / f"hub/{split}-{i}.parquet"
+            write(name, pixels[part], labels[part], plain=plain)
+        for k in np.argsort(labels, kind="stable"):
+            file = tmp_path / "img" / split / NAMES[labels[k]] / f"{k:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encoded(pixels[k]))
+    options = dict(img_size=112, workers=2, mean_std=((0.5,) * 3, (0.25,) * 3))
+    ours = stream.load(f"hf/{tmp_path / 'hub'}", **options)
+    folder = stream.load("imagefolder", str(tmp_path / "img"), **options)
+    assert ours.train.labels.tolist() == sets["train"][1] and ours.train.items.ndim == 1
+    place = np.argsort(sets["test"][1], kind="stable")
+    one, two = (list(stream.test_batches(x.test, 7))[0] for x in (ours, folder))
+    assert torch.equal(one[0][place], two[0]) and torch.equal(one[1][place], two[1])
+    batches = list(stream.train_batches(ours.train, 8, seed=1, epoch=1))
+    assert sorted(i for _, _, index in batches for i in index.tolist()) == list(range(30))
+    assert ours.identity() == stream.load(f"hf/{tmp_path / 'hub'}", **options).identity()
+
+
+def test_large_images_need_datasets(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", *rows(3, size=(120, 120)))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(utils.UserError, match="pip install datasets"):
+        stream.load(f"hf/{tmp_path}", img_size=112)
+
+
+def test_large_images_without_bytes(tmp_path, cached):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", *rows(3, size=(120, 120)))
+    column = [dict(bytes=encoded(rows(1, size=(120, 120))[0][0])), dict(bytes=None)]
+    pq.write_table(pa.table({"image": column, "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(utils.UserError, match="column image has no bytes"):
+        stream.load(f"hf/{tmp_path}", img_size=112)
+
+
 def broken(how, root):
     pixels, labels = rows(3)
     good = root / "test.parquet"
@@ -127,10 +179,6 @@ def broken(how, root):
     path = root / "train.parquet"
     if how == "no train":
         return "train"
-    if how == "large":
-        write(path, *rows(3, size=(120, 120)))
-        write(good, *rows(3, size=(120, 120)))
-        return "--img_size"
     if how == "labels":
         write(path, pixels, [0, -1, 2])
         return "-1"
@@ -157,14 +205,14 @@ def broken(how, root):
     return "train.parquet"
 
 
-HOW = "no train,large,labels,mixed,no labels,no images,no split,other columns,cut,empty,text"
+HOW = "no train,labels,mixed,no labels,no images,no split,other columns,cut,empty,text"
 
 
 @pytest.mark.parametrize("how", HOW.split(","))
 def test_one_line(how, tmp_path, capsys):
     told = broken(how, tmp_path / "hub")
     argv = ["--net_name", "resnet8", "--data_name", f"hf/{tmp_path / 'hub'}", "--cuda", "0"]
-    argv += ["--save_root", str(tmp_path / "runs")] + ["--img_size", "112"] * (how == "large")
+    argv += ["--save_root", str(tmp_path / "runs")]
     with pytest.raises(SystemExit) as stop:
         train_base.main(argv)
     err = capsys.readouterr().err

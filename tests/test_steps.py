@@ -81,12 +81,15 @@ def recorded(pair: tuple[str, str]) -> dict:
         return json.load(file)
 
 
+QUICK = ["kd", "attention", "crd", "factor", "abound"]  # by the names of the public code
+
+
 def cases():
     for pair in PAIRS:
         for name, found in recorded(pair).items():
             for phase in ("init", "main"):
                 if phase in found:
-                    slow = [pytest.mark.slow] * (pair != PAIRS[0])
+                    slow = [pytest.mark.slow] * (pair != PAIRS[0] or name not in QUICK)
                     label = f"{'-'.join(pair)}-{name}-{phase}"
                     yield pytest.param(pair, name, phase, id=label, marks=slow)
 

@@ -1,0 +1,274 @@
+"""Write the parts of the pages that come from the table of methods, between their marks.
+
+    python tools/pages.py            # the method table of README.md, the sections of docs/methods.md
+    python tools/pages.py --check    # print what is not up to date, change nothing; exit code 1
+
+A section has the paper, the formula and the parameters from the loss file, the row of the table, the
+settings of the protocols, the published figures that exist, and the cost.
+"""
+
+import argparse
+import ast
+import csv
+import functools
+import inspect
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
+
+import torch  # noqa: E402
+
+import network  # noqa: E402
+import utils  # noqa: E402
+from engine import cli, published  # noqa: E402
+from kd_losses import METHODS, Method, Phase, constant  # noqa: E402
+from tools import bench_steps  # noqa: E402
+
+MARKS = "<!-- methods -->", "<!-- end of methods -->"
+PAGES = ("README.md", "README.zh-CN.md", "docs/methods.md")
+READS = dict(
+    out="logits",
+    stem="stem map",
+    stages="feature maps",
+    preacts="feature maps before the ReLU",
+    last="last feature map",
+    feat="pooled features",
+)
+
+
+def parse(argv: list[str]):
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if stale")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    stale = 0
+    for name in PAGES:
+        path = ROOT / name
+        if not path.exists():
+            continue
+        old = path.read_text(encoding="utf-8")
+        new = between_marks(old, sections() if name == "docs/methods.md" else table())
+        if new != old:
+            stale += 1
+            print(f"{name}: {'not up to date' if args.check else 'written'}")
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    return int(args.check and stale > 0)
+
+
+def between_marks(page: str, text: str) -> str:
+    """The page with `text` between its marks."""
+    before, mark, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise ValueError(f"the page lacks {MARKS[0]} or {MARKS[1]}")
+    return f"{before}{mark}\n{text}\n{end}{after}"
+
+
+# --- README.md ------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    """The method table in four columns."""
+    lines = ["| `--kd_mode` | paper | inputs | weight |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *map(row, METHODS)])
+
+
+def row(mode: str) -> str:
+    method, source = METHODS[mode], Source(mode)
+    paper = f"[{source.short}]({source.link})"
+    return f"| [`{mode}`](kd_losses/{mode}.py) | {paper} | {inputs(method)} | {weight(method)} |"
+
+
+def inputs(method: Method) -> str:
+    """What the loss is fed, in words."""
+    fed, words = method.inputs, []
+    for name in fed.reads:
+        if name == "stages" and "preacts" in fed.reads:
+            continue  # the teacher's before the activation, said by the other
+        word = READS[name]
+        if name in ("stages", "preacts") and method.stages:
+            count = len(method.stages)
+            word = word.replace("maps", "map") if count == 1 else word
+            word += " " + " and ".join(map(str, method.stages))
+        words.append(word)
+    names = set(fed.feed.__code__.co_names)
+    if method.two_views:
+        words[0] += " of two views"
+    if method.teacher == "grad" and "img" in names:
+        words[0] += " and their gradients"
+    words += ["classifiers"] * fed.classifier
+    words += ["labels"] * (method.reads_labels and "index" not in names)
+    words += ["sample index"] * ("index" in names)
+    words += ["epoch"] * ("epoch" in names)
+    return ", ".join(words)
+
+
+def weight(method: Method) -> str:
+    """lambda_kd, and lambda_ce where it is not 1."""
+    found = method.lambda_kd
+    text = f"{found:g}" if isinstance(found, float) else f"{found(10):g}, >10 classes {found(100):g}"
+    return text + f"; CE {method.lambda_ce:g}" * (method.lambda_ce != 1)
+
+
+class Source:
+    """What a loss file says of itself: title, paper and link (module docstring), and the text of
+    the docstring of its class."""
+
+    def __init__(self, mode: str):
+        tree = ast.parse((ROOT / f"kd_losses/{mode}.py").read_text(encoding="utf-8"))
+        head = " ".join(ast.get_docstring(tree).split("\n\n")[0].split())
+        found = re.fullmatch(r"(.+?) \(((?:[^()]|\([^()]*\))*)\), (https?://\S+)(.*)", head)
+        if not found:
+            raise ValueError(f"kd_losses/{mode}.py: its docstring is not 'NAME: TITLE (PAPER), LINK'")
+        title, self.paper, link, rest = found.groups()
+        self.link = link + rest.strip() * link.endswith("/")  # an address on two lines
+        self.name, _, self.title = title.partition(": ")
+        self.short = short(self.paper)
+        classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != "_"]
+        loss = METHODS[mode].loss
+        own = [x for x in classes if isinstance(loss, type) and x.name == loss.__name__]
+        self.classes = own or classes
+        self.texts = {x.name: ast.get_docstring(x) or "" for x in self.classes}
+
+
+def short(paper: str) -> str:
+    """First author, venue and year of 'Author, Author, VENUE YEAR, section 3'."""
+    names, venue = [], ""
+    for part in paper.split(", "):
+        if re.search(r"\b(19|20)\d\d\b", part):
+            venue = part
+            break
+        names.append(part)
+    return f"{names[0]} et al., {venue}" if len(names) > 2 else ", ".join([*names, venue])
+
+
+# --- docs/methods.md ------------------------------------------------------------------------------
+
+
+def sections() -> str:
+    links = ", ".join(f"[{mode}](#{mode})" for mode in METHODS)
+    return "\n\n".join([links, *map(section, METHODS)])
+
+
+def section(mode: str) -> str:
+    source = Source(mode)
+    file = f"[kd_losses/{mode}.py](../kd_losses/{mode}.py)"
+    head = [f"### {mode}", f"{source.title}. [{source.paper}]({source.link}). File: {file}."]
+    body = []
+    for name, text in source.texts.items():
+        text = re.sub(r"\n(?=Differs from )", "\n\n", text)
+        body += [f"`{name}`"] * (len(source.texts) > 1) + [text]
+    facts = [*row_facts(METHODS[mode]), *protocol_facts(mode), *figures(mode), *cost(mode)]
+    return "\n\n".join([*head, *body, "\n".join(f"- {x}" for x in facts)])
+
+
+def row_facts(method: Method) -> list[str]:
+    """Inputs, weight, phases and flags."""
+    facts = [f"inputs: {inputs(method)}", f"default weight: {weight(method)}"]
+    if method.match:
+        facts.append(f"the compared maps must agree in {method.match.replace('+', ' and ')}")
+    if method.ramp is not constant:
+        facts.append(f"weight over the epochs: {ramp(method.ramp)}")
+    if len(method.phases) > 1:
+        facts.append("phases: " + "; ".join(map(phase, method.phases)))
+    for name, flag in method.flags.items():
+        choices = f" ({', '.join(flag.choices)})" if flag.choices else ""
+        facts.append(f"`--{name}` {shown(flag.default)}: {flag.help}{choices}")
+    return facts
+
+
+def ramp(factor) -> str:
+    """The factor of the weight at some epochs of 200."""
+    found = [(e, f"{factor(e, 200):.2g}") for e in (1, 10, 20, 40, 100, 160, 200)]
+    kept = [x for x, before in zip(found, [(0, ""), *found]) if x[1] != before[1]]
+    return "factor " + ", ".join(f"{value} from epoch {e}" for e, value in kept) + " (of 200)"
+
+
+def phase(x: Phase) -> str:
+    length = f"{x.epochs} epochs" if x.epochs else "all epochs"
+    terms = ["cross-entropy"] * x.ce + ["the method's loss"] * x.kd
+    return f"{x.name} ({length}: {' and '.join(terms)}; trains {', '.join(x.trainable)})"
+
+
+def shown(value) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def setting(name: str, value) -> str:
+    if name == "phases":
+        return "phases " + "; ".join(map(phase, value))
+    if name == "ramp":
+        return "weight " + ("constant" if value is constant else ramp(value))
+    if name == "inputs":
+        value = next(k for k, x in inspect.getmembers(__import__("kd_losses")) if x is value)
+    return f"{name} {shown(value)}"
+
+
+def protocol_facts(mode: str) -> list[str]:
+    """What each protocol sets, by the pair of networks too."""
+    facts = []
+    for protocol in published.PROTOCOLS:
+        own = dict(published.SETTINGS[protocol].get(mode, {}))
+        pairs = own.pop("pairs", {})
+        taps = "the authors' levels as stages" if own.pop("taps", None) else ""
+        parts = [*(setting(*x) for x in own.items()), *[taps] * bool(taps)]
+        if parts:
+            facts.append(f"`--protocol {protocol}`: {', '.join(parts)}")
+        alike = {}
+        for pair, values in pairs.items():
+            names = " -> ".join(pair) if isinstance(pair, tuple) else f"student {pair}"
+            alike.setdefault(", ".join(setting(*x) for x in values.items()), []).append(names)
+        for words, names in alike.items():
+            facts.append(f"`--protocol {protocol}`, {', '.join(names)}: {words}")
+    return facts
+
+
+def figures(mode: str) -> list[str]:
+    """In which tables published figures of the method exist."""
+    with open(ROOT / "tools/published.csv", encoding="utf-8") as file:
+        found = Counter(x["table"] for x in csv.DictReader(file) if x["mode"] == mode)
+    if not found:
+        return ["published figures: none in tools/published.csv"]
+    words = ", ".join(f"{count} in `{name}`" for name, count in found.items())
+    return [f"published figures ([tools/published.csv](../tools/published.csv)): {words}"]
+
+
+def cost(mode: str) -> list[str]:
+    """A training step over a bare one, as results/bench/step_all.md has it, and the parameters."""
+    count = added_parameters(mode)
+    learns = f"{count:,} parameters (resnet20 -> resnet8, 10 classes)" if count else "no parameters"
+    text = (ROOT / "results/bench/step_all.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {mode} \|[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|", text, re.M)
+    step = f"{float(found[1]):.2f} times a step without the method's loss" if found else "not measured"
+    return [f"adds {learns}", f"training step on two CPU cores ([speed](speed.md)): {step}"]
+
+
+@functools.cache
+def networks():
+    args = argparse.Namespace(student="resnet8", teacher="resnet20", num_class=10, batch_size=128)
+    torch.manual_seed(0)
+    images = bench_steps.random_images(256, 10)
+    return args, images, *bench_steps.pair(args, images)
+
+
+def added_parameters(mode: str) -> int:
+    """What the method and its adapter add to resnet20 -> resnet8 with 10 classes."""
+    args, images, student, teacher = networks()
+    device, precision = torch.device("cpu"), utils.Precision()
+    build = bench_steps.distillation
+    distiller, *_ = build(mode, args, device, precision, images, student, teacher)
+    return network.count_parameters(distiller.added)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
