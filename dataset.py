@@ -165,7 +165,8 @@ def digest_files(files: np.ndarray, root: Path) -> str:
             size = os.stat(path).st_size
         except OSError as error:
             raise UserError(
-                f"{os.fsdecode(path)!r}: not a readable image ({error.strerror}): mend or remove it"
+                f"{os.fsdecode(path)!r}: not a readable image ({error.strerror}); "
+                "repair or remove it"
             ) from error
         digest.update(b"%s\0%d\0" % (path.removeprefix(above).lstrip(b"/\\"), size))
     return digest.hexdigest()
@@ -202,9 +203,9 @@ def load(
         raise UserError(f"{printable(str(error.filename or root))}: {error.strerror}") from error
     sources, fit = options.pop("sources"), options.pop("fit", "crop")
     if len(parts[0][1]) < 2:
-        raise UserError(f"{name}: {len(parts[0][1])} training image(s): at least two are needed")
+        raise UserError(f"{name}: {len(parts[0][1])} training image(s); at least two are needed")
     if len(classes) < 2:
-        raise UserError(f"{name}: {shown(classes[0])} is the only class: at least two are needed")
+        raise UserError(f"{name}: {shown(classes[0])} is the only class; at least two are needed")
     if flip is not None:
         options["flip"] = flip
     mean, std = map(tuple, mean_std or ((0.0,) * 3, (1.0,) * 3))
@@ -218,7 +219,8 @@ def load(
             pixels = torch.from_numpy(np.ascontiguousarray(items))
             if pixels.shape[1] < SIZES[0]:
                 raise UserError(
-                    f"{name}: images of {pixels.shape[1]} pixels: give --img_size >= {SIZES[0]}"
+                    f"{name}: images of {pixels.shape[1]} pixels are too small; give --img_size >= "
+                    f"{SIZES[0]}"
                 )
             split = Images(pixels, labels, classes, mean, std, img_size=img_size, **options)
         splits.append(split)
@@ -326,7 +328,7 @@ def train_batches(
     its own.
     """
     if padding not in ("reflect", "zero"):
-        raise UserError(f"padding must be reflect or zero, not {padding!r}")
+        raise UserError(f"expected padding 'reflect' or 'zero', got {padding!r}")
     n, device = len(images), images.device
     generator = generator_of(seed, epoch)
     order = torch.randperm(n, generator=generator)
@@ -491,8 +493,8 @@ def _cifar(kind: str):
                     "this folder, and it is downloaded again"
                 ) from error
             raise UserError(
-                f"{kind} is not to be had in {root} ({first_line(error)}): put the folder "
-                f"{reader.base_folder} there, or a network connection"
+                f"{kind} not found in {root} ({first_line(error)}); put the folder "
+                f"{reader.base_folder} there, or connect to the network"
             ) from error
         sources = [_digest(x, y) for x, y in splits]
         splits = [(_resize_all(x, img_size), y) for x, y in splits]
@@ -506,7 +508,7 @@ def no_file(root: Path) -> None:
     for path in (root, *root.parents):
         try:
             if path.exists() and not path.is_dir():
-                raise UserError(f"--img_root {root}: {path} is a file, a folder is wanted")
+                raise UserError(f"--img_root {root}: expected a folder, but {path} is a file")
         except OSError as error:
             raise UserError(f"--img_root {root}: {error.strerror}") from error
 
@@ -571,7 +573,7 @@ def open_image(path: str, data: bytes | None = None):
             return image.convert("RGB")
     except Exception as error:  # PIL raises nearly anything on a broken file
         raise UserError(
-            f"{printable(path)}: not a readable image ({first_line(error)}): mend or remove it"
+            f"{printable(path)}: not a readable image ({first_line(error)}): repair or remove it"
         ) from error
 
 

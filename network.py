@@ -111,7 +111,7 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_class: int):
         super().__init__()
         if (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2, not {depth}")
+            raise ValueError(f"expected depth 6n + 2, got {depth}")
         blocks = (depth - 2) // 6
         stem, *widths = widths
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
@@ -233,7 +233,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, width: int, num_class: int):
         super().__init__()
         if (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4, not {depth}")
+            raise ValueError(f"expected depth 6n + 4, got {depth}")
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = self._group(16, 16 * width, blocks, stride=1)
@@ -409,7 +409,7 @@ class MobileNetV2(nn.Module):
 
 class ShuffleV1Block(nn.Module):
     """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; the input is added, at stride 2 pooled and
-    put beside the result.
+    concatenated with the result.
 
     `groups`: of the 1x1 convolutions, but of the first not on the narrow stem.
     """
@@ -549,7 +549,7 @@ def build(name: str, num_class: int) -> nn.Module:
     """The network `name` of NETWORKS with `num_class` outputs and fresh weights from torch's
     generator.
 
-    Raises UserError where there is no such network, with the names that come near. Networks of
+    Raises UserError where there is no such network, with the similar names. Networks of
     other libraries and files: engine/foreign.py.
     """
     return named(NETWORKS, name, "network")(num_class)
@@ -591,17 +591,19 @@ class Tapped:
     `want`: any of 'stem', 'stages', 'preacts', 'last', 'feat'; `stages`: which of them, counted
     from the deepest (-1) backwards, None for all. The hooks are registered once and silent except
     inside a call of this object, so the bare network can be used, compiled or attacked at any time.
-    Raises UserError where the network lacks what is wanted.
+    Raises UserError if the network lacks one of them.
     """
 
     def __init__(self, net: nn.Module, want=(), stages: tuple[int, ...] | None = None):
         if not hasattr(net, "taps"):
-            raise UserError(f"{type(net).__name__} does not say where its feature maps are (taps)")
+            raise UserError(
+                f"{type(net).__name__} has no attribute `taps` that names its feature maps"
+            )
         taps = dict(last=net.taps["stages"][-1]) | net.taps
         for kind in want:
             if kind != "out" and not taps.get(kind):
                 reason = net.taps.get("lacks", {}).get(kind, f"it has no {kind}")
-                raise UserError(f"{type(net).__name__} does not serve this method: {reason}")
+                raise UserError(f"{type(net).__name__} does not work with this method: {reason}")
         self.net = net
         self._caught = None
         count = len(net.taps["stages"])

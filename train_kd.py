@@ -159,8 +159,8 @@ def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None
         run.pause(lambda: state(student), student.meter, i, f"{student.where}, step {i}")
 
 
-def end_epoch(student: Student, beside: int) -> None:
-    """Evaluate, record, save. beside: the number of students that shared the epoch's time."""
+def end_epoch(student: Student, sharing: int) -> None:
+    """Evaluate, record, save. sharing: the number of students that share the epoch's time."""
     run, distiller, phase, data = student.run, student.distiller, student.phase, student.data
     now, speed = of_the_labelled(student.meter.read()), student.meter.speed
     run.check_finite(now, student.where)
@@ -175,7 +175,7 @@ def end_epoch(student: Student, beside: int) -> None:
         row |= {f"peer_{name}": value for name, value in peer.items()}
         for i, score in ((1, peer), (2, row)):  # KD-Zoo's names
             saved |= {f"prec{i}@{k}": score[f"{data.selection}_top{k}"] for k in (1, 5)}
-    run.epoch(row, speed, saved, keep_best="student" in phase.trainable, beside=beside)
+    run.epoch(row, speed, saved, keep_best="student" in phase.trainable, sharing=sharing)
 
 
 def float32(x: Tensor) -> Tensor:
@@ -297,7 +297,9 @@ def find_networks(args, modes: list[str], group: Group):
     trained = any(METHODS[mode].teacher == "trained" for mode in modes)
     found_t = None
     if modes and args.t_model is None and not trained and not args.t_pretrained:
-        raise UserError("--t_model is needed: the teacher's checkpoint, as train_base.py writes it")
+        raise UserError(
+            "--t_model FILE is required: the teacher's checkpoint, as train_base.py writes it"
+        )
     named = teachers.named_by(args, modes) if modes else []
     if args.t_model or args.t_name or args.t_pretrained:
         how = Weights, args.t_key, "t_key"
@@ -325,7 +327,7 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
         if args.unlabeled and method.reads_labels:
             raise UserError(
-                f"--unlabeled: {mode} reads the labels in its loss; st, at and others not"
+                f"--unlabeled: {mode} reads the labels in its loss; st, at and others do not"
             )
     check_cuda_graph(args, device, {mode: METHODS[mode].capturable for mode in modes})
 
@@ -362,7 +364,8 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
         net.requires_grad_(False)
     if trained and utils.equal_states(student, teacher):
         raise UserError(
-            "both networks start from the same weights and would stay equal: change one"
+            "both networks start from the same weights and would stay equal: change the initial "
+            "weights of one"
         )
     distiller = Distiller(student, teacher, chosen, data.train)
     if distiller.two_views and isinstance(data.train, dataset.Files):
@@ -371,7 +374,7 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
             "pixels, or enlarged from such, not of files read one by one"
         )
     if distiller.labels == "none" and distiller.lambda_ce and any(p.ce for p in distiller.phases):
-        raise UserError("--unlabeled: no training image has a label: give --lambda_ce 0")
+        raise UserError("--unlabeled: no training image has a label; give --lambda_ce 0")
     has_kd = any(x.lambda_kd for x in chosen)
     for phase in distiller.phases:
         if not (phase.ce and distiller.lambda_ce) and not (phase.kd and (has_kd or phase.weight)):

@@ -70,15 +70,15 @@ def brief(error: BaseException) -> str:
 
 
 def named(table: dict, name: str, what: str):
-    """`table[name]`, or a UserError with the names that come near, or all of them."""
+    """`table[name]`, or a UserError with the similar names, or all of them."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=3)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:
-        hint = f"there are {', '.join(table)}" if len(table) < 60 else "none has a name like it"
-    raise UserError(f"no {what} {name!r}: {hint}")
+        hint = f"expected one of {', '.join(table)}" if len(table) < 60 else "no similar name"
+    raise UserError(f"unknown {what} {name!r}; {hint}")
 
 
 def cpus() -> int:
@@ -125,7 +125,7 @@ def select_device(
     if kind not in ("cpu", accelerator()):
         flag = "--cuda 1" if cuda else f"--device {device}"
         raise UserError(
-            f"{flag}: torch sees no {kind} device; leave the flag out to use what is there"
+            f"{flag}: torch finds no {kind} device; leave the flag out to use the available device"
         )
     if number:
         if not number.isdecimal() or int(number) >= torch.accelerator.device_count():
@@ -185,7 +185,7 @@ class Precision:
         """Restore what `state` gave. Raises ValueError where it was not saved."""
         if self.scaler is not None:
             if "scaler" not in saved:
-                raise ValueError("the checkpoint has no state of the loss scaler")
+                raise ValueError("the checkpoint has no loss scaler state")
             self.scaler.load_state_dict(saved["scaler"])
 
     def __str__(self) -> str:
@@ -233,7 +233,7 @@ def describe_device(device: torch.device, precision: Precision) -> str:
 
 def _keep_freed_memory() -> None:
     """Let glibc keep for the next step what this one has freed: to give it back and have it cleared
-    anew costs up to a fifth of a step."""
+    again costs up to a fifth of a step."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; the most of older ones
@@ -280,7 +280,7 @@ def control_group():
 
 
 def all_gather(value) -> list:
-    """`value`, a small object, of every rank; none goes on before all have come."""
+    """`value`, a small object, of every rank; no rank continues before all have arrived."""
     if world() == 1:
         return [value]
     values = [None] * world()
@@ -347,11 +347,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     for own, group in zip(optimizer.param_groups, state["param_groups"]):
         for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
             if group[key] != own[key]:
-                raise ValueError(f"the optimizer's {key} is {group[key]}, not {own[key]}")
+                raise ValueError(f"the optimizer's {key}: expected {own[key]}, got {group[key]}")
     optimizer.load_state_dict(state)
     for parameter, kept in optimizer.state.items():
         if any(torch.is_tensor(x) and x.shape not in ((), parameter.shape) for x in kept.values()):
-            raise ValueError("the optimizer's state is one of other parameters")
+            raise ValueError("the optimizer's state belongs to other parameters")
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -385,8 +385,8 @@ def weighted_sum(pairs: list[tuple[float, Tensor]]) -> Tensor:
 
 
 def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int = 0) -> float:
-    """The learning rate of `epoch` (from 1): a tenth after each milestone, and growing linearly to
-    `lr` over the first `warmup` epochs."""
+    """The learning rate of `epoch` (from 1): it grows linearly to `lr` over the first `warmup`
+    epochs, and is multiplied by 0.1 after each milestone."""
     grown = min(epoch / warmup, 1.0) if warmup else 1.0
     return lr * grown * 0.1 ** sum(epoch > milestone for milestone in milestones)
 
@@ -397,7 +397,7 @@ def step_decay(lr: float, epoch: int, milestones: tuple[int, ...], warmup: int =
 class Meter:
     """Means over the samples of an epoch, summed on the device and read only when asked for.
 
-    finite: leave out what holds a value that is none, which asks the device at every step.
+    finite: leave out values that are NaN or infinite, which reads from the device at every step.
     """
 
     def __init__(self, finite: bool = False):
@@ -467,7 +467,7 @@ def evaluate(
     net: nn.Module, batches, precision: Precision, split: str = "test"
 ) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 accuracy (percent) of `net` over all `batches` of (img,
-    target, index), of this process and of those beside it. split: what their names begin with."""
+    target, index), of this process and of the others. split: what their names begin with."""
     net.eval()
     meter = Meter()
     for img, target, _ in batches:

@@ -6,7 +6,7 @@ does.
     figures = evaluate(detect, data.val)
 
 Batch k of a training is a function of (seed, k), with any number of workers and of processes:
-whoever goes on after step k needs no more than k. Labels are the file's category ids; 0 is the
+whoever continues after step k needs no more than k. Labels are the file's category ids; 0 is the
 background.
 """
 
@@ -37,9 +37,9 @@ LAYOUT = "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}20
 NAMES = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # in pycocotools' order
 
 CHECKS = {
-    "a whole number": lambda x: type(x) is int and abs(x) < 2**53,
-    "a whole number above 0": lambda x: type(x) is int and 0 < x < 2**53,
-    "a whole number above 0, the background": lambda x: type(x) is int and 0 < x < 2**53,
+    "an int": lambda x: type(x) is int and abs(x) < 2**53,
+    "an int > 0": lambda x: type(x) is int and 0 < x < 2**53,
+    "an int > 0 (0 is the background)": lambda x: type(x) is int and 0 < x < 2**53,
     "a name": lambda x: isinstance(x, str),
     "four finite numbers": lambda x: _numbers(x) and len(x) == 4,
     "0 or 1": lambda x: x in (0, 1),
@@ -93,7 +93,7 @@ class Coco:
         if missing:
             path = self.folder / missing[0]["file_name"]
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise self._error("images", missing[0], f"there is no file {str(path)!r}{more}")
+            raise self._error("images", missing[0], f"no file {str(path)!r}{more}")
         self.ids = [image["id"] for image in images]
         self.files = np.array([os.fsencode(image["file_name"]) for image in images], bytes)
         self.sizes = np.array([(x["width"], x["height"]) for x in images], int).reshape(-1, 2)
@@ -112,7 +112,7 @@ class Coco:
         for row in rows:
             for key, known in (("image", place), ("category", self.categories)):
                 if row[f"{key}_id"] not in known:
-                    what = f"there is no {key} {row[f'{key}_id']}"
+                    what = f"no {key} {row[f'{key}_id']}"
                     raise self._error("annotations", row, what)
         rows = sorted(rows, key=lambda row: place[row["image_id"]])
         owner = np.array([place[row["image_id"]] for row in rows], int)
@@ -171,7 +171,9 @@ class Coco:
         height, width = img.shape[1:]
         if size != (width, height):
             one, two = (f"{w}x{h}" for w, h in ((width, height), size))
-            raise UserError(f"{path}: {one} pixels, {self.file.name} says {two}: mend or remove it")
+            raise UserError(
+                f"{path}: {one} pixels, {self.file.name} says {two}: repair or remove it"
+            )
         rows = np.arange(self.bounds[i], self.bounds[i + 1])
         rows = rows[~self.crowds[rows]]
         boxes = torch.from_numpy(self.corners[rows]).float()
@@ -192,7 +194,7 @@ class Coco:
 
 
 def _records(content, kind: str, file: Path) -> list[dict]:
-    """The records of `kind` in a file, each with an id of its own and with what FIELDS wants."""
+    """The records of `kind` in a file, each with its own id and with the fields of FIELDS."""
     rows = content.get(kind) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not (rows or kind == "annotations"):
         raise UserError(f"{file}: there are no {kind!r}: {LAYOUT}")
@@ -205,10 +207,10 @@ def _records(content, kind: str, file: Path) -> list[dict]:
             if key not in row or not CHECKS[what](row[key]):
                 value = f"is {reprlib.repr(row[key])}" if key in row else "is missing"
                 where = f"{file}: {ONE[kind]} {reprlib.repr(row.get('id'))}"
-                raise UserError(f"{where}: its {key} {value}: {what} is wanted")
+                raise UserError(f"{where}: its {key} {value}: expected {what}")
     for id, times in Counter(row["id"] for row in rows).most_common(1):
         if times > 1:
-            raise UserError(f"{file}: {ONE[kind]} {id}: there are {times} of this id")
+            raise UserError(f"{file}: {ONE[kind]} {id}: the id appears {times} times")
     return rows
 
 
@@ -219,9 +221,9 @@ def _fault(shape, width: int, height: int) -> str | None:
         good = (
             _numbers(x) and len(x) in range(6, 10**6, 2) and max(map(abs, x)) < near for x in shape
         )
-        return None if shape and all(good) else "lists of three or more points x, y are wanted"
+        return None if shape and all(good) else "expected lists of three or more points x, y"
     if not isinstance(shape, dict) or shape.get("size") != [height, width]:
-        return f"polygons, or run lengths of size {[height, width]}, are wanted"
+        return f"expected polygons, or run lengths of size {[height, width]}"
     counts = shape.get("counts")
     good = isinstance(counts, str) and counts or _numbers(counts) and sum(counts) == height * width
     if isinstance(counts, list):

@@ -448,18 +448,20 @@ def parse(argv: list[str]):
     add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions an image (512)")
     add = parser.add_argument_group("training").add_argument
     count = dict(type=cli.number(int, 1), metavar="N")
-    add("--iters", **count, help="steps; all else scales with them (default 180000)")
+    add("--iters", **count, help="steps; the schedule scales with them (default 180000)")
     add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help="lr falls after these")
     add("--warmup", type=cli.number(int, 0), metavar="N", help="steps in which lr grows")
-    add("--eval_every", **count, help="steps between evaluations (default: a tenth of all)")
+    add("--eval_every", **count, help="steps between evaluations (default: --iters / 10)")
     cli.add_optimizer_flags(add)
     cli.add_device_flags(parser)
     cli.add_run_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
     if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
-        raise UserError(f"--lambda_kd: {len(parts)} weight(s) wanted, one for each part of {mode}")
+        raise UserError(
+            f"--lambda_kd: expected {len(parts)} weight(s), one for each part of {mode}"
+        )
     if not parts and (args.t_model or args.t_name or args.t_pretrained):
-        raise UserError("--kd_mode none has no teacher: leave it out, or choose another mode")
+        raise UserError("--kd_mode none has no teacher; leave it out, or choose another mode")
     flags = {p: {flag: getattr(args, flag) for flag in row.flags} for p, row in parts.items()}
     return args, {p: replace(row, flags=flags[p]) for p, row in parts.items()}
 
@@ -467,7 +469,7 @@ def parse(argv: list[str]):
 def _owner(flag: str, mode: str) -> str | None:
     owners = [part for part, row in PARTS.items() if flag.lstrip("-") in row.flags]
     if owners:
-        return f"it belongs to {' and '.join(owners)}, which --kd_mode {mode} is not"
+        return f"it belongs to {' and '.join(owners)}, not to --kd_mode {mode}"
 
 
 def resolve(args, s: Found, t: Found | None):
@@ -518,9 +520,7 @@ def main(argv: list[str] | None = None) -> dict:
     if parts:
         found_t = find(args.t_name, args.t_model, "t", args.t_pretrained and "detector")
         if found_t.state is None and not args.t_pretrained:
-            raise UserError(
-                "--t_model FILE or --t_pretrained is needed: a teacher that was trained"
-            )
+            raise UserError("--t_model FILE or --t_pretrained is required: a trained teacher")
     cfg = resolve(args, found_s, found_t)
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)

@@ -23,7 +23,8 @@ def align(s_net: nn.Module, t_net: nn.Module, stages: tuple[int, ...] | None) ->
     picked = tuple(i - depth_s - 1 if i > 0 else i for i in stages)
     if any(i >= j for i, j in zip(picked, picked[1:])):
         raise UserError(
-            f"--stages {','.join(map(str, stages))}: from the shallowest to the deepest, each once"
+            f"--stages {','.join(map(str, stages))}: expected stages from the shallowest to the "
+            "deepest, each once"
         )
     for number, i in zip(stages, picked):
         if not -common <= i <= -1:
@@ -56,11 +57,11 @@ class Adapter(nn.Module):
                 continue
             if needs.startswith(("regressor", "connector")):
                 self.layers[key] = Regressor(fm_s.shape, fm_t.shape, relu=needs.endswith("relu"))
-                self.notes.append(f"{key} {shapes}: learnable regressor of the student")
+                self.notes.append(f"{key} {shapes}: learnable regressor on the student's map")
                 continue
             if "channels" in needs and fm_s.shape[1] != fm_t.shape[1]:
                 self.layers[key] = _project(fm_s, fm_t)
-                self.notes.append(f"{key} {shapes}: learnable projection of the student")
+                self.notes.append(f"{key} {shapes}: learnable projection of the student's map")
             if fm_s.shape[2:] != fm_t.shape[2:]:
                 self.notes.append(f"{key} {shapes}: the larger map is pooled")
 
@@ -115,7 +116,7 @@ class Regressor(nn.Module):
             self.conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
         else:
             raise UserError(
-                f"no regressor leads from {h_s}x{w_s} to {h_t}x{w_t}: --adapter channels+size"
+                f"the regressor cannot map {h_s}x{w_s} to {h_t}x{w_t}; give --adapter channels+size"
             )
         self.bn = nn.BatchNorm2d(c_t)
         self.relu = relu

@@ -256,7 +256,8 @@ def affine(pixels: Tensor, numbers: Tensor) -> Tensor:
 
 
 def blend(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """Brightness, colour, contrast: towards black, one's own grey, the grey of the whole image."""
+    """Brightness, colour, contrast: towards black, each image's own grey, the grey of the whole
+    image."""
     from torchvision.transforms.v2.functional import rgb_to_grayscale
 
     factor, rest, own, whole, *_ = _columns(numbers)

@@ -36,7 +36,7 @@ def make_one_channel(net: nn.Module, name: str) -> nn.Module:
         first.in_channels = 1
     give_one_channel(net)
     if channels_of(net) == 3:
-        raise UserError(f"--channels 1: {name} has no first convolution of three channels")
+        raise UserError(f"--channels 1: {name} does not start with a convolution of three channels")
     return net
 
 
@@ -78,10 +78,11 @@ def check_grey(net: nn.Module, name: str, images: Images | Files) -> list[str]:
         return []
     if not is_grey(images):
         raise UserError(
-            f"{name} takes images of one channel, and these have colours: make them grey, or give "
+            f"{name} takes images of one channel, but these have colours; convert them to grey, or "
+            "give "
             "a network that takes three channels"
         )
-    return [f"{name} takes one channel: the images, which are grey, are given to it with one"]
+    return [f"{name} takes one channel: the grey images are loaded with one channel"]
 
 
 def is_grey(images: Images | Files) -> bool:

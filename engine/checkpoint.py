@@ -56,7 +56,9 @@ def read_checkpoint(path: str | Path) -> dict:
         known = isinstance(error, (FileNotFoundError, NotADirectoryError))
         raise UserError(f"{path}: no such checkpoint{'' if known else f' ({error})'}") from error
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name the checkpoint in it, like model_best.pth.tar")
+        raise UserError(
+            f"{path} is a folder; give the checkpoint in it, such as model_best.pth.tar"
+        )
     if not path.is_file():  # one that never ends, perhaps
         raise UserError(f"{path} is no file that could be read twice: give a copy of it")
     try:
@@ -293,7 +295,7 @@ class Weights:
                 forward_logits(net, self.name, count, img_size)
             except UserError:  # a backbone: or the dry pass says what is wrong
                 count, self.outputs = None, replace(self.outputs, answers=False)
-                self.say([f"{self.name} gives no logits: it is taken for its feature maps alone"])
+                self.say([f"{self.name} has no logits; only its feature maps are used"])
         self.say(ensure_taps(net, self.name, count, img_size, self.taps), notes_of(net))
         return net
 
@@ -380,10 +382,14 @@ def find_weights(
         if name is None:
             raise UserError(f"--{flag} or --{file_flag} is needed")
         if key is not None:
-            raise UserError(f"--{key_flag} {key}: an entry of a checkpoint, but there is none")
+            raise UserError(
+                f"--{key_flag} {key}: expected an entry of a checkpoint, but no checkpoint is given"
+            )
         return kind(name, pretrained=pretrained, taps=taps)
     if pretrained:
-        raise UserError(f"--{file_flag} {path} has weights of its own: pretrained contradicts it")
+        raise UserError(
+            f"--{file_flag} {path} already gives the weights; leave out the pretrained flag"
+        )
     checkpoint = read_checkpoint(path)
     state = read_weights(checkpoint, path, key, key_flag)
     meta, notes = read_meta(checkpoint, path), []
@@ -403,11 +409,11 @@ def find_weights(
         notes = [line, *notes]
     known = meta.get("network")
     if name is None and known is None:
-        raise UserError(f"{path} does not say which network it is: give --{flag}")
+        raise UserError(f"{path} does not say which network it holds; give --{flag}")
     if name is None and ".py:" in known:
         # a checkpoint must not choose which code is run
         own = shlex.quote(shown(known, 300))
-        raise UserError(f"{path} holds a network of your own: say so with --{flag} {own}")
+        raise UserError(f"{path} holds a network from your own file; give --{flag} {own}")
     if known not in (None, name or known) and ".py:" not in name:
         raise UserError(f"--{flag} {name} contradicts {path}, which holds a {shown(known)}")
     _check_simkd(name or known, state, path)

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv=None, owner=lambda flag: None):
-        """Strict: an unknown flag is an error that says which flag comes near, or whose it is
+        """Strict: an unknown flag is an error that says which flag is similar, or whose it is
         (`owner(flag)`: a sentence, or None)."""
         args, rest = self.parse_known_args(argv)
         if rest:
@@ -71,7 +71,7 @@ def usable_folder(path: Path, flag: str, write: bool = True) -> None:
             if there.is_dir():
                 break
             if there.exists() or there.is_symlink():
-                raise UserError(f"{flag} {path}: {there} is a file, a folder is wanted")
+                raise UserError(f"{flag} {path}: {there} expected a folder, but this is a file")
     except OSError as error:
         raise UserError(f"{flag} {str(path)[:200]} cannot be used ({error.strerror})") from error
     if write and not os.access(there, os.W_OK | os.X_OK):
@@ -87,7 +87,9 @@ def writable_file(path: Path, force: bool) -> None:
     except OSError as error:  # of a name too long
         raise UserError(f"{str(path)[:200]} cannot be written ({error.strerror})") from error
     if there and not force:
-        raise UserError(f"{path} is there already: --force writes over it, --out FILE beside it")
+        raise UserError(
+            f"{path} already exists; give --force to overwrite it, or --out FILE for another file"
+        )
     if not os.access(path if there else path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written (no permission)")
 
@@ -113,9 +115,9 @@ def filled(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"a name is wanted, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
     return text
 
 
@@ -123,7 +125,7 @@ def one_folder(text: str) -> str:
     """An argparse type: the name of one folder."""
     if Path(filled(text)).name != text or text == ".." or "\\" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(
-            f"the name of one folder is wanted, not {text!r}; --save_root says where it is"
+            f"expected the name of one folder, got {text!r}; --save_root says where it is"
         )
     return text
 
@@ -150,15 +152,17 @@ def class_lines(text: str) -> tuple[str, ...]:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text[:200]}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{text}: no UTF-8 text") from None
+        raise argparse.ArgumentTypeError(f"{text}: not UTF-8 text") from None
     lines = tuple(line.strip() for line in lines)
     while lines and not lines[-1]:
         lines = lines[:-1]
     for i, line in enumerate(lines, 1):
         if not line or len(line) > 300 or not line.isprintable():
-            raise argparse.ArgumentTypeError(f"{text}, line {i}: a class is wanted, name or index")
+            raise argparse.ArgumentTypeError(
+                f"{text}, line {i}: expected the name or index of a class"
+            )
     if not lines:
-        raise argparse.ArgumentTypeError(f"{text}: there are no lines")
+        raise argparse.ArgumentTypeError(f"{text}: expected at least one line")
     return lines
 
 
@@ -217,7 +221,7 @@ def add_common_flags(parser: Parser, defaults: dict) -> None:
         nargs="?",
         const=1,
         metavar="0|1",
-        help="capture the training step as a CUDA graph (default: on CUDA, where it is possible)",
+        help="capture the training step as a CUDA graph (default: on CUDA, if possible)",
     )
     add(
         "--compile",
@@ -239,7 +243,7 @@ def add_optimizer_flags(add, defaults: dict | None = None) -> None:
         "--batch_size",
         type=number(int, 2),
         metavar="N",
-        help="images per optimizer step, of all processes together" + default("batch_size"),
+        help="images per optimizer step, over all processes" + default("batch_size"),
     )
     add(
         "--lr",
@@ -258,7 +262,7 @@ def add_optimizer_flags(add, defaults: dict | None = None) -> None:
         "--on_nan",
         choices=("stop", "skip"),
         default="stop",
-        help="at a NaN or infinite loss: stop the run, or skip the step (default stop)",
+        help="if a loss is NaN or infinite: stop the run, or skip the step (default stop)",
     )
     add(
         "--seed",
@@ -293,7 +297,7 @@ def add_run_flags(parser: Parser) -> None:
         help="also send config, metrics and curves to this project of W&B (WANDB_MODE=offline: "
         "only write them)",
     )
-    add("--resume", action="store_true", help="continue the run in the folder")
+    add("--resume", action="store_true", help="continue the run in the run directory")
     add(
         "--save_every",
         type=number(float, 0),
@@ -326,13 +330,14 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
         "--num_class",
         type=number(int, *CLASSES),
         metavar="N",
-        help="number of classes, must be that of the dataset",
+        help="number of classes (must agree with the dataset)",
     )
     add(
         "--img_size",
         type=number(int, *SIZES),
         metavar="N",
-        help="NxN pixels; up to 96 kept on the device, above read batch by batch (imagenet: 224)",
+        help="resize images to NxN pixels; up to 96 they stay on the device, larger ones are read "
+        "batch by batch (imagenet: 224)",
     )
     add(
         "--fit",
@@ -359,8 +364,8 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             type=count_or_share,
             metavar="N",
             help="validation set: N training images, or a share such as 0.1, of every class, drawn "
-            "by --seed; chooses the best epoch (default: the test set does, or a val folder beside "
-            "the test folder)",
+            "by --seed; the best epoch is chosen on it (default: on the test set, or on the val "
+            "folder if the images have both folders)",
         )
     add(
         "--mean_std",
@@ -380,7 +385,7 @@ def add_device_flags(parser: Parser) -> None:
         type=filled,
         default="auto",
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:N, mps or xpu (default auto: an accelerator if there is one)",
+        help="auto, cpu, cuda, cuda:N, mps or xpu (default auto: an accelerator if available)",
     )
     add(
         "--cuda",
@@ -399,7 +404,7 @@ def add_device_flags(parser: Parser) -> None:
         "--workers",
         type=number(int, 0, 1024),
         metavar="N",
-        help="processes that read images above 96 pixels (default: one per CPU, at most 8)",
+        help="worker processes that read images above 96 pixels (default: one per CPU, at most 8)",
     )
 
 
@@ -414,7 +419,7 @@ def mean_std(text: str):
             f"{text!r}"
         )
     if min(values[:3]) < 0 or max(values) > 1 or min(values[3:]) < 1e-3:
-        raise argparse.ArgumentTypeError(f"pixels are scaled to 0..1, {text!r} is of another scale")
+        raise argparse.ArgumentTypeError(f"expected values for pixels in 0..1, got {text!r}")
     return values[:3], values[3:]
 
 
@@ -457,7 +462,7 @@ def resolve(
         if any(one >= two for one, two in pairs):
             raise UserError(
                 f"--milestones {','.join(map(str, args.milestones))}: expected increasing epochs, "
-                f"none after the last epoch, {cfg.epochs}"
+                f"all <= --epochs {cfg.epochs}"
             )
     else:
         cfg.milestones = tuple(scaled(e, cfg.epochs, protocol) for e in milestones)
@@ -485,10 +490,10 @@ def resolve_data(cfg: argparse.Namespace, knows: dict, protocol: Protocol) -> No
     for flag in ("data_name", "num_class", "img_size", "fit"):
         given, known = getattr(cfg, flag), knows.get(flag)
         if given is not None and known is not None and given != known:
-            raise UserError(f"--{flag} {given} contradicts the checkpoint, which says {known}")
+            raise UserError(f"--{flag} {given} contradicts the checkpoint, which has {known}")
         setattr(cfg, flag, known if given is None else given)
     if cfg.data_name is None:
-        raise UserError(f"--data_name is needed: {DATA_NAMES}")
+        raise UserError(f"--data_name is required: {DATA_NAMES}")
     if cfg.img_size is None:
         cfg.img_size = IMG_SIZE.get(cfg.data_name, protocol.img_size)
     if cfg.workers is None:

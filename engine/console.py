@@ -82,8 +82,12 @@ def _end_of(error: BaseException) -> tuple[str, int] | None:
         return f"error: {line}: give fewer --workers, or --workers 0", 2
     if out_of_memory(error):
         size = re.search(r"allocate ([\d.]+ \w+)", line)
-        more = f" ({size[1]} more are wanted)" if size else ""
-        return f"error: out of memory{more}: give a smaller --batch_size, --img_size or network", 2
+        more = f" ({size[1]} more were needed)" if size else ""
+        return (
+            f"error: out of memory{more}: use a smaller --batch_size, --img_size or network, or "
+            "--accumulate",
+            2,
+        )
     if getattr(error, "errno", None) in FEW or "can't start new thread" in line:
         return f"error: the system's limits are too low ({line}): give fewer --workers", 2
     if isinstance(error, OSError):
@@ -133,7 +137,10 @@ def say(*lines: str) -> None:
             _mute()
             if not isinstance(error, BrokenPipeError):
                 with suppress(OSError, ValueError):
-                    print(f"warning: nothing more is printed ({error})", file=sys.stderr)
+                    print(
+                        f"warning: standard output is closed; nothing more is printed ({error})",
+                        file=sys.stderr,
+                    )
 
 
 def _nobody_reads() -> bool:

@@ -38,7 +38,7 @@ def _why_not(cfg, device: torch.device, modes: dict[str, bool], tensors) -> str:
     if device.type != "cuda":
         return "the device is not CUDA"
     if utils.world() > 1:
-        return "there are several processes"
+        return "CUDA graphs need a single process"
     if cfg.on_nan == "skip":
         return "--on_nan skip reads the loss in every step"
     for mode, capturable in modes.items():

@@ -161,7 +161,7 @@ class Distiller:
         trainable = {name for x in settings for phase in x.phases for name in phase.trainable}
         if "backbone" in trainable and "feat" not in student.taps:
             raise UserError(
-                f"the student has no classifier to set apart: {student.taps['lacks']['feat']}"
+                f"the student has no separate classifier: {student.taps['lacks']['feat']}"
             )
         reads = {kind for x in settings for inputs in _all_inputs(x) for kind in inputs.reads}
         if any(m.deploys_projector for m in methods):
@@ -369,7 +369,7 @@ class Distiller:
     def compile(self) -> str:
         """torch.compile both networks, where the methods allow it. Returns what to log."""
         if self.image_grad:
-            return "not compiled: the method needs second derivatives, which compiled code lacks"
+            return "not compiled: torch.compile does not support second derivatives"
         for net in self.networks:
             net.compile()  # in place: hooks and the state dict's keys stay
         return "the networks are compiled at their first step"

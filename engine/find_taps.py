@@ -199,7 +199,7 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool)
         taps["feat"] = f"{linear[-1].path}:in"
         calls = calls[: calls.index(linear[-1])] + calls[-1:]
     else:
-        lacks["feat"] = "no linear layer ends it, so it has no pooled features"
+        lacks["feat"] = "it does not end in a linear layer, so it has no pooled features"
         convs = [call for call in calls if isinstance(call.module, nn.Conv2d)]
         out = calls[-1].out
         if (
@@ -219,7 +219,7 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool)
             picked = [blocks[math.ceil(len(blocks) * i / count) - 1] for i in range(1, count + 1)]
         if not picked:
             raise UserError(
-                f"{name}: no feature maps were found: name modules with --s_taps, --t_taps"
+                f"{name}: no feature maps found; name modules with --s_taps or --t_taps"
             )
         ends = [(call.path, call, call.out, call.out_version) for call in picked]
     else:
@@ -227,7 +227,8 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool)
         order = [every_call.index(call) for path, call, *_ in ends if not path.endswith(":in")]
         if order != sorted(set(order)) or len(set(stages)) < len(stages):
             raise UserError(
-                f"{name}: {','.join(stages)}: taps are named from the shallowest on, each once"
+                f"{name}: {','.join(stages)}: expected taps from the shallowest to the deepest, "
+                "each once"
             )
     taps["stages"] = [path for path, *_ in ends]
     if stem is None:
@@ -241,12 +242,12 @@ def _find(calls: list[_Call], name: str, net: nn.Module, stages, backbone: bool)
     for path, call, x, version in ends:
         if x._version != version:
             raise UserError(
-                f"{name}: what {path} gives is changed in place later: tap another module"
+                f"{name}: the output of {path} is changed in place later; name another module"
             )
         layout[path] = _layout(x, side, name, path)
         preact = _before_activation(path, x, every_call)
         if x.ndim == 3:
-            lacks["preacts"] = "a transformer's tokens have no activation to look in front of"
+            lacks["preacts"] = "a transformer's tokens have no activation before them"
         elif preact is None:
             lacks["preacts"] = (
                 f"no activation module gives its map at {path}: what is before it is unknown: call "
@@ -274,7 +275,7 @@ def _pooled_of_backbone(calls: list[_Call]) -> str | None:
 
 
 def _side(x: Tensor | None) -> int:
-    """Height of a square map, (B, C, H, W) or (B, H, W, C); 0 where it is none."""
+    """Height of a square map, (B, C, H, W) or (B, H, W, C); 0 if it is not a square map."""
     if x is None or x.ndim != 4:
         return 0
     return x.shape[2] if x.shape[2] in (x.shape[3], x.shape[1]) else 0
@@ -349,7 +350,7 @@ def _named_end(path: str, calls: list[_Call], name: str, net: nn.Module):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{path}: a tap is MODULE, MODULE#2 (its second call) or MODULE:in"
+            f"{path}: expected MODULE, MODULE#2 (its second call) or MODULE:in"
         ) from None
     named(modules, module, f"module in {name} called")
     hits = [call for call in calls if call.path.split("#")[0] == module]
@@ -372,7 +373,9 @@ def _layout(x: Tensor, side: int, name: str, path: str):
     if not 0 < side * side <= tokens:
         side = math.isqrt(tokens)
     if side < 2:
-        raise UserError(f"{name}: {path} gives {tuple(x.shape)}, which is no square of tokens")
+        raise UserError(
+            f"{name}: {path} returns {tuple(x.shape)}: its tokens do not form a square map"
+        )
     return tokens - side * side, side
 
 
@@ -410,7 +413,9 @@ def _table(net: nn.Module, name: str, calls: list[_Call], in_place: int) -> list
 
     width = max(map(len, net.taps["stages"])) + 8
 
-    lines = [f"{name}: feature maps found by a dry pass (stages: --s_taps, --t_taps)"]
+    lines = [
+        f"{name}: feature maps found by a trial forward pass (--s_taps and --t_taps select others)"
+    ]
     if in_place:
         lines[0] += f"; {in_place} in-place activations made out of place"
     taps = net.taps

@@ -16,7 +16,7 @@ from dataset import RESIDENT, identity_of, is_large, no_file, open_image, some
 from utils import UserError, printable, shown
 
 FOLDER, VALIDATED = ("test", "val"), ("val", "test")
-WAYS = dict(crop="their middle is cropped", squash="they are squashed")
+WAYS = dict(crop="the middle is cropped", squash="they are squashed")
 
 
 def folder_reader(tests: tuple[str, ...], fit: str = "crop", bare: bool = False):
@@ -68,7 +68,7 @@ def folder_identity(root: Path, tests: tuple[str, ...] = ()) -> dict:
 
 def _list_folder(root: Path, tests: tuple[str, ...], bare: bool = False):
     """The folders of the splits, and what `list_images` says of each: train, and the first of
-    `tests` that is there. Of FOLDER both: beside a test folder, val is the validation set. bare:
+    `tests` that is there. Of FOLDER both: next to a test folder, val is the validation set. bare:
     whether train may be missing."""
     no_file(root)
     train = root / "train"
@@ -76,7 +76,7 @@ def _list_folder(root: Path, tests: tuple[str, ...], bare: bool = False):
     if not (train.is_dir() or bare) or not there:
         needed = f"{tests[0]}/<class>/* (or {tests[1]})"
         needed = f"{needed} is" if bare else f"train/<class>/* and {needed} are"
-        raise UserError(f"{root}: no image folder: {needed} needed")
+        raise UserError(f"{root}: not an image folder; {needed} needed")
     folders = [train, *(there if tests == FOLDER else there[:1])]
     lists = [list_images(folder) for folder in folders if folder.is_dir()]
     if len(lists) < len(folders):
@@ -98,7 +98,8 @@ def as_bytes(*splits: list[str]) -> list[np.ndarray]:
 
 
 def _is_small(path: bytes) -> bool:
-    """Whether an image is one to be kept and enlarged, rather than read when it is wanted."""
+    """Whether an image is small and square: then it is kept and enlarged, not read from its file
+    each time."""
     from PIL import Image
 
     try:
@@ -114,7 +115,7 @@ def list_images(folder: Path) -> tuple[list[str], list[str], list[int], str | No
     """Class names, paths and labels of the images in `folder`, and a note on what is ignored."""
     classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
     if not classes:
-        raise UserError(f"{folder}: no class folders with images in them")
+        raise UserError(f"{folder}: expected one folder with images per class")
     files, labels, empty, ignored = [], [], [], Counter()
     for label, name in enumerate(classes):
         found, others = images_in(folder / name)

@@ -23,7 +23,7 @@ def build(
     `path/to/file.py:function`, called as `function(num_class)`. `img_size`: for networks that
     must know it. `pretrained`: with the library's own weights; their classifier is replaced where
     it has another number of classes.
-    Raises UserError where there is no such network, with the names that come near.
+    Raises UserError where there is no such network, with the similar names.
     """
     return constructor(name)(num_class, img_size, pretrained)
 
@@ -48,7 +48,8 @@ def constructor(name: str, auxiliary: bool = False):
     def make(num_class, img_size, pretrained):
         if pretrained:
             raise UserError(
-                f"{name} has no pretrained weights: only torchvision/, timm/ and hf/ have them"
+                f"{name} has no pretrained weights; only torchvision/, timm/ and hf/ networks have "
+                "them"
             )
         return own(num_class)
 
@@ -98,10 +99,10 @@ def _of_simkd(name: str):
     inner, *numbers = rest.rsplit(":", 5)
     if len(numbers) < 5 or not all(x.isdecimal() and len(x) < 6 and int(x) for x in numbers):
         raise UserError(
-            f"no network {shown(name)!r}: simkd:NETWORK and five numbers are wanted, 1 to 99999"
+            f"unknown network {shown(name)!r}; expected simkd:NETWORK and five ints from 1 to 99999"
         )
     if inner.count("simkd:") > 3:
-        raise UserError(f"no network {shown(name)!r}: one simkd in another in another")
+        raise UserError(f"unknown network {shown(name)!r}; simkd networks are nested too deeply")
     s_dim, t_dim, factor, *size = map(int, numbers)
     own = constructor(inner)
 
@@ -243,8 +244,9 @@ def _hf_config(name: str):
         return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"no network hf/{name} ({first_line(error)}): the name of an image classifier on "
-            "huggingface.co, or a folder with its config.json, is needed"
+            f"unknown network hf/{name} ({first_line(error)}); expected the name of an image "
+            "classifier on "
+            "huggingface.co, or a folder with its config.json"
         ) from error
 
 

@@ -50,7 +50,7 @@ def command_lines(argv: list[str]) -> dict[str, list[str]]:
         base = inner.split(".")[-1]
         if owner is None and base in OF_THE_METHODS:
             raise UserError(
-                f"--{name}: there are several students, give it for one of them: "
+                f"--{name}: there are several students; give it for one of them: "
                 f"--{students[0]}.{name}"
             )
         if owner and base not in OF_THE_METHODS | PLACE | {"logit_stand", "gather", "ensemble"}:
@@ -141,7 +141,7 @@ def modes_of(kd_mode: str | None) -> list[str]:
             own = "deploys its own network" if method.deploys_projector else "has its own phases"
             raise UserError(f"--kd_mode {kd_mode}: {mode} {own} and cannot be combined")
     if len(set(modes)) < len(modes):
-        raise UserError(f"--kd_mode {kd_mode}: a method is given twice")
+        raise UserError(f"--kd_mode {kd_mode}: a method appears twice")
     return modes
 
 
@@ -242,15 +242,20 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     name = dict(type=cli.filled, metavar="NAME")
     file = dict(type=cli.filled, metavar="FILE")
     files = dict(type=cli.filled, metavar="FILE[,FILE]")
-    add("--t_model", "--net1_init", **files, help="checkpoint of the teacher, or of several")
+    add(
+        "--t_model",
+        "--net1_init",
+        **files,
+        help="checkpoint of the teacher, or several separated by commas",
+    )
     add(
         "--s_init",
         "--net2_init",
         **file,
         help="initial weights of the student (default: random)",
     )
-    add("--t_name", "--net1_name", **name, help="teacher network (default: as the checkpoint says)")
-    add("--s_name", "--net2_name", **name, help="student network (default: as the checkpoint says)")
+    add("--t_name", "--net1_name", **name, help="teacher network (default: from the checkpoint)")
+    add("--s_name", "--net2_name", **name, help="student network (default: from the checkpoint)")
     add(
         "--ensemble",
         choices=KINDS,
@@ -325,9 +330,11 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         stages=dict(
             type=cli.comma(cli.number(int)),
             metavar="I[,I]",
-            help="stages that are compared: 1 is the shallowest, -1 the deepest",
+            help="stages to compare: 1 is the shallowest, -1 the deepest",
         ),
-        reduce=dict(choices=("mean", "sum"), help="how the losses of the stages are combined"),
+        reduce=dict(
+            choices=("mean", "sum"), help="combine the losses of the stages by mean or sum"
+        ),
         adapter=dict(choices=ADAPTERS, help="how the student's maps are fitted to the teacher's"),
     )
     for name, fields in shared.items():

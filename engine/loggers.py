@@ -42,7 +42,7 @@ class Logger:
 
 
 def check(cfg: argparse.Namespace) -> None:
-    """Raise UserError where a logger cannot be had, before anything is written."""
+    """Raise UserError if a logger cannot be used, before anything is written."""
     if cfg.tensorboard:
         summary_writer()
     if cfg.wandb:
@@ -61,7 +61,7 @@ def loggers_of(cfg: argparse.Namespace, folder: Path) -> list[Logger]:
 
 
 class CSV(Logger):
-    """metrics.csv and timing.csv, written anew after each checkpoint."""
+    """metrics.csv and timing.csv, written again after each checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -88,7 +88,7 @@ def _csv(rows: list[dict]) -> str:
 
 
 class TensorBoard(Logger):
-    """Event files beside metrics.csv; an epoch is a step."""
+    """Event files next to metrics.csv; an epoch is a step."""
 
     def __init__(self, folder: Path):
         self.folder, self.events = folder, None
@@ -153,7 +153,7 @@ class WandB(Logger):
             )
         except Exception as error:
             raise UserError(
-                f"--wandb {self.project}: {first_line(error)}: `wandb login` first, or set "
+                f"--wandb {self.project}: {first_line(error)}; run `wandb login` first, or set "
                 "WANDB_MODE=offline, and continue with --resume"
             ) from error
         if not known:  # the epochs before, of a run that had no --wandb
@@ -190,12 +190,12 @@ class WandB(Logger):
             if self.run:
                 what(self.run)
         except Exception as error:
-            say(f"warning: W&B: {first_line(error)}: nothing more is sent, the training continues")
+            say(f"warning: W&B: {first_line(error)}; nothing more is sent, the training continues")
             self.run = None
 
 
 def config_of(record: dict) -> dict:
-    """What W&B shows as a run's config: the flags, resolved, and beside them what else args.json
+    """What W&B shows as a run's config: the flags, resolved, and next to them what else args.json
     holds."""
     flags = record.get("recipe") or {}
     others = {key: value for key, value in record.items() if key != "recipe"}
@@ -222,7 +222,9 @@ def check_wandb() -> None:
     except Exception as error:
         raise UserError(f"--wandb: W&B cannot be used ({first_line(error)})") from error
     if not ready:
-        raise UserError("--wandb: nobody is logged in: `wandb login` first, or WANDB_MODE=offline")
+        raise UserError(
+            "--wandb: not logged in; run `wandb login` first, or set WANDB_MODE=offline"
+        )
 
 
 def import_wandb():

@@ -131,7 +131,7 @@ def forward_logits(
 def no_such_images(name: str, img_size: int, error: BaseException) -> UserError:
     """What to raise where a network fails on a trial image with `error`."""
     return UserError(
-        f"{name} does not take images of {img_size} pixels ({brief(error)}): try --img_size"
+        f"{name} does not take images of {img_size} pixels ({brief(error)}): try another --img_size"
     )
 
 
@@ -248,7 +248,9 @@ def match_classes(
     what = f"{flag} {found.path or found.name}".strip()
     if lines is not None:
         if found.state is None and not found.pretrained:
-            raise UserError(f"{lines_flag}: {found.name} has fresh weights, which know no classes")
+            raise UserError(
+                f"{lines_flag}: {found.name} has fresh weights, which have no classes yet"
+            )
         index = _chosen(lines, classes, data_name, count, names, lines_flag)
         note = f"{found.name}: its outputs are mapped to the classes of {data_name} ({lines_flag})"
         same = index == tuple(range(count))
@@ -272,7 +274,7 @@ def match_classes(
         differ = f"{what} has other classes than {data_name}, {some(mine)} and not {some(theirs)}"
     if needed:
         raise UserError(f"{differ}: " + "; ".join(filter(None, (needed, advice))))
-    note = f"{differ}: it is taken for its feature maps alone"
+    note = f"{differ}: only its feature maps are used"
     return Outputs(count, None, False, note=note, needed=False)
 
 
@@ -289,11 +291,13 @@ def _chosen(lines, classes, data_name, count, names, flag) -> tuple[int, ...]:
         where = f"{flag}, line {i + 1} (class {shown(classes[i])})"
         if line in places:
             if names.count(line) > 1:
-                raise UserError(f"{where}: {shown(line)} is the name of several: give its index")
+                raise UserError(
+                    f"{where}: {shown(line)} is the name of several classes; give its index"
+                )
             index.append(places[line])
         elif line.isdecimal() and len(line) < 8:
             if int(line) >= count:
-                raise UserError(f"{where}: no index {line}: there are 0 to {count - 1}")
+                raise UserError(f"{where}: expected an index from 0 to {count - 1}, got {line}")
             index.append(int(line))
         elif names is None:
             raise UserError(
@@ -306,6 +310,6 @@ def _chosen(lines, classes, data_name, count, names, flag) -> tuple[int, ...]:
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
         if index[-1] in taken:
-            raise UserError(f"{where}: {shown(line)} is the class of another line already")
+            raise UserError(f"{where}: {shown(line)} is already the class of another line")
         taken.add(index[-1])
     return tuple(index)

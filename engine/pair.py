@@ -55,7 +55,7 @@ def needed_classes(modes: list[str]) -> tuple[str, str]:
     others = [mode for mode, method in METHODS.items() if not method.reads_answers]
     few = ", ".join([mode for mode in ("at", "fitnet", "crd", "rkd", "sp") if mode in others])
     why = f"--kd_mode {'+'.join(reading)} reads the teacher's logits or its classifier"
-    more = f"{few} and {len(others) - 5} more methods compare feature maps alone"
+    more = f"{few} and {len(others) - 5} more methods compare only feature maps"
     return why, f"--t_classes FILE maps the teacher's outputs to the dataset's classes; {more}"
 
 
@@ -80,7 +80,7 @@ def match_outputs(args: Namespace, found_t, found_s, data) -> None:
     if not found_s.pretrained:
         found_s.outputs = outputs.match_classes(
             *(found_s, *where, "--s_init"),
-            needed="a student starts from weights for its own classes: leave --s_init out",
+            needed="a student must start from weights for its own classes; leave --s_init out",
             in_classifier=True,
         )
 

@@ -51,7 +51,10 @@ def hub_reader(name: str, fit: str):
         notes, splits = [], ["train", *(x for x in ("test", "val") if x in tables)]
         if "test" in splits and "val" in splits and not _labelled(values["test"]):
             splits.remove("test")
-            notes.append(f"{where}: its test split has no labels, the validation split is the test")
+            notes.append(
+                f"{where}: the test split has no labels; the validation split is used as the test "
+                "set"
+            )
         if len(splits) > 2:
             notes.append(f"the best epoch is chosen on the validation split of {where}")
         classes, numbers = _classes(tables["train"].schema, columns[1], values, splits, where)
@@ -102,16 +105,16 @@ def _folder(folder: Path) -> dict[str, Table]:
     for path in sorted(folder.rglob("*.parquet")):
         split = _split_of(path, folder)
         if split is None:
-            raise UserError(f"{path}: its name says no split: train, test or validation is needed")
+            raise UserError(f"{path}: expected train, test or validation in the file name")
         files.setdefault(split, []).append(path)
     if not files:
-        raise UserError(f"{folder}: there are no Parquet files in it (*.parquet)")
+        raise UserError(f"{folder}: no Parquet files (*.parquet) found")
 
     def opened(path: Path):
         try:
             return pq.ParquetFile(path)
         except Exception as error:  # of pyarrow, nearly anything
-            raise UserError(f"{path}: no readable Parquet file ({first_line(error)})") from error
+            raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
     def table(paths: list[Path]) -> Table:
         def batches(columns):
@@ -119,7 +122,7 @@ def _folder(folder: Path) -> dict[str, Table]:
                 file = opened(path)
                 lacks = [x for x in columns if x not in file.schema_arrow.names]
                 if lacks:
-                    raise UserError(f"{path}: it has no column {some(lacks)}")
+                    raise UserError(f"{path}: column {some(lacks)} not found")
                 try:
                     yield from file.iter_batches(ROWS, columns=columns)
                 except (OSError, ValueError, RuntimeError) as error:
@@ -150,10 +153,10 @@ def _hub(name: str) -> dict[str, Table]:
     """{split: table} of a data set of the hub, which `datasets` downloads."""
     try:
         found = _datasets(name).load_dataset(name)
-    except Exception as error:  # of the network, of a name that is none, of a data set's own code
+    except Exception as error:  # of the network, of an unknown name, of a data set's own code
         raise UserError(
-            f"hf/{name} is not to be had ({first_line(error)}): a folder of Parquet files, or the "
-            "name of a data set on huggingface.co is needed"
+            f"hf/{name} was not found ({first_line(error)}): expected a folder of Parquet files, "
+            "or the name of a data set on huggingface.co"
         ) from error
 
     def table(split) -> Table:
@@ -211,7 +214,7 @@ def _classes(schema, column: str, values: dict, splits: list[str], where: str):
     present = {x for split in splits for x in values[split]}
     if not all(isinstance(x, str) or type(x) is int and x >= 0 for x in present):
         odd = next(x for x in present if not (isinstance(x, str) or type(x) is int and x >= 0))
-        raise UserError(f"{where}: column {column}: {shown(odd)} is no class")
+        raise UserError(f"{where}: column {column}: {shown(odd)} is not a class")
     if len({type(x) for x in present}) > 1:
         raise UserError(f"{where}: column {column} has numbers and strings")
     names = _names(schema, column)

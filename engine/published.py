@@ -35,11 +35,11 @@ LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a lower rate
 class Protocol:
     """A training recipe.
 
-    milestones: the epochs after which the learning rate falls to a tenth; scales: whether `lr` is
-    that of `batch_size` and grows with another; networks: {name: fields that it changes}; warmup:
-    epochs in which the rate grows linearly to `lr`; label_smoothing: of train_base.py alone, for
-    teachers and baselines; img_size: None for that of the data; padding: of the images that are
-    cropped, 'reflect' or 'zero', or ROTATED.
+    milestones: the epochs after which the learning rate is multiplied by 0.1; scales: whether `lr`
+    is that of `batch_size` and grows with another; networks: {name: fields that it changes};
+    warmup: epochs in which the rate grows linearly to `lr`; label_smoothing: of train_base.py
+    alone, for teachers and baselines; img_size: None for that of the data; padding: of the images
+    that are cropped, 'reflect' or 'zero', or ROTATED.
     """
 
     lr: float

@@ -46,8 +46,8 @@ class Run:
     """The folder save_root/note of one run and everything in it.
 
     args.json, log.txt, metrics.csv (a row an epoch, a function of flags and seed alone),
-    timing.csv, curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to go on bit
-    for bit) and model_best.pth.tar. Nothing is written before `start()`; a folder that holds
+    timing.csv, curves.png, result.json (of a finished run), checkpoint.pth.tar (enough to continue
+    bit for bit) and model_best.pth.tar. Nothing is written before `start()`; a folder that holds
     another run, or that another process writes into, is refused.
 
         with run.start(...):        # signals are caught from here on
@@ -87,7 +87,7 @@ class Run:
             except OSError as error:
                 raise UserError(f"{parent} cannot be used ({error.strerror})") from error
             if file:
-                raise UserError(f"{parent} is a file: give another --save_root or --note")
+                raise UserError(f"{parent} is a file; give another --save_root or --note")
         if cfg.resume:
             if self.checkpoint.exists():
                 self.saved = read_checkpoint(self.checkpoint)
@@ -100,12 +100,12 @@ class Run:
             elif not self._bare():  # stopped before its first checkpoint
                 recorded = self._recorded("recipe")
                 if not isinstance(recorded, dict):
-                    raise UserError(f"--resume: there is no run in {self.dir} (checkpoint.pth.tar)")
+                    raise UserError(f"--resume: no run found in {self.dir} (checkpoint.pth.tar)")
                 self._same_flags({key: recorded.get(key) for key in self._flags()})
                 self.known = self._recorded("sources")
         elif self.dir.exists() and not self._bare():
             raise UserError(
-                f"{self.dir} holds another run: continue it with --resume, or give --note NAME"
+                f"{self.dir} holds another run; continue it with --resume, or give --note NAME"
             )
         self.found = self._stamp()
 
@@ -204,7 +204,7 @@ class Run:
         if self.inside is not None:
             names = {"step", "meter", "seconds"}
             if not isinstance(self.inside, dict) or set(self.inside) != names:
-                raise ValueError(f"of the epoch at work it needs {', '.join(sorted(names))}")
+                raise ValueError(f"the unfinished epoch needs {', '.join(sorted(names))}")
             self._look_over_meter(**self.inside)
         # what lies between the networks may wait for its first batch: see load_state
         numbers = {key: value for key, value in self.saved.items() if key not in ("rng", "kd")}
@@ -214,22 +214,22 @@ class Run:
 
     def _look_over_meter(self, step, meter, seconds) -> None:
         if type(step) is not int or step < 1:
-            raise ValueError(f"step {step!r} of the epoch at work")
+            raise ValueError(f"step {step!r} of the unfinished epoch")
         if not _finite(seconds) or seconds < 0:
-            raise ValueError(f"{seconds!r} s of the epoch at work")
+            raise ValueError(f"{seconds!r} s of the unfinished epoch")
         for names, sums, count in meter:
             if type(count) is not int or count < 1 or sums.shape != (len(names),):
                 raise ValueError(f"sums of {len(names)} metrics over {count!r} images")
         if not meter:
-            raise ValueError("no sums of the epoch at work")
+            raise ValueError("no sums of the unfinished epoch")
         Meter().load(meter)
 
     def fits(self, rows: list[dict], steps: int) -> None:
         """Raise ValueError where the epochs of the checkpoint are not the first of `rows`, which
-        say something of each, or the epoch at work has more than `steps` or none is left."""
+        say something of each, or the current epoch has more than `steps` or none is left."""
         for i, row in enumerate(self.history):
             if i >= len(rows) or any(row.get(key) != value for key, value in rows[i].items()):
-                raise ValueError(f"row {i + 1} of its metrics is none of this run")
+                raise ValueError(f"row {i + 1} of its metrics is not from this run")
         if self.inside and (self.inside["step"] > steps or len(self.history) == len(rows)):
             raise ValueError(f"step {self.inside['step']} of an epoch of {steps}")
 
@@ -266,7 +266,7 @@ class Run:
             next((x for key, x in scripts.items() if key in f), None) for f in (saved, now)
         )
         if other != own:
-            raise UserError(f"--resume: the run in {self.dir} is one of {other}")
+            raise UserError(f"--resume: the run in {self.dir} belongs to {other}")
         for key in sorted((set(now) | set(saved)) - FREE):
             if now.get(key) != saved.get(key):
                 raise UserError(
@@ -300,7 +300,7 @@ class Run:
         if open_to_all:
             self.warn(f"{open_to_all}: see that no other process trains in {self.dir}")
         if self.found and not isinstance(self._before("data"), dict):
-            self.warn("the run does not say with which images it was started: not compared")
+            self.warn("the run does not record its images; they are not compared")
         for line in filter(None, lines):
             self.log(line)
         return self
@@ -320,7 +320,7 @@ class Run:
                 raise
             why = f"the file system has no locks ({error.strerror})"
         if self._stamp() != self.found:
-            raise UserError(f"{self.dir} was written by another process just now: try again")
+            raise UserError(f"{self.dir} is being written by another process; try again")
         if self.lock:
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -386,7 +386,7 @@ class Run:
             norms = torch._foreach_norm([grad for grad in grads if grad is not None])
             if not torch.stack([norm.float() for norm in norms]).isfinite().all():
                 optimizer.zero_grad(set_to_none=True)
-                self.log("a step without finite gradients is left out")
+                self.log("a step with infinite or NaN gradients is skipped")
 
         if self.cfg.on_nan == "skip":
             optimizer.register_step_pre_hook(leave_out)
@@ -400,7 +400,7 @@ class Run:
 
     def _kept(self) -> str:
         there = self.checkpoint.exists()
-        return "the last checkpoint is whole" if there else "there is no checkpoint yet"
+        return "the last checkpoint is complete" if there else "no checkpoint was written yet"
 
     def check_finite(self, values: dict[str, float], where: str) -> None:
         """Stop a run at a NaN or infinite loss, and say which checkpoint is left."""
@@ -419,7 +419,7 @@ class Run:
         return meter, inside["step"]
 
     def due(self) -> bool:
-        """Whether to save inside an epoch: a signal wants an end, or --save_every is over."""
+        """Whether to save inside an epoch: a signal arrived, or --save_every has passed."""
         minutes = self.cfg.save_every
         late = minutes is not None and time.perf_counter() - self.kept > 60 * minutes
         if world() > 1:  # all or none
@@ -430,14 +430,14 @@ class Run:
 
     def pause(self, state, meter: Meter, step: int, where: str) -> None:
         """Save inside an epoch, after `step` of it, what `state()` gives; and stop where a signal
-        asked for it. A checkpoint with numbers that are none is not written."""
+        asked for it. A checkpoint with NaN or infinite numbers is not written."""
         self.check_finite(meter.read(), where)
         self.where = f"after {where}"
         self.save(state(), dict(step=step, meter=meter.state()))
 
     def save(self, state: dict, inside: dict | None = None, better: bool = False) -> None:
         """Write a checkpoint. `state`: what it holds, `state['weights']` also being what model_best
-        holds; `inside`: how far the epoch at work is, if it is."""
+        holds; `inside`: how far the unfinished epoch is, if there is one."""
         self.due()  # the ranks agree on whether this is the end
         signal_now = self.signals.number
         if inside:
@@ -477,15 +477,15 @@ class Run:
             raise self._full(error) from error
 
     def epoch(
-        self, row: dict, speed: float, state: dict, keep_best: bool = True, beside: int = 1
+        self, row: dict, speed: float, state: dict, keep_best: bool = True, sharing: int = 1
     ) -> None:
         """An epoch is done: log it, save everything.
 
         `row`: its metrics; `speed`: training images a second; `state`: as for `save`; `keep_best`:
-        whether the epoch may be the best one; `beside`: the number of runs that shared its time.
+        whether the epoch may be the best one; `sharing`: the number of runs that share its time.
         """
         now = time.perf_counter()
-        seconds, self.began = (now - self.began) / beside, now
+        seconds, self.began = (now - self.began) / sharing, now
         self.history.append({key: _short(value) for key, value in row.items()})
         self.timing.append(
             dict(row=len(self.history), seconds=round(seconds, 3), train_img_per_s=round(speed, 1))
@@ -540,7 +540,7 @@ class Run:
 def check_finite(values: dict[str, float], where: str) -> None:
     """Raise UserError at a NaN or infinite value, naming the term."""
     if not values:
-        raise UserError(f"{where}: every step was left out, none had finite losses: lower --lr")
+        raise UserError(f"{where}: every step was skipped because no loss was finite; lower --lr")
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise UserError(
@@ -637,7 +637,7 @@ def draw_curves(
     """Two metrics of some runs, row by row, into one figure. False without matplotlib."""
     matplotlib = import_matplotlib()
     if matplotlib is None:
-        say("no curves drawn: pip install matplotlib")
+        say("curves not drawn; pip install matplotlib")
         return False
     from matplotlib.figure import (
         Figure,  # not pyplot: no window system, no global state

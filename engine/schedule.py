@@ -39,7 +39,7 @@ def learning_rate(phase: Phase, epoch: int, epochs: int, cfg) -> float:
 def loss_weights(distiller: Distiller, phase: Phase, done: float, cfg) -> dict[str, float]:
     """The weight of each criterion when the share `done` of the phase is over; 0 in a phase without
     the methods' losses. Ramps change once per epoch of the protocol, so that a warm-up of ten
-    epochs in a hundred stays a tenth. Also tells the losses that epoch."""
+    epochs in a hundred stays 10 %. Also gives the losses that epoch."""
     epochs = published.PROTOCOLS[cfg.protocol].epochs
     epoch = int(done * epochs + 1e-6) + 1
     distiller.set_epoch(epoch, epochs)

@@ -120,7 +120,7 @@ def _refuse_ignored(mode: str, method: Method, values: dict, flags: Mapping) -> 
     reasons = dict(
         stages="compares no stages",
         reduce="computes one loss for all stages",
-        adapter="compares logits, which an adapter does not change",
+        adapter="compares logits, which have no adapter",
         lambda_ce="has no cross-entropy",
     )
     for name in flags:

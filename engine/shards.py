@@ -3,7 +3,7 @@
     data = load("shards/train-{0000..0127}.tar", img_size=224, workers=8)
 
 A sample is two members that follow each other, KEY.jpg (or another kind of image) and KEY.cls, its
-label as a number. classes.txt beside the shards has the names, a line each. The headers are read
+label as a number. classes.txt next to the shards has the names, a line each. The headers are read
 once, at the start; from then on an image is a place in a file. So an epoch sees every image once,
 in an order of its own, each process gets its share, and a run resumes inside an epoch, as with a
 folder; shards of a folder that were packed in its order give the same numbers. The test images are
@@ -78,14 +78,14 @@ def paths_of(pattern: str) -> tuple[list[Path], list[Path]]:
     missing = [path for path in train if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"--img_root {pattern}: there is no file {missing[0]}{more}")
+        raise UserError(f"--img_root {pattern}: no file {missing[0]}{more}")
     for other in ("test", "val"):
         kind = re.escape(name).replace("train", other)
         kind = re.sub(r"\\\{\d+\\\.\\\.\d+\\\}", r"\\d+", kind)
         test = sorted(x for x in Path(folder).iterdir() if re.fullmatch(kind, x.name))
         if test:
             return train, test
-    raise UserError(f"--img_root {pattern}: there are no test shards, named test or val")
+    raise UserError(f"--img_root {pattern}: test shards (named test or val) not found")
 
 
 def _expand(name: str) -> list[str]:
@@ -95,7 +95,7 @@ def _expand(name: str) -> list[str]:
         return [name]
     first, last = int(found[1]), int(found[2])
     if last < first or last - first >= 10**6:
-        raise UserError(f"--img_root {name}: {found[0]} names no shards")
+        raise UserError(f"--img_root {name}: {found[0]} is not a valid range of shards")
     width = len(found[1])
     return [
         f"{name[: found.start()]}{i:0{width}}{name[found.end() :]}" for i in range(first, last + 1)
@@ -126,19 +126,19 @@ def _index(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, str]:
                     image, label = (before, member) if suffix == "cls" else (member, before)
                     number = int(archive.extractfile(label).read(30))
                     if not 0 <= number < CLASSES[1]:
-                        raise ValueError(f"{label.name} is {number}, no label")
+                        raise ValueError(f"{label.name} is {number}, which is not a label")
                     places = str(path), str(image.offset_data), str(image.size)
                     items.append(os.fsencode(SEPARATOR.join(places)))
                     labels.append(number)
                     digest.update(b"%s\0%d\0%d\0" % (os.fsencode(image.name), image.size, number))
                 if waiting:
-                    raise ValueError(f"{next(iter(waiting))} has an image or a label alone")
+                    raise ValueError(f"{next(iter(waiting))} needs both an image and a label")
         except (OSError, ValueError, tarfile.TarError, EOFError) as error:
             raise UserError(
-                f"{printable(str(path))}: no shard of images ({first_line(error)})"
+                f"{printable(str(path))}: not a shard of images ({first_line(error)})"
             ) from error
     if not items:
-        raise UserError(f"{paths[0]}: there are no images in it, KEY.jpg and KEY.cls")
+        raise UserError(f"{paths[0]}: no images found (KEY.jpg and KEY.cls)")
     return np.array(items), np.array(labels, np.int64), digest.hexdigest()
 
 
@@ -152,7 +152,9 @@ def _class_names(folder: Path, count: int) -> list[str]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if len(lines) < count or len(set(lines)) < len(lines):
-        raise UserError(f"{path}: {len(set(lines))} names of classes, the shards have {count}")
+        raise UserError(
+            f"{path}: {len(set(lines))} class names, but the shards have {count} classes"
+        )
     return lines
 
 
@@ -171,5 +173,5 @@ def open_item(item: str):
 
 @functools.lru_cache(maxsize=256)
 def _opened(path: str):
-    """The file, open until 256 others were wanted."""
+    """The file; up to 256 files stay open."""
     return open(path, "rb", buffering=0)

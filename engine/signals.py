@@ -44,4 +44,4 @@ class Signals:
         self.number, self._came = number, time.monotonic()
         if rank() == 0:
             with suppress(OSError):
-                os.write(2, b"stopping after this step\n")  # a print may be at work just now
+                os.write(2, b"stopping after this step\n")  # a print may be running now

@@ -39,7 +39,7 @@ def read_weights(
     state = {k: v for k, v in checkpoint.items() if isinstance(k, str) and torch.is_tensor(v)}
     if not state:
         found = [shown(key) for key in checkpoint][:10]
-        raise UserError(f"{path} holds no weights, only: {', '.join(found) or 'nothing at all'}")
+        raise UserError(f"{path} holds no weights, only {', '.join(found) or 'nothing at all'}")
     state = {key: Tensor.detach(x) for key, x in state.items()}  # without attributes of a file's
     odd = [key for key, x in state.items() if x.is_nested or not _stored(x)]
     if odd:
@@ -123,7 +123,7 @@ def average_beside(checkpoint: dict) -> str | None:
 
 
 def _choose(flag: str | None) -> str:
-    return f"choose one with --{flag}" if flag else "save the one to be used alone"
+    return f"choose one with --{flag}" if flag else "save only the one to use"
 
 
 def inner_states(state: dict[str, Tensor], least: int) -> dict[str, dict[str, Tensor]]:
@@ -151,9 +151,7 @@ def _left_out(state: dict[str, Tensor], prefix: str, path: str) -> list[str]:
     rest = [key for key in state if not key.startswith(prefix)]
     if not rest:
         return []
-    return [
-        f"{path}: the network is {prefix}*; {len(rest)} other entries are left out: {few(rest)}"
-    ]
+    return [f"{path}: the network is {prefix}*; {len(rest)} other entries are ignored: {few(rest)}"]
 
 
 def fitted(
@@ -241,7 +239,7 @@ def load_weights(
 ) -> list[str]:
     """Load `state` into `net`, wholly or not at all. Returns notes on entries that are left out.
 
-    What precedes all keys of the network is taken away, and entries beside it are left out, where
+    What precedes all keys of the network is taken away, and entries next to it are left out, where
     the rest is the whole network and nothing else. flag: that chooses between several. Raises
     UserError naming what does not fit, and the network that would.
     """

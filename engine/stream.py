@@ -1,5 +1,5 @@
 """Batches of whichever kind of images: those on the device (dataset.py), and files of larger ones,
-which worker processes read when they are wanted.
+which worker processes read for each batch.
 
     data = load("imagenet", "./datasets", workers=8)
     for img, target, index in train_batches(data.train, 128, seed=2, epoch=1): ...
@@ -157,7 +157,7 @@ class Reader:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the workers too: they read on until the step at work is done."""
+    """Ctrl-C reaches the workers too: they read on until the current step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -181,8 +181,8 @@ def _read(images: Files, order: Tensor, bounds: list, seeds=None, workers: int |
     """Yield the uint8 pixels, on the device, of order[start:stop] for each of `bounds`; for
     training where there is a seed for each place of `order`.
 
-    Training's processes go on from epoch to epoch; a test's start anew. Kept as well, they would be
-    as many again, with nothing to do through all of training's steps.
+    Training's processes continue from epoch to epoch; a test's start again. Kept as well, they
+    would be as many again, with nothing to do through all of training's steps.
     """
     train, workers = seeds is not None, images.workers if workers is None else workers
     workers = min(workers, len(bounds)) if len(bounds) > 1 else 0

@@ -22,7 +22,7 @@ class Student:
     """A student in training, and everything that is its own.
 
     name: its --kd_mode; found: what is known of its initial weights and of its teacher's file;
-    lines: the summary. What follows `step` belongs to the epoch at work.
+    lines: the summary. What follows `step` belongs to the current epoch.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Student:
 
     @property
     def row(self) -> int:
-        """The number of the epoch at work among those of all phases."""
+        """The number of the current epoch among those of all phases."""
         return len(self.run.history) + 1
 
     @property

@@ -35,7 +35,10 @@ def summary(
         ]
         lines.append(f"{criterion.label}: " + ", ".join(parts))
         if cfg.protocol != "kdzoo" and not published.settings_of(mode, cfg.protocol):
-            lines.append(f"{mode}: {cfg.protocol} has no settings for it, these are its defaults")
+            lines.append(
+                f"{mode}: protocol {cfg.protocol} has no settings for it; using the method's "
+                "defaults"
+            )
         lines += [f"{criterion.label}: adapter, {note}" for note in criterion.adapter.notes]
     for criterion in distiller.criteria.values():
         if isinstance(criterion, OfEnsemble):

@@ -55,8 +55,8 @@ class TeacherCache:
             free = shutil.disk_usage(self.folder).free
             if new > free:
                 raise UserError(
-                    f"--teacher_cache {self.folder}: it takes {_size(self.bytes)}, there are "
-                    f"{_size(free)} left: give another folder, or leave the flag out"
+                    f"--teacher_cache {self.folder}: it needs {_size(self.bytes)}, but only "
+                    f"{_size(free)} are free; give another folder, or leave the flag out"
                 )
             about = self.folder / f"{self.name}.json"
             if not about.exists():
@@ -94,7 +94,7 @@ class TeacherCache:
     def filled(self) -> str:
         """Which share of the views is there, in words."""
         share = min(np.count_nonzero(checks) / self.rows for _, checks in self.kept.values())
-        return f"{100 * share:.1f} % of the views are there"
+        return f"{100 * share:.1f} % of the views are filled"
 
     def read(self, index: np.ndarray, view: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
         """{kind: (B, width) on the CPU} of views of images, and which of them are there (B,)."""

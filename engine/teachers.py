@@ -115,7 +115,7 @@ def _check_modes(args: Namespace, modes: list[str]) -> None:
             why = "--ensemble confidence needs labels, and it calls the teacher on other images"
             raise UserError(f"--kd_mode {mode}: {why}")
         if why:
-            raise UserError(f"--t_model: --kd_mode {mode} can have one teacher only, because {why}")
+            raise UserError(f"--t_model: --kd_mode {mode} supports only one teacher, because {why}")
     if args.ensemble == "confidence" and args.unlabeled:
         raise UserError("--unlabeled: --ensemble confidence reads the labels: give probs or logits")
     if args.ensemble and not any(takes_ensemble(mode) for mode in modes):

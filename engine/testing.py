@@ -49,5 +49,5 @@ def _load(net: torch.nn.Module, saved: dict, key: str, path) -> None:
         net.load_state_dict(saved[key])
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged, or not of this run ({utils.first_line(error)}): start again"
+            f"{path} is damaged, or from another run ({utils.first_line(error)}): start again"
         ) from error

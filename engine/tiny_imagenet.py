@@ -24,7 +24,8 @@ def read(root: Path, img_size: int | None):
     train, val = home / "train", home / "val"
     if not train.is_dir() or not val.is_dir():
         raise UserError(
-            f"{root}: no Tiny-ImageNet: {FOLDER}/train/<wnid>/images/* and {FOLDER}/val are needed"
+            f"{root}: Tiny-ImageNet not found; {FOLDER}/train/<wnid>/images/* and {FOLDER}/val are "
+            "needed"
         )
     wnids, files, labels, _ = list_images(train)
     annotations = val / "val_annotations.txt"
@@ -54,7 +55,7 @@ def _annotated(val: Path, annotations: Path, wnids: list[str]) -> tuple[list[str
         name, _, rest = line.partition("\t")
         wnid = rest.split("\t")[0]
         if wnid not in numbers:
-            raise UserError(f"{annotations}, line {i}: {shown(wnid)} is no class of train")
+            raise UserError(f"{annotations}, line {i}: {shown(wnid)} is not a class of train")
         label_of[name] = numbers[wnid]
     files, _ = images_in(val / "images")
     names = [Path(path).name for path in files]
@@ -81,4 +82,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return [x for x in path.read_text(encoding="utf-8-sig").splitlines() if x.strip()]
     except UnicodeDecodeError:
-        raise UserError(f"{path}: no UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text") from None

@@ -109,7 +109,7 @@ def why_not_cached(distiller: Distiller) -> str:
     if distiller.two_views:
         return "sees a second view of each image"
     if not can_share(distiller):
-        return "does more with the teacher than read what it gives"
+        return "does more than read the teacher's outputs"
     more = distiller.teacher.kinds - set(KINDS)
     return f"reads the teacher's feature maps ({', '.join(sorted(more))})" if more else ""
 
@@ -205,7 +205,7 @@ class Group:
     @contextmanager
     def alone(self, student):
         """What a student does as if alone: it draws from a random generator of its own. Where it
-        fails, or a signal stops it, the others go on; `ended` knows why.
+        fails, or a signal stops it, the others continue; `ended` knows why.
 
         student: has `name` and `run`.
         """
@@ -234,4 +234,6 @@ class Group:
             if isinstance(error, Stopped):
                 raise error
         if self.ended:
-            raise UserError(f"{', '.join(self.ended)}: failed, see above; the others are finished")
+            raise UserError(
+                f"{', '.join(self.ended)}: failed (see above); the others have finished"
+            )

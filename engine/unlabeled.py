@@ -29,7 +29,7 @@ def with_unlabeled(read: Callable, folder: Path, fit: str) -> Callable:
             raise UserError(f"--unlabeled {folder}: no such folder")
         files, ignored = images_in(folder)
         if not files:
-            raise UserError(f"--unlabeled {folder}: there are no images in it")
+            raise UserError(f"--unlabeled {folder}: no images found")
         (more,) = paths = as_bytes(files)
         notes = [*notes, f"{len(files)} training images without labels from {folder}"]
         if items.ndim > 1:

@@ -16,7 +16,7 @@ def held_out(read: Callable, amount: int | float, seed: int) -> Callable:
     def reader(root: Path, img_size: int | None):
         train, test, *val, classes, options, notes = read(root, img_size)
         if val:
-            raise UserError(f"--val {amount}: {root} has a val folder already: leave --val out")
+            raise UserError(f"--val {amount}: {root} already has a val folder; leave --val out")
         items, labels = train[0], np.asarray(train[1], np.int64)
         places = drawn(labels, amount, seed)
         rest = np.setdiff1d(np.arange(len(labels)), places)

@@ -4,8 +4,8 @@
     METHODS["at"]                      # what AT is, what it is fed, its weight and its flags
 
 A row says how the loss is built, what it is fed, its weight, its flags, what must agree between the
-two networks, and its phases. It holds no state. What a published table sets otherwise stands in
-`engine/published.py`. To add a method: one file beside this one, one row here, one test file
+two networks, and its phases. It holds no state. What a published table sets is in
+`engine/published.py`. To add a method: one file next to this one, one row here, one test file
 (docs/contributing.md).
 """
 
@@ -407,7 +407,7 @@ CTKD_FLAGS = dict(
     loops=Flag(10.0, "epochs until the temperature's gradient is fully reversed"),
 )
 SRRL_FLAGS = dict(
-    weight=Flag(1.0, "weight of the logits' term beside the features' term"),
+    weight=Flag(1.0, "weight of the logits term (the features term has weight 1)"),
     project=choice("project the map and pool it, or the pooled vector", "map", "vector"),
 )
 ITRD_FLAGS = dict(
@@ -427,18 +427,20 @@ CATKD_FLAGS = dict(
 )
 MLKD_FLAGS = dict(
     base=Flag(4.0, "temperature of the plain distillation term"),
-    form=choice("what the released code executes, or what it intends", "released", "intended"),
+    form=choice(
+        "what the released code executes, or what it was meant to do", "released", "intended"
+    ),
 )
 WKD_L_FLAGS = dict(
     T=temperature(8.0),
-    weight=Flag(600.0, "weight of the transport term beside the target's term"),
+    weight=Flag(600.0, "weight of the transport term (the target term has weight 1)"),
     eps=Flag(0.05, "smoothing of the transport"),
     iters=Flag(10, "Sinkhorn iterations", int),
     sharpen=Flag(1.0, "sharpening of the class distances; 0: none"),
     measured=choice("what the class distances compare", "positions", "pooled", "logits"),
 )
 WKD_F_FLAGS = dict(
-    ratio=Flag(4.0, "weight of the means beside the deviations"),
+    ratio=Flag(4.0, "weight of the means (the deviations have weight 1)"),
     grid=Flag(1, "cells per side, each with its own Gaussian", int),
 )
 SDD_FLAGS = dict(
@@ -466,7 +468,7 @@ LWM_FLAGS = dict(
         "the gradient, or the activation weighted by it (Grad-CAM)", "gradient", "activation"
     )
 )
-SIMKD_FLAGS = dict(factor=Flag(2, "how much narrower the projector is inside", int))
+SIMKD_FLAGS = dict(factor=Flag(2, "factor by which the projector is narrower inside", int))
 SEMCKD_FLAGS = dict(soft=Flag(1.0, "temperature of the attention"))
 PKT_FLAGS = dict(eps=Flag(1e-6, "added to norms and probabilities"))
 MGD_FLAGS = dict(lam=Flag(0.15, "share of the student's channels that are masked"))

@@ -142,7 +142,7 @@ def preacts_summed(loss, s, t, batch):
 
 @reads("stem", "stages", per_stage=True)
 def pairs(loss, s, t, batch):
-    # a map stands in two pairs: promoted once
+    # a map is in two pairs: it is promoted once
     fms_s, fms_t = (
         [fm.to(torch.promote_types(fm.dtype, torch.float32)) for fm in (x.stem, *x.stages)]
         for x in (s, t)
@@ -271,7 +271,7 @@ def faded(done: Tensor, start: float = FADES) -> Tensor:
 
 
 def one_each(loss: nn.Module, maps: list) -> list:
-    """The loss of each map: a ModuleList has its own for each, another module serves all."""
+    """The loss of each map. A ModuleList has one module per map."""
     return list(loss) if isinstance(loss, nn.ModuleList) else [loss] * len(maps)
 
 

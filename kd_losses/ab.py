@@ -15,15 +15,15 @@ class AB(nn.Module):
 
     margin: how far beyond the boundary a neuron is pushed, at least 0 (KD-Zoo uses 2, the CRD
     benchmark 1).
-    Differs from the paper: a mean stands for the sum, as in KD-Zoo, and the connector is the
-    caller's: pass it the student's map. The CRD benchmark's loss is 0.003 * C * H * W times this,
-    before its weight of the stage.
+    Differs from the paper: a mean instead of the sum, as in KD-Zoo. The connector is not in this
+    file: apply it to the student's map first. The CRD benchmark's loss is 0.003 * C * H * W times
+    this loss, before the weight of the stage.
     """
 
     def __init__(self, margin: float = 2.0):
         super().__init__()
         if not margin >= 0:
-            raise ValueError(f"the margin must be at least 0, not {margin}")
+            raise ValueError(f"expected margin >= 0, got {margin}")
         self.margin = margin
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
@@ -32,7 +32,9 @@ class AB(nn.Module):
         Raises ValueError where the shapes differ.
         """
         if fm_s.shape != fm_t.shape:
-            raise ValueError(f"AB wants equal shapes, not {(*fm_s.shape,)} and {(*fm_t.shape,)}")
+            raise ValueError(
+                f"AB: expected equal shapes, got {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+            )
         with torch.autocast(fm_s.device.type, enabled=False):
             sign = torch.where(fm_t.detach() > 0, 1.0, -1.0)
             return (self.margin - sign * _float32(fm_s)).relu().square().mean()

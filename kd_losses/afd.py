@@ -16,11 +16,11 @@ class AFD(nn.Module):
         loss    = 1 / B * sum_b sum_c rho_c * mean over H, W of (n(fm_s) - n(fm_t))^2
 
     in_channels: C of both maps; att_f: the width between W_1 and W_2 is int(C * att_f), at least 1
-    (KD-Zoo: 1.0); size: None as in KD-Zoo, or the maps' (H, W) for the paper's own attention,
-    z_c = w_2 . relu(W_1 vec(fm_t_c) + b_1) + b_2c with W_1 (H, H * W) and w_2 (H,) shared by the
-    channels and att_f unused; eps: 1e-6. The attention learns with the student, to lower the loss.
-    Differs from the paper: as in KD-Zoo, no feature selection, and, unless size is given, another
-    attention, since the paper's is unstable.
+    (KD-Zoo: 1.0); size: None (KD-Zoo), or (H, W) of the maps for the attention of the paper, z_c =
+    w_2 . relu(W_1 vec(fm_t_c) + b_1) + b_2c with W_1 (H, H * W) and w_2 (H,) shared by all channels
+    (att_f is not used); eps: 1e-6. The attention learns with the student, to lower the loss.
+    Differs from the paper: as in KD-Zoo, there is no feature selection. Without `size` the
+    attention is a different one, because the paper's is unstable.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class AFD(nn.Module):
         """
         if fm_s.shape != fm_t.shape or fm_t.shape[1] != self.in_channels:
             raise ValueError(
-                f"AFD wants two maps of one shape with {self.in_channels} channels, not "
+                f"AFD: expected two maps of one shape with {self.in_channels} channels, got "
                 f"{(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         if self.size is not None and fm_t.shape[2:] != self.size:
-            raise ValueError(f"AFD was built for maps of {self.size}, not {(*fm_t.shape[2:],)}")
+            raise ValueError(f"AFD: expected maps of {self.size}, got {(*fm_t.shape[2:],)}")
         fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
         rho = self.rho(fm_t)
         with torch.autocast(fm_s.device.type, enabled=False):

@@ -14,8 +14,8 @@ class AT(nn.Module):
         a(fm) = A / (||A||_2 + 1e-6)                        norm over each sample's H * W
         loss  = mean over B, H, W of (a(fm_s) - a(fm_t))^2
 
-    p: exponent, at least 1 (paper and KD-Zoo use 2); absolute: False for fm_c^p, as in the CRD
-    benchmark, which for an odd p on signed maps is something else; p is then a whole number.
+    p: exponent, at least 1 (paper and KD-Zoo use 2); absolute: if False, fm_c^p instead of
+    |fm_c|^p, as in the CRD benchmark (different for an odd p); p must then be an integer.
     Differs from the paper: squared distance and a mean over positions, as in KD-Zoo; the paper
     takes the norm of the difference, not squared.
     """
@@ -23,7 +23,7 @@ class AT(nn.Module):
     def __init__(self, p: float = 2.0, absolute: bool = True):
         super().__init__()
         if p < 1 or not (absolute or p == int(p)):
-            raise ValueError(f"the exponent p must be at least 1, and whole if signed, not {p}")
+            raise ValueError(f"expected p >= 1, and an integer if absolute is False, got {p}")
         self.p, self.absolute = p, absolute
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
@@ -33,7 +33,8 @@ class AT(nn.Module):
         """
         if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
             raise ValueError(
-                f"AT wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+                f"AT: expected feature maps of equal batch and spatial size, got {(*fm_s.shape,)} "
+                f"and {(*fm_t.shape,)}"
             )
         with torch.autocast(fm_s.device.type, enabled=False):
             return (self.attention(fm_s) - self.attention(fm_t.detach())).square().mean()

@@ -16,14 +16,14 @@ class BSS(nn.Module):
 
     `select` picks the images of a batch to attack, `BSSAttacker` moves them to the boundary.
     T: temperature, above 0 (KD-Zoo uses 3, without a factor T^2).
-    Differs from the paper: the divergence on clean images is left out, as in KD-Zoo, which adds
-    this loss after ten epochs and lets its weight fall linearly to 0 at 80 % of the training.
+    Differs from the paper: without the divergence on clean images, as in KD-Zoo. KD-Zoo uses this
+    loss from epoch 11 on, and its weight falls linearly to 0 at 80 % of the training.
     """
 
     def __init__(self, T: float = 3.0):
         super().__init__()
         if T <= 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.T = T
 
     def forward(
@@ -36,11 +36,11 @@ class BSS(nn.Module):
         """
         if attacked_out_s.shape != attacked_out_t.shape:
             raise ValueError(
-                f"BSS wants equal shapes, not {(*attacked_out_s.shape,)} and "
+                f"BSS: expected equal shapes, got {(*attacked_out_s.shape,)} and "
                 f"{(*attacked_out_t.shape,)}"
             )
         if weight is not None and weight.shape != attacked_out_s.shape[:1]:
-            raise ValueError(f"BSS wants one weight a sample, not {(*weight.shape,)}")
+            raise ValueError(f"BSS: expected one weight per sample, got {(*weight.shape,)}")
         with torch.autocast(attacked_out_s.device.type, enabled=False):
             log_p_s, log_p_t = (
                 F.log_softmax(_float32(x) / self.T, dim=1)
@@ -60,9 +60,9 @@ class BSSAttacker:
         p = softmax(model(x)),   d = p[attack_class] - p[target],   g = gradient of d in x
         x <- clip(x + step_alpha * (eps - d) * g / ||g||_2, -bound, bound)
 
-    An image stands still once the network no longer predicts its target.
-    step_alpha: 0.3; num_steps: at most so many steps (10); eps: how far beyond (1e-4); bound: of
-    the normalised image, one number for all channels (2.5). All as in KD-Zoo.
+    An image does not move any more when the network no longer predicts its target. step_alpha: 0.3;
+    num_steps: maximum number of steps (10); eps: distance beyond the boundary (1e-4); bound:
+    largest absolute value of the normalised image (2.5). All as in KD-Zoo.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BSSAttacker:
         bound: float = 2.5,
     ):
         if step_alpha <= 0 or num_steps < 1 or eps < 0 or bound <= 0:
-            raise ValueError("step_alpha, num_steps and bound above 0, eps from 0 are wanted")
+            raise ValueError("expected step_alpha, num_steps and bound > 0, and eps >= 0")
         self.step_alpha, self.num_steps, self.eps, self.bound = step_alpha, num_steps, eps, bound
 
     def attack(
@@ -92,7 +92,7 @@ class BSSAttacker:
         for the device once a step. Raises ValueError where the batches differ.
         """
         if not len(img) == len(target) == len(attack_class):
-            raise ValueError("the attack wants one target and one attack class an image")
+            raise ValueError("BSS: expected one target and one attack class per image")
         x = _float32(img.detach())
         moving = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
@@ -134,10 +134,11 @@ def select(
     """
     if out_s.shape != out_t.shape or len(target) != len(out_t):
         raise ValueError(
-            f"select wants one batch, not {(*out_s.shape,)}, {(*out_t.shape,)}, {(*target.shape,)}"
+            f"select: expected equal batch sizes, got {(*out_s.shape,)}, {(*out_t.shape,)}, "
+            f"{(*target.shape,)}"
         )
     if out_t.shape[1] < 2 or attack_size < 1:
-        raise ValueError("select wants at least two classes and an attack_size of at least 1")
+        raise ValueError("select: expected at least two classes and an attack_size of at least 1")
     with torch.autocast(out_t.device.type, enabled=False):
         out_s, out_t = _float32(out_s), _float32(out_t)
         top = out_t.argmax(1)

@@ -16,13 +16,13 @@ class CATKD(nn.Module):
         loss = mean over B, K, r, r of (a_s - a_t)^2
 
     resolution: r (authors: 2, for some pairs 4); normalize: whether each CAM is scaled to length 1
-    (authors: for pairs of different architecture only; without it the value grows with the square
-    of the logits, hence weights from 0.7 to 600); binarize: cam_t becomes 1 where it exceeds the
-    mean of its class's absolute values, 0 elsewhere, before the pooling; top: None, or the number
-    of classes, those of the teacher's highest scores, that are compared.
-    Differs from the authors' code: the least norm is 1e-4, there 1e-12, whose gradient at a CAM of
-    zeros is 8e9; top means exactly that many classes, also at ties; the networks are not changed,
-    where theirs lose the classifier's bias.
+    (authors: for pairs of different architecture only; without it the loss grows with the square of
+    the logits, so the authors' weights go from 0.7 to 600); binarize: cam_t becomes 1 where it
+    exceeds the mean of its class's absolute values, 0 elsewhere, before the pooling; top: None, or
+    the number of classes to compare (the teacher's highest scores).
+    Differs from the authors' code: the smallest norm is 1e-4 instead of 1e-12, which has a gradient
+    of 8e9 at a CAM of zeros; `top` is exact also with ties; the networks keep the bias of the
+    classifier.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CATKD(nn.Module):
     ):
         super().__init__()
         if resolution < 1 or (top is not None and top < 1):
-            raise ValueError(f"resolution and top must be at least 1, not {resolution} and {top}")
+            raise ValueError(f"expected resolution >= 1 and top >= 1, got {resolution} and {top}")
         self.resolution, self.normalize = resolution, normalize
         self.binarize, self.top = binarize, top
 
@@ -47,16 +47,17 @@ class CATKD(nn.Module):
         for fm, weight in ((fm_s, weight_s), (fm_t, weight_t)):
             if fm.ndim != 4 or weight.ndim != 2 or fm.shape[1] != weight.shape[1]:
                 raise ValueError(
-                    "CATKD wants a map (B, C, H, W) and the weight (K, C) of a linear classifier "
-                    f"on its channels, not {(*fm.shape,)} and {(*weight.shape,)}"
+                    "CATKD: expected a map (B, C, H, W) and the weight (K, C) of a linear "
+                    f"classifier on its channels, got {(*fm.shape,)} and {(*weight.shape,)}"
                 )
         if len(fm_s) != len(fm_t) or len(weight_s) != len(weight_t):
             raise ValueError(
-                f"CATKD wants one batch and as many classes, not {len(fm_s)} and {len(fm_t)} "
+                f"CATKD: expected equal batch sizes and numbers of classes, got {len(fm_s)} and "
+                f"{len(fm_t)} "
                 f"samples, {len(weight_s)} and {len(weight_t)} classes"
             )
         if self.top is not None and self.top > len(weight_t):
-            raise ValueError(f"top must not exceed the {len(weight_t)} classes, it is {self.top}")
+            raise ValueError(f"expected top <= {len(weight_t)} classes, got {self.top}")
         with torch.autocast(fm_s.device.type, enabled=False):
             fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
             weight_s, weight_t = weight_s.to(fm_s.dtype), weight_t.detach().to(fm_t.dtype)

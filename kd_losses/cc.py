@@ -19,16 +19,16 @@ class CC(nn.Module):
 
     gamma: of the kernel, above 0 (paper and KD-Zoo 0.4); P_order: P, at least 1 (paper and KD-Zoo
     2).
-    Differs from the paper: the correlation alone, as in KD-Zoo, without the soft targets beside it
-    and without the paper's samplers. The CRD benchmark's loss of this name is `NeighbourCC`.
+    Differs from the paper: only the correlation, as in KD-Zoo, without soft targets and without the
+    paper's samplers. The CRD benchmark's loss of this name is `NeighbourCC`.
     """
 
     def __init__(self, gamma: float = 0.4, P_order: int = 2):
         super().__init__()
         if gamma <= 0:
-            raise ValueError(f"gamma must be above 0, not {gamma}")
+            raise ValueError(f"expected gamma > 0, got {gamma}")
         if P_order != int(P_order) or not 1 <= P_order <= 100:  # 171! is no float any more
-            raise ValueError(f"P_order must be a whole number from 1 to 100, not {P_order}")
+            raise ValueError(f"expected an int P_order from 1 to 100, got {P_order}")
         self.gamma, self.P_order = gamma, int(P_order)
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
@@ -37,7 +37,9 @@ class CC(nn.Module):
         Raises ValueError where the batches differ.
         """
         if feat_s.shape[0] != feat_t.shape[0]:
-            raise ValueError(f"CC wants one batch, not {feat_s.shape[0]} and {feat_t.shape[0]}")
+            raise ValueError(
+                f"CC: expected equal batch sizes, got {feat_s.shape[0]} and {feat_t.shape[0]}"
+            )
         with torch.autocast(feat_s.device.type, enabled=False):
             return (self.correlation(feat_s) - self.correlation(feat_t.detach())).square().mean()
 
@@ -51,25 +53,26 @@ class CC(nn.Module):
 
 
 class NeighbourCC(nn.Module):
-    """Product of the distances at which neighbours in the batch stand from the teacher.
+    """Product of the distances between student and teacher of two neighbours in the batch.
 
         e     = linear(feat)                  one layer per network, both learned with the student
         delta = |e_s - e_t|                                                   (B, feat_dim)
         loss  = 1 / (B - 1) * sum_{b < B} sum_d delta_bd * delta_{b+1,d}
 
-    The CRD benchmark trains by it under the paper's name. A batch of one has no neighbours: 0.
+    The CRD benchmark uses it under the paper's name. A batch of one has no neighbours: the loss is
+    0.
 
     in_dim_s, in_dim_t: widths of the features, flattened; feat_dim: of the embeddings (the CRD
     benchmark: 128).
-    Differs from the paper: no correlation between samples is compared at all. The value hangs on
-    the order of the batch, is 0 where of any two neighbours one agrees with the teacher, and the
-    teacher's embedding learns to lower it too.
+    Differs from the paper: it compares no correlations between samples. The value depends on the
+    order of the batch. It is 0 if one of any two neighbours agrees with the teacher. The teacher's
+    embedding is trained to lower it, too.
     """
 
     def __init__(self, in_dim_s: int, in_dim_t: int, feat_dim: int = 128):
         super().__init__()
         if feat_dim < 1:
-            raise ValueError(f"feat_dim must be at least 1, not {feat_dim}")
+            raise ValueError(f"expected feat_dim >= 1, got {feat_dim}")
         self.embed_s = nn.Linear(in_dim_s, feat_dim)
         self.embed_t = nn.Linear(in_dim_t, feat_dim)
 
@@ -95,7 +98,7 @@ class NeighbourCC(nn.Module):
         """
         if e_s.shape != e_t.shape:
             raise ValueError(
-                f"NeighbourCC wants one batch, not {(*e_s.shape,)} and {(*e_t.shape,)}"
+                f"NeighbourCC: expected equal batch sizes, got {(*e_s.shape,)} and {(*e_t.shape,)}"
             )
         with torch.autocast(e_s.device.type, enabled=False):
             e_s, e_t = _float32(e_s), _float32(e_t)

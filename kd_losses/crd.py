@@ -14,7 +14,8 @@ SLICE = 2**23  # numbers gathered at a time: 32 MB
 
 
 class CRD(nn.Module):
-    """Noise-contrastive loss: draws a sample's two embeddings together, away from other classes'.
+    """Noise-contrastive loss: pulls a sample's two embeddings together, and away from other
+    classes.
 
         e = N(linear(feat)), N the L2 normalisation         one linear layer per network, learned
         score_s = exp(e_s . M_t[j] / nce_t),   score_t = exp(e_t . M_s[j] / nce_t)
@@ -22,16 +23,15 @@ class CRD(nn.Module):
         loss = -1/B * sum over both sides of
                sum_b log(P_0 / (P_0 + c)) + sum_j log(c / (P_j + c))      j = 0 the positive
 
-    The banks M (n_data, feat_dim) keep an embedding of every training sample, and after the scores
-    are taken M[idx] <- N(nce_mom * M[idx] + (1 - nce_mom) * e).
+    The banks M (n_data, feat_dim) keep an embedding of every training sample. After the scores are
+    computed, M[idx] <- N(nce_mom * M[idx] + (1 - nce_mom) * e).
 
     s_dim, t_dim: widths of the features; feat_dim: of the embeddings (paper: 128); nce_n: negatives
     a sample (16384); nce_t: temperature (KD-Zoo 0.1, the paper's code 0.07); nce_mom: 0.5; n_data:
     training samples; labels: their classes (n_data,), needed to draw the negatives here; mode:
-    'exact', the sample itself is the positive, or 'relax', any of its class; bank: 'device', the
-    banks go where the module goes, or 'host', they stay in the CPU's memory, with draws and scores
-    taken there, so that embeddings and their gradients are all that travels: for a device without
-    room for them.
+    'exact', the sample itself is the positive, or 'relax', any of its class; bank: 'device' keeps
+    the banks on the module's device; 'host' keeps them in main memory and draws and computes the
+    scores there, so only embeddings and gradients are copied (for a device with too little memory).
     Differs from the public code: negatives are drawn with replacement, from the other classes.
     """
 
@@ -50,13 +50,11 @@ class CRD(nn.Module):
     ):
         super().__init__()
         if mode not in ("exact", "relax"):
-            raise ValueError(f"mode must be exact or relax, not {mode!r}")
+            raise ValueError(f"expected mode exact or relax, got {mode!r}")
         if bank not in ("device", "host"):
-            raise ValueError(f"bank must be device or host, not {bank!r}")
+            raise ValueError(f"expected bank device or host, got {bank!r}")
         if nce_t <= 0 or not 0 <= nce_mom <= 1 or nce_n < 1 or feat_dim < 1:
-            raise ValueError(
-                "nce_t above 0, nce_mom in 0..1, nce_n and feat_dim above 0 are wanted"
-            )
+            raise ValueError("expected nce_t > 0, 0 <= nce_mom <= 1, nce_n > 0 and feat_dim > 0")
         self.nce_n, self.nce_t, self.nce_mom, self.n_data = nce_n, nce_t, nce_mom, n_data
         self.mode, self.bank = mode, bank
         self.embed_s = nn.Linear(s_dim, feat_dim)
@@ -102,7 +100,7 @@ class CRD(nn.Module):
     def draw(self, idx: Tensor) -> Tensor:
         """Places (B, 1 + nce_n) of a positive and of negatives from the other classes."""
         if not hasattr(self, "order"):
-            raise ValueError("CRD needs the training labels to draw negatives, or sample_idx")
+            raise ValueError("CRD: give labels (to draw the negatives) or sample_idx")
         idx = idx.to(self.order.device)
         label = self.labels[idx]
         start, count = self.start[label, None], self.count[label, None]
@@ -130,7 +128,7 @@ class CRD(nn.Module):
             raise ValueError(f"{len(labels)} labels for n_data {self.n_data}")
         count = torch.bincount(labels)
         if (count > 0).sum() < 2:
-            raise ValueError("CRD needs at least two classes: it contrasts one with the others")
+            raise ValueError("CRD: expected at least two classes: it contrasts one with the others")
         kept = dict(
             labels=labels,
             order=labels.argsort(stable=True),

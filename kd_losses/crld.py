@@ -15,11 +15,11 @@ class CRLD(nn.Module):
         loss    = wv * within + cv * cross
 
     s_w, s_s, t_w, t_s: logits of student and teacher on the weakly and the strongly augmented view.
-    wv, cv: weights (2 and 0.5); T: temperature, above 0 (4); tau_w, tau_s: the least confidence of
-    the teacher on the weak and on the strong view, at temperature 1 (0.9 and 0.2). A batch of which
-    the teacher is sure nowhere has loss 0.
-    Differs from the paper: unknown. The authors' code is not to be had; this is what a third-party
-    port computes, both masks as it uses them.
+    wv, cv: weights (2 and 0.5); T: temperature, above 0 (4); tau_w, tau_s: minimum confidence of
+    the teacher on the weak and on the strong view, at temperature 1 (0.9 and 0.2). If the teacher
+    is not confident on any sample, the loss is 0.
+    Differs from the paper: unknown. We did not find the authors' code; this is what a third-party
+    port computes, with its masks.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class CRLD(nn.Module):
     ):
         super().__init__()
         if T <= 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         if not (0 <= tau_w <= 1 and 0 <= tau_s <= 1):
-            raise ValueError(f"tau_w and tau_s must be from 0 to 1, not {tau_w} and {tau_s}")
+            raise ValueError(f"expected tau_w and tau_s from 0 to 1, got {tau_w} and {tau_s}")
         self.wv, self.cv, self.T, self.tau_w, self.tau_s = wv, cv, T, tau_w, tau_s
 
     def forward(self, out_s_w: Tensor, out_s_s: Tensor, out_t_w: Tensor, out_t_s: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class CRLD(nn.Module):
         outs = out_s_w, out_s_s, out_t_w.detach(), out_t_s.detach()
         if len({x.shape for x in outs}) > 1:
             raise ValueError(
-                f"CRLD wants four logits of one shape, not {[(*x.shape,) for x in outs]}"
+                f"CRLD: expected four logits of equal shape, got {[(*x.shape,) for x in outs]}"
             )
         with torch.autocast(out_s_w.device.type, enabled=False):
             outs = [_float32(x) for x in outs]

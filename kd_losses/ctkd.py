@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class CTKD(nn.Module):
-    """The soft-target loss at a temperature that learns to make it harder, more so epoch by epoch.
+    """The soft-target loss with a temperature that is trained to increase it, more in each epoch.
 
         T      = t_start + t_end * sigmoid(theta)           theta: learned, 1 at the start
         loss   = T^2 / B * sum_b KL(softmax(out_t / T) || softmax(out_s / T))
         lambda = decay_min + (decay_max - decay_min) * (1 + cos(pi * min(epoch, loops) / loops)) / 2
 
-    T is no constant anywhere in the loss. The gradient of theta is multiplied by lambda, which is
-    negative: theta goes up the loss while the student goes down.
-    t_start, t_end: T lies between t_start and t_start + t_end, both above 0 (paper: 1 and 20, hence
-    15.6 at the start); loops: epochs until lambda is decay_min (10, on ImageNet 5); decay_max,
-    decay_min: lambda at epoch 0 and in the end (0 and -1).
+    Gradients flow through every T in the loss. The gradient of theta is multiplied by lambda, which
+    is negative: theta increases the loss, and the student decreases it. t_start, t_end: T lies
+    between t_start and t_start + t_end, both above 0 (paper: 1 and 20, hence 15.6 at the start);
+    loops: epochs until lambda is decay_min (10, on ImageNet 5); decay_max, decay_min: lambda at
+    epoch 0 and at the end (0 and -1).
     Differs from the paper: nothing; its second variant, a temperature for each sample, is
     left out.
     """
@@ -35,7 +35,7 @@ class CTKD(nn.Module):
         super().__init__()
         if not (t_start > 0 and t_end > 0 and loops > 0):
             raise ValueError(
-                f"t_start, t_end and loops must be above 0, not {t_start}, {t_end} and {loops}"
+                f"expected t_start, t_end and loops > 0, got {t_start}, {t_end} and {loops}"
             )
         self.t_start, self.t_end, self.loops = t_start, t_end, loops
         self.decay_max, self.decay_min = decay_max, decay_min
@@ -65,7 +65,7 @@ class CTKD(nn.Module):
         """
         if out_s.shape != out_t.shape:
             raise ValueError(
-                f"CTKD wants logits of one shape, not {(*out_s.shape,)} and {(*out_t.shape,)}"
+                f"CTKD: expected logits of equal shape, got {(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             out_s, out_t = _float32(out_s), _float32(out_t.detach())

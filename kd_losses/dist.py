@@ -16,18 +16,17 @@ class DIST(nn.Module):
         loss = T^2 * (beta * inter + gamma * intra)
 
     beta, gamma: weights (authors' code: 1 and 1, with a weight of 2 on the loss); T: temperature,
-    above 0 (4 on CIFAR-100, 1 on ImageNet).
-    The 1e-8 counts: a class that all samples find unlikely has a rho near 0, whatever the student
-    does. With two classes a row's rho is +1 or -1, and so is a column's with two samples: hardly a
-    gradient is left.
-    Differs from the authors' code, which has the 1e-8 too: the student's ||a'|| is at least
-    ||a (1 - a)|| / 10000, which bounds the gradient where it is all but constant.
+    above 0 (4 on CIFAR-100, 1 on ImageNet). The 1e-8 matters: a class with small probabilities in
+    all samples has a rho near 0, whatever the student predicts. With two classes a row's rho is +1
+    or -1, and so is a column's with two samples: almost no gradient is left.
+    Differs from the authors' code, which also has the 1e-8: the student's ||a'|| is at least ||a (1
+    - a)|| / 10000. This bounds the gradient of a nearly constant row.
     """
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, T: float = 4.0):
         super().__init__()
         if not T > 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.beta, self.gamma, self.T = beta, gamma, T
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
@@ -38,13 +37,13 @@ class DIST(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2:
             raise ValueError(
-                "DIST wants logits of one shape (B, K), not "
+                "DIST: expected logits of equal shape (B, K), got "
                 f"{(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         if out_s.shape[1] < 2:
-            raise ValueError("DIST wants at least two classes")
+            raise ValueError("DIST: expected at least two classes")
         if out_s.shape[0] < 2 and self.gamma:
-            raise ValueError("DIST needs at least two samples, between which a class correlates")
+            raise ValueError("DIST: expected at least two samples: it correlates them")
         with torch.autocast(out_s.device.type, enabled=False):
             p_s, p_t = ((_float32(x) / self.T).softmax(1) for x in (out_s, out_t.detach()))
             inter, intra = (1 - _pearson(p_s, p_t, dim).mean() for dim in (1, 0))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DKD(nn.Module):
-    """The soft-target loss split in two: target against the rest, and the rest among themselves.
+    """The soft-target loss in two parts: the target class against the others, and the others only.
 
         p = softmax(out / T),   b = (p_y, 1 - p_y),   q = softmax of the K - 1 other logits / T
         TCKD = T^2 / B * sum_b KL(b_t || b_s),        NCKD = T^2 / B * sum_b KL(q_t || q_s)
@@ -16,14 +16,14 @@ class DKD(nn.Module):
 
     alpha, beta: weights (paper: 1 and, on CIFAR-100, 2 to 8 by pair of networks; 0.5 on ImageNet);
     T: temperature, above 0 (4, on ImageNet 1). With two classes NCKD is 0.
-    Differs from the paper: nothing; its code lets the loss grow linearly over the first 20 epochs,
-    which is the caller's part.
+    Differs from the paper: nothing. The authors' code increases the weight linearly over the first
+    20 epochs (not in this file).
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, T: float = 4.0):
         super().__init__()
         if T <= 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.alpha, self.beta, self.T = alpha, beta, T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
@@ -33,11 +33,11 @@ class DKD(nn.Module):
         """
         if out_s.shape != out_t.shape or target.shape != out_s.shape[:1]:
             raise ValueError(
-                "DKD wants logits of one shape (B, K) and targets (B,), not "
+                "DKD: expected logits of equal shape (B, K) and targets (B,), got "
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         if out_s.shape[1] < 2:
-            raise ValueError("DKD wants at least two classes")
+            raise ValueError("DKD: expected at least two classes")
         with torch.autocast(out_s.device.type, enabled=False):
             own = torch.zeros_like(out_s, dtype=torch.bool).scatter(1, target[:, None], True)
             margin_s, log_q_s, _ = self.groups(out_s, target, own)

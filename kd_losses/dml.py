@@ -12,10 +12,10 @@ class DML(nn.Module):
 
         loss = 1 / B * sum_b KL(softmax(out_t) || softmax(out_s))
 
-    Both networks learn: the other one's loss is the same call with the arguments exchanged, the
-    argument in second place being a constant each time.
-    Differs from the paper: as in KD-Zoo both losses come from one forward of each network, where
-    the paper updates them in turn with refreshed predictions; two networks only.
+    Both networks learn: the loss of the other network is the same call with the arguments
+    exchanged. The second argument is a constant.
+    Differs from the paper: as in KD-Zoo, both losses use one forward pass of each network. The
+    paper updates one network after the other and computes the predictions again. Only two networks.
     """
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:

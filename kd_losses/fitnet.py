@@ -12,9 +12,9 @@ class Hint(nn.Module):
 
         loss = mean over B, C, H, W of (fm_s - fm_t)^2
 
-    Differs from the paper: as in KD-Zoo the maps are compared throughout the training, where the
-    paper first trains the student up to the hint, and a mean stands for half the sum. The paper's
-    regressor is the caller's: pass it the student's map.
+    Differs from the paper: as in KD-Zoo, the maps are compared during the whole training (the paper
+    first trains the student up to the hint), and a mean instead of half the sum. The regressor of
+    the paper is not in this file: apply it to the student's map first.
     """
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
@@ -23,7 +23,9 @@ class Hint(nn.Module):
         Raises ValueError where the shapes differ.
         """
         if fm_s.shape != fm_t.shape:
-            raise ValueError(f"Hint wants equal shapes, not {(*fm_s.shape,)} and {(*fm_t.shape,)}")
+            raise ValueError(
+                f"Hint: expected equal shapes, got {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+            )
         with torch.autocast(fm_s.device.type, enabled=False):
             fm_s, fm_t = _float32(fm_s), _float32(fm_t.detach())
             # keeps the inputs alone, not their difference; torch's own mean would keep the squares

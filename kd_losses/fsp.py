@@ -14,9 +14,10 @@ class FSP(nn.Module):
         G(fm1, fm2)_ij = 1 / (H W) * sum_p fm1_i(p) fm2_j(p)      (B, C_1, C_2)
         loss = mean over B, C_1, C_2 of (G_s - G_t)^2
 
-    Where the two maps of a network differ in size the larger is average-pooled to the smaller.
-    Differs from the paper: a mean over the matrix stands for the squared Frobenius norm, average
-    pooling for max pooling, and all pairs weigh the same, as in KD-Zoo.
+    If the two maps of a network differ in size, the larger one is average-pooled to the smaller
+    size.
+    Differs from the paper: as in KD-Zoo, a mean over the matrix instead of the squared Frobenius
+    norm, average pooling instead of max pooling, and equal weights for all pairs.
     """
 
     def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
@@ -27,7 +28,9 @@ class FSP(nn.Module):
         """
         shapes = [(x.shape[0], x.shape[1]) for x in (fm_s1, fm_s2, fm_t1, fm_t2)]
         if shapes[:2] != shapes[2:]:
-            raise ValueError(f"FSP wants equal batch and channels, not {shapes[:2]}, {shapes[2:]}")
+            raise ValueError(
+                f"FSP: expected equal batch sizes and channels, got {shapes[:2]}, {shapes[2:]}"
+            )
         with torch.autocast(fm_s1.device.type, enabled=False):
             flow_t = self.flow(fm_t1.detach(), fm_t2.detach())
             return (self.flow(fm_s1, fm_s2) - flow_t).square().mean()

@@ -15,26 +15,25 @@ class FT(nn.Module):
         u    = x / ||x||_2                                  norm over each sample's entries
         loss = mean over B and the entries of |u_s - u_t|^p2
 
-    The teacher's factor comes from a `Paraphraser`, trained first and then frozen in eval mode, the
-    student's from a `Translator` that learns with the student.
+    The teacher's factor comes from a `Paraphraser`, which is trained first and then frozen in eval
+    mode. The student's factor comes from a `Translator`, which is trained with the student.
 
     factor: 'channels' as in the paper and KD-Zoo, or 'spatial' as in the CRD benchmark, where the
-    larger of two factors is average-pooled to the smaller first and channels may differ; p1: of
-    'spatial', a whole number from 1 on (2), the power keeping its sign where p1 is odd; p2: at
-    least 1 (1).
-    Differs from the paper: a mean stands for the sum, as in KD-Zoo; 'spatial' compares where the
-    factors are strong, not what they are. Differs from the CRD benchmark: maps need not be square,
+    larger factor is average-pooled to the smaller size first and channels may differ; p1: an int >=
+    1, for 'spatial' (2; an odd power keeps the sign); p2: at least 1 (1).
+    Differs from the paper: a mean instead of the sum, as in KD-Zoo; 'spatial' compares where the
+    factors are strong, not their values. Differs from the CRD benchmark: maps need not be square,
     each side is pooled to the smaller of the two.
     """
 
     def __init__(self, factor: str = "channels", p1: int = 2, p2: float = 1):
         super().__init__()
         if factor not in ("channels", "spatial"):
-            raise ValueError(f"factor must be channels or spatial, not {factor!r}")
+            raise ValueError(f"expected factor channels or spatial, got {factor!r}")
         if p1 != int(p1) or p1 < 1:
-            raise ValueError(f"p1 must be a whole number from 1 on, not {p1}")
+            raise ValueError(f"expected int p1 >= 1, got {p1}")
         if p2 < 1:
-            raise ValueError(f"p2 must be at least 1, not {p2}")
+            raise ValueError(f"expected p2 >= 1, got {p2}")
         self.factor, self.p1, self.p2 = factor, int(p1), p2
 
     def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class FT(nn.Module):
         axes = slice(0, 1) if spatial else slice(None)
         if factor_s.shape[axes] != factor_t.shape[axes]:
             raise ValueError(
-                f"FT wants {'one batch' if spatial else 'equal shapes'}, not "
+                f"FT: expected {'one batch' if spatial else 'equal shapes'}, got "
                 f"{(*factor_s.shape,)} and {(*factor_t.shape,)}"
             )
         with torch.autocast(factor_s.device.type, enabled=False):
@@ -74,7 +73,7 @@ class Paraphraser(nn.Module):
     in_channels: C of the teacher's map; k: share of the channels that a factor has, int(C * k) at
     least 1 (KD-Zoo and the CRD benchmark: 0.5); use_bn: batch norm instead of a bias after every
     convolution (KD-Zoo: on CIFAR-10 only).
-    Differs from KD-Zoo: the transposed convolutions are initialised as the others are.
+    Differs from KD-Zoo: the transposed convolutions are initialised like the other convolutions.
     """
 
     def __init__(self, in_channels: int, k: float = 0.5, use_bn: bool = True):
@@ -106,7 +105,7 @@ class Translator(nn.Module):
     """The student's counterpart of the paraphraser's encoder, to C_s, kC_t, kC_t channels.
 
     in_channels_s, in_channels_t: of the student's and the teacher's map; k, use_bn: those of the
-    paraphraser (the CRD benchmark has batch norm here, none there).
+    paraphraser (the CRD benchmark has batch norm here, but not in the paraphraser).
     """
 
     def __init__(self, in_channels_s: int, in_channels_t: int, k: float = 0.5, use_bn: bool = True):

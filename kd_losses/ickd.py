@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class ICKD(nn.Module):
-    """Squared difference of how the channels of a map correlate, sample by sample.
+    """Squared difference of the correlations between the channels of a map, per sample.
 
         f    = fm as (C, H * W): of the teacher, and of the student's BN(W fm_s)
         G    = f f^T, each row divided by its L2 norm       (t_dim, t_dim) for each sample
         loss = 1 / (B * t_dim) * sum over B and the pairs of channels of (G_s - G_t)^2
 
     s_dim, t_dim: channels of the student's and the teacher's map; W: a 1x1 convolution without
-    bias. W and BN learn with the student. Takes t_dim^2 numbers a sample, a few times.
-    Differs from the paper: nothing is known for classification (ICKD-C); for segmentation the paper
-    splits the maps into a grid.
+    bias. W and BN are trained with the student. Needs a few times t_dim^2 numbers per sample.
+    Differs from the paper: no known difference for classification (ICKD-C). For segmentation the
+    paper splits the maps into a grid.
     """
 
     def __init__(self, s_dim: int, t_dim: int):
@@ -34,11 +34,11 @@ class ICKD(nn.Module):
         want = (len(fm_s), s_dim), (len(fm_s), t_dim)
         if (fm_s.shape[:2], fm_t.shape[:2]) != want or fm_s.dim() != 4 or fm_t.dim() != 4:
             raise ValueError(
-                f"ICKD wants maps (B, {s_dim}, H, W) and (B, {t_dim}, H, W), not "
+                f"ICKD: expected maps (B, {s_dim}, H, W) and (B, {t_dim}, H, W), got "
                 f"{(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         if self.training and fm_s.numel() == s_dim:
-            raise ValueError("ICKD needs at least two samples or pixels for its batch norm")
+            raise ValueError("ICKD: expected at least two samples or pixels for its batch norm")
         fm_s = self.embed(_float32(fm_s))
         with torch.autocast(fm_s.device.type, enabled=False):
             diff = self.correlation(fm_s) - self.correlation(fm_t.detach())

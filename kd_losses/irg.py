@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class IRG(nn.Module):
-    """Distance between the graphs that two networks draw over a batch, and between how they change.
+    """Distance between the relation graphs of two networks over a batch, and between their changes.
 
         E(x)_ij = max(|x_i - x_j|^2, 1e-12) / largest of the batch, E(x)_ii = 0         (B, B)
         r_b = max(|pool(fm2)_b - pool(fm3)_b|^2, 1e-12) / largest of the batch          (B,)
@@ -21,11 +21,11 @@ class IRG(nn.Module):
         tran = mean over B of (r_s - r_t)^2
         loss = w_irg_vert * vert + w_irg_edge * edge + w_irg_tran * tran
 
-    pool averages the larger map to the smaller one's size, and the channels of the wider one to the
-    other's number, neighbours together.
-    w_irg_vert, w_irg_edge, w_irg_tran: weights of the parts (KD-Zoo: 0.1, 5.0, 5.0).
-    Differs from the paper, as in KD-Zoo: vertices are compared by their logits alone, the change
-    between layers by one number a sample.
+    pool averages the larger map to the size of the smaller one, and neighbouring channels of the
+    wider map to the number of the other. w_irg_vert, w_irg_edge, w_irg_tran: weights of the parts
+    (KD-Zoo: 0.1, 5.0, 5.0).
+    Differs from the paper, as in KD-Zoo: vertices are compared only by their logits, and the change
+    between layers by one number per sample.
     """
 
     def __init__(self, w_irg_vert: float = 0.1, w_irg_edge: float = 5.0, w_irg_tran: float = 5.0):
@@ -41,10 +41,14 @@ class IRG(nn.Module):
         fm2_s, fm3_s, feat_s, out_s = (_float32(x) for x in layers_s)
         fm2_t, fm3_t, feat_t, out_t = (_float32(x.detach()) for x in layers_t)
         if out_s.shape != out_t.shape:
-            raise ValueError(f"IRG wants equal logits, not {(*out_s.shape,)}, {(*out_t.shape,)}")
+            raise ValueError(
+                f"IRG: expected logits of equal shape, got {(*out_s.shape,)}, {(*out_t.shape,)}"
+            )
         batches = {len(x) for x in (*layers_s, *layers_t)}
         if len(batches) > 1 or batches == {1}:
-            raise ValueError(f"IRG wants one batch of at least two samples, not {batches}")
+            raise ValueError(
+                f"IRG: expected equal batch sizes of at least two samples, got {batches}"
+            )
         with torch.autocast(out_s.device.type, enabled=False):
             vert = (out_s - out_t).square().mean()
             edge = self.edges(fm2_s, fm3_s, feat_s) - self.edges(fm2_t, fm3_t, feat_t)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ITRD(nn.Module):
-    """Student and teacher correlated unit by unit, and alike in how they relate the samples.
+    """Correlation of student and teacher unit by unit, and similarity of their sample relations.
 
         e = W feat_s + b;   x = feat_s if s_dim = t_dim, else e
         z = each column minus its mean over the batch, divided by its standard deviation (B - 1)
@@ -21,11 +21,11 @@ class ITRD(nn.Module):
         loss   = lambda_corr * corr + lambda_mutual * mutual
 
     s_dim, t_dim: widths of student and teacher; lambda_corr: 2; lambda_mutual: 0.05 in the authors'
-    code, 1 in their example; alpha: 1.5, in their example, two networks of one family, 1.01. W, b
-    learn with the student. The loss may be negative: mean over B and the standard deviation's B - 1
-    make c (B - 1) / B at best.
-    Differs from the authors' code: a unit that is constant over the batch counts as uncorrelated,
-    its standard deviation being taken as at least 1e-5, where it gave nan.
+    code, 1 in their example; alpha: 1.5 (1.01 in their example, two networks of one family). W, b
+    learn with the student. The loss can be negative: the mean is over B and the standard deviation
+    over B - 1, so c is at most (B - 1) / B.
+    Differs from the authors' code: a standard deviation is at least 1e-5, so a unit that is
+    constant over the batch is uncorrelated (NaN in the authors' code).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ITRD(nn.Module):
     ):
         super().__init__()
         if alpha <= 0:
-            raise ValueError(f"the power alpha must be above 0, not {alpha}")
+            raise ValueError(f"expected alpha (the power) > 0, got {alpha}")
         self.lambda_corr, self.lambda_mutual, self.alpha = lambda_corr, lambda_mutual, alpha
         self.embed = nn.Linear(s_dim, t_dim)
 
@@ -50,11 +50,11 @@ class ITRD(nn.Module):
         s_dim, t_dim = self.embed.in_features, self.embed.out_features
         if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (t_dim,):
             raise ValueError(
-                f"ITRD wants vectors (B, {s_dim}) and (B, {t_dim}), not "
+                f"ITRD: expected vectors (B, {s_dim}) and (B, {t_dim}), got "
                 f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
             )
         if len(feat_s) < 2:
-            raise ValueError("ITRD needs at least two samples: it correlates them")
+            raise ValueError("ITRD: expected at least two samples: it correlates them")
         feat_s = _float32(feat_s)
         e = self.embed(feat_s)
         with torch.autocast(feat_s.device.type, enabled=False):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 class KDSVD(nn.Module):
-    """Difference between how the principal directions of the maps change from stage to stage.
+    """Difference between the changes of the maps' principal directions from stage to stage.
 
         X = U diag(sigma) V^T for each sample and stage i, X the unfolded map (B, M, N)
         V_t: the teacher's first k right vectors, the largest entry of each made positive
@@ -20,21 +20,21 @@ class KDSVD(nn.Module):
         R^i_abj = exp(-(v^i_aj - v^{i-1}_bj)^2 / 8)                          (B, N_i, N_{i-1}, k)
         loss = 1 / B * sum over i > 1 and all entries of (R_s - R_t)^2
 
-    k: how many vectors (MDistiller and RepDistiller use 1), at most what the maps have.
-    unfold: 'channels': X is (B, C * H, W), as in MDistiller; 'space': X is (B, H * W, C), as in
-    RepDistiller and the authors' code.
-    Vectors of equal singular values get no gradient from each other, and those of singular value 0
-    count as zero. On a GPU the decomposition waits for the device.
-    Differs from the public code, whose value hangs on the arbitrary sign of the teacher's singular
-    vectors.
+    k: number of vectors (MDistiller and RepDistiller use 1), at most the rank of the maps. unfold:
+    'channels': X is (B, C * H, W), as in MDistiller; 'space': X is (B, H * W, C), as in
+    RepDistiller and the authors' code. Vectors of equal singular values get no gradient from each
+    other, and those of singular value 0 are set to zero. On a GPU the decomposition synchronises
+    with the host.
+    Differs from the public code, whose value depends on the arbitrary sign of the teacher's
+    singular vectors.
     """
 
     def __init__(self, k: int = 1, unfold: str = "channels"):
         super().__init__()
         if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
+            raise ValueError(f"expected k >= 1, got {k}")
         if unfold not in ("channels", "space"):
-            raise ValueError(f"unfold must be channels or space, not {unfold!r}")
+            raise ValueError(f"expected unfold channels or space, got {unfold!r}")
         self.k, self.unfold = k, unfold
 
     def forward(self, fms_s: Sequence[Tensor], fms_t: Sequence[Tensor]) -> Tensor:
@@ -44,13 +44,16 @@ class KDSVD(nn.Module):
         Raises ValueError where number, batch or that size differ.
         """
         if len(fms_s) != len(fms_t) or len(fms_s) < 2:
-            raise ValueError(f"KDSVD wants two or more pairs, not {len(fms_s)} and {len(fms_t)}")
+            raise ValueError(
+                f"KDSVD: expected two or more pairs, got {len(fms_s)} and {len(fms_t)}"
+            )
         axis = 3 if self.unfold == "channels" else 1
         for fm_s, fm_t in zip(fms_s, fms_t):
             one_batch = len(fm_s) == len(fm_t) == len(fms_s[0])
             if not one_batch or fm_s.shape[axis] != fm_t.shape[axis]:
                 raise ValueError(
-                    f"KDSVD wants one batch and equal {'width' if axis == 3 else 'channels'}, not "
+                    "KDSVD: expected equal batch sizes and equal "
+                    f"{'width' if axis == 3 else 'channels'}, got "
                     f"{(*fm_s.shape,)} and {(*fm_t.shape,)}"
                 )
         with torch.autocast(fms_s[0].device.type, enabled=False):

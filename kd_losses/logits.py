@@ -11,8 +11,8 @@ class Logits(nn.Module):
 
         loss = mean over B, K of (out_s - out_t)^2
 
-    Differs from the paper: a mean over the classes stands for half the sum, and as in KD-Zoo the
-    cross-entropy with the labels stays beside it, where the paper trains on the logits alone.
+    Differs from the paper: a mean over the classes instead of half the sum. As in KD-Zoo, it is
+    used together with the cross-entropy; the paper trains only on the logits.
     """
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class Logits(nn.Module):
         """
         if out_s.shape != out_t.shape:
             raise ValueError(
-                f"Logits wants equal shapes, not {(*out_s.shape,)} and {(*out_t.shape,)}"
+                f"Logits: expected equal shapes, got {(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             out_s, out_t = _float32(out_s), _float32(out_t.detach())

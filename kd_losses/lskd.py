@@ -20,7 +20,7 @@ def standardise(out: Tensor) -> Tensor:
     """
     if out.dim() != 2 or out.shape[1] < 2:
         raise ValueError(
-            f"standardise wants logits (B, K) of at least two classes, not {(*out.shape,)}"
+            f"standardise: expected logits (B, K) of at least two classes, got {(*out.shape,)}"
         )
     with torch.autocast(out.device.type, enabled=False):
         out = _float32(out)
@@ -32,22 +32,22 @@ def standardise(out: Tensor) -> Tensor:
 
 
 class LSKD(nn.Module):
-    """A loss of logits after the standardisation of both sides, by itself that of soft targets.
+    """A loss of standardised logits: the soft-target loss, or another loss that is given.
 
         loss = T^2 / B * sum_b KL(softmax(z_t / T) || softmax(z_s / T)),   z = standardise(out)
         loss = inner(z_s, z_t, *rest)                       with another loss inside
 
-    T: temperature, above 0 (authors' code: 2; 3 or 4 for some pairs); inner: a module that is
-    called in the place of the divergence, such as DKD, with its own temperature. What the student's
-    logits lose, their mean and scale, only the cross-entropy fixes.
-    Differs from the authors' code: without the floor of `standardise` it has a gradient of nearly
-    1e6 in a constant row.
+    T: temperature, above 0 (authors' code: 2; 3 or 4 for some pairs); inner: a module that replaces
+    the divergence, such as DKD, with its own temperature. Standardisation removes the mean and the
+    scale of the student's logits, so only the cross-entropy trains them.
+    Differs from the authors' code: `standardise` has a smallest standard deviation. Without it, a
+    constant row has a gradient of nearly 1e6.
     """
 
     def __init__(self, T: float = 2.0, inner: nn.Module | None = None):
         super().__init__()
         if not T > 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.T, self.inner = T, inner
 
     def forward(self, out_s: Tensor, out_t: Tensor, *rest) -> Tensor:
@@ -58,13 +58,13 @@ class LSKD(nn.Module):
         """
         if out_s.shape != out_t.shape:
             raise ValueError(
-                f"LSKD wants logits of one shape, not {(*out_s.shape,)} and {(*out_t.shape,)}"
+                f"LSKD: expected logits of equal shape, got {(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         z_s, z_t = standardise(out_s), standardise(out_t.detach())
         if self.inner is not None:
             return self.inner(z_s, z_t, *rest)
         if rest:
-            raise ValueError("LSKD without an inner loss wants logits alone")
+            raise ValueError("LSKD without an inner loss takes only logits")
         with torch.autocast(out_s.device.type, enabled=False):
             log_p_s, log_p_t = (F.log_softmax(z / self.T, dim=1) for z in (z_s, z_t))
             loss = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)

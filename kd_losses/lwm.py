@@ -14,19 +14,20 @@ class LwM(nn.Module):
         cam = relu(sum_c w_c x_c)                                       (B, H, W)
         loss = mean over B, H, W of | cam_s / ||cam_s||_2 - cam_t / ||cam_t||_2 |
 
-    The larger of two cams is averaged to the smaller one's size, before the norms.
-    cam: what x is. 'gradient': g, as KD-Zoo does it; 'activation': fm, Grad-CAM as in the paper.
-    Differentiating the loss needs second derivatives of the student, none of the teacher.
-    Differs from the paper: with cam='gradient' the value depends on gradients alone. In a piecewise
-    linear network layers before the map then learn nothing, and a map that is pooled and classified
-    next has a constant cam: take an earlier one. With batch norm in training mode a sample's
-    gradient holds the other samples' share too. KD-Zoo's author calls this loss alone unstable.
+    The larger of two cams is average-pooled to the size of the smaller one, before the norms. cam:
+    'gradient': x = g, as in KD-Zoo; 'activation': x = fm, Grad-CAM as in the paper. Differentiating
+    the loss needs second derivatives of the student, none of the teacher.
+    Differs from the paper: with cam='gradient' the value depends only on gradients. Then the layers
+    before the map of a piecewise linear network are not trained, and a map that is pooled and
+    classified next has a constant cam: use an earlier map. With batch norm in training mode, a
+    sample's gradient also depends on the other samples. KD-Zoo's author says that this loss is
+    unstable without others.
     """
 
     def __init__(self, cam: str = "gradient"):
         super().__init__()
         if cam not in ("gradient", "activation"):
-            raise ValueError(f"cam must be gradient or activation, not {cam!r}")
+            raise ValueError(f"expected cam gradient or activation, got {cam!r}")
         self.cam = cam
 
     def forward(
@@ -38,11 +39,11 @@ class LwM(nn.Module):
         Raises ValueError where the batches differ or a graph is missing.
         """
         if not len(out_s) == len(out_t) == len(target) == len(fm_s) == len(fm_t):
-            raise ValueError("LwM wants maps, logits and targets of one batch")
+            raise ValueError("LwM: expected maps, logits and targets of one batch")
         if not all(x.requires_grad for x in (out_s, fm_s, out_t, fm_t)):
             raise ValueError(
-                "LwM differentiates in the maps: let them require grad, and do not run the teacher "
-                "under no_grad"
+                "LwM needs gradients with respect to the maps: they must require "
+                "grad, and the teacher must not run under no_grad"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             size = tuple(min(a, b) for a, b in zip(fm_s.shape[2:], fm_t.shape[2:]))

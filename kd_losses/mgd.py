@@ -14,17 +14,17 @@ class MGD(nn.Module):
         loss = 1 / B * sum over B, C, H, W of (W_2 relu(W_1 x) - fm_t)^2       3x3 convolutions
 
     s_dim, t_dim: channels of the student's and the teacher's map; lam: share of the channels that
-    are masked, from 0 to below 1 (authors: 0.15). Being a sum over the map it takes a small weight
-    (7e-5, on CIFAR 1.2e-3). The convolutions learn with the student. The mask comes from torch's
-    generator of the map's device.
-    Differs from the authors' code: nothing in this form, of classification; for detection whole
-    positions are masked.
+    are masked, from 0 to below 1 (authors: 0.15). The loss is a sum over the map, so its weight is
+    small (7e-5, on CIFAR 1.2e-3). The convolutions are trained with the student. The mask comes
+    from torch's generator of the map's device.
+    Differs from the authors' code: nothing for classification. For detection the authors mask whole
+    positions.
     """
 
     def __init__(self, s_dim: int, t_dim: int, lam: float = 0.15):
         super().__init__()
         if not 0 <= lam < 1:
-            raise ValueError(f"lam must be from 0 to below 1, not {lam}")
+            raise ValueError(f"expected 0 <= lam < 1, got {lam}")
         self.s_dim, self.t_dim, self.lam = s_dim, t_dim, lam
         self.align = nn.Conv2d(s_dim, t_dim, 1) if s_dim != t_dim else nn.Identity()
         self.generation = nn.Sequential(
@@ -43,13 +43,14 @@ class MGD(nn.Module):
         expected = [(b, self.s_dim, *size), (b, self.t_dim, *size)]
         if [(*fm_s.shape,), (*fm_t.shape,)] != expected:
             raise ValueError(
-                f"MGD wants maps of one batch and size with {self.s_dim} and {self.t_dim} "
-                f"channels, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+                f"MGD: expected feature maps of equal batch and spatial size with {self.s_dim} and "
+                f"{self.t_dim} "
+                f"channels, got {(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         if rand is None:  # in float32 always, so that the mask does not hang on the precision
             rand = torch.rand(b, self.t_dim, 1, 1, device=fm_s.device, dtype=torch.float32)
         elif rand.shape != (b, self.t_dim, 1, 1):
-            raise ValueError(f"MGD wants rand {(b, self.t_dim, 1, 1)}, not {(*rand.shape,)}")
+            raise ValueError(f"MGD: expected rand {(b, self.t_dim, 1, 1)}, got {(*rand.shape,)}")
         x = self.align(_float32(fm_s))
         x = self.generation(x * (rand >= self.lam))
         with torch.autocast(x.device.type, enabled=False):

@@ -17,18 +17,19 @@ class MLKD(nn.Module):
         m_b = [confidence of the teacher in sample b <= the batch's median]
         c_k = [its confidence in class k, summed over the batch, <= the classes' median]
 
-    the confidences being those on the weak view, at T = 1. Summed over the temperatures T, with _w
-    and _s for the weakly and the strongly augmented view, the loss is
+    The confidences are those on the weak view at T = 1. _w and _s are the weakly and the strongly
+    augmented view. The loss, summed over the temperatures T, is
         form="intended": mean_b m_b kd_b_w + sum_k c_k cc_k_w + sum_b m_b bc_b_w
                          + mean_b kd_b_s + sum_k cc_k_s + sum_b bc_b_s
         form="released": mean(m) * (mean_b kd_b_w + sum_b bc_b_w) + mean(c) * sum_k cc_k_w
                          + mean_b kd_b_s, but mean_b kd_b_w at two of the temperatures
-    T: the temperatures, all above 0; base: one of them, the T of plain distillation (4, on ImageNet
-    1; 2, 3, 5 and 6 are the others everywhere). The two temperatures are the lowest and the highest
-    beside base.
-    Differs from the paper: "released", what the authors' code executes, has masks that only scale,
-    no relations on the strong view, and there the weak view's logits at T = 2 and 6; "intended" is
-    a reading of what that code was meant to do. cc grows with the batch, as there.
+    T: the temperatures, all above 0; base: one of them, the T of the plain distillation term (4, on
+    ImageNet 1; the others are 2, 3, 5 and 6). The two temperatures are the lowest and the highest
+    of the others.
+    Differs from the paper: "released" is what the authors' code executes: its masks only scale,
+    there are no relations on the strong view, and on that view the logits of the weak view are used
+    at T = 2 and 6. "intended" is our reading of what the code was meant to do. cc grows with the
+    batch, as in the authors' code.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class MLKD(nn.Module):
         super().__init__()
         if not T or min(T) <= 0 or len(set(T)) < len(T) or base not in T:
             raise ValueError(
-                f"MLKD wants different temperatures above 0, one of them {base}, not {T}"
+                f"MLKD: expected different temperatures above 0, one of them {base}, got {T}"
             )
         if form not in ("released", "intended"):
-            raise ValueError(f"form must be 'released' or 'intended', not {form!r}")
+            raise ValueError(f"expected form 'released' or 'intended', got {form!r}")
         rest = sorted(t for t in T if t != base)
         self.T, self.form, self.ends = tuple(T), form, {*rest[:1], *rest[-1:]}
 
@@ -54,7 +55,7 @@ class MLKD(nn.Module):
         outs = out_s_w, out_s_s, out_t_w.detach(), out_t_s.detach()
         if len({x.shape for x in outs}) > 1:
             raise ValueError(
-                f"MLKD wants four logits of one shape, not {[(*x.shape,) for x in outs]}"
+                f"MLKD: expected four logits of equal shape, got {[(*x.shape,) for x in outs]}"
             )
         with torch.autocast(out_s_w.device.type, enabled=False):
             outs = [_float32(x) for x in outs]

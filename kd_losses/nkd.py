@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class NKD(nn.Module):
-    """Cross-entropy of the target, weighted by the teacher's trust in it, and that of the others.
+    """Cross-entropy of the target, weighted by the teacher's probability, and of the other classes.
 
         p = softmax(out),   q = softmax of the K - 1 other logits / T
         target = -1 / B * sum_b p_t,y log p_s,y             y: the label; always without T
@@ -17,15 +17,15 @@ class NKD(nn.Module):
         loss = target + gamma * others
 
     gamma: weight of the others; T: their temperature, above 0 (authors' code: 1.5 and 1 on
-    ImageNet, 3.5 and 3 on CIFAR-100). Cross-entropies, not divergences: where the student equals
-    the teacher the loss is not 0. With two classes `others` is 0.
-    Differs from the paper: nothing known.
+    ImageNet, 3.5 and 3 on CIFAR-100). These are cross-entropies, not divergences: if the student
+    equals the teacher, the loss is not 0. With two classes `others` is 0.
+    Differs from the paper: no known difference.
     """
 
     def __init__(self, gamma: float = 1.5, T: float = 1.0):
         super().__init__()
         if not T > 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.gamma, self.T = gamma, T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ class NKD(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2 or target.shape != out_s.shape[:1]:
             raise ValueError(
-                "NKD wants logits of one shape (B, K) and targets (B,), not "
+                "NKD: expected logits of equal shape (B, K) and targets (B,), got "
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         if out_s.shape[1] < 2:
-            raise ValueError("NKD wants at least two classes")
+            raise ValueError("NKD: expected at least two classes")
         with torch.autocast(out_s.device.type, enabled=False):
             out_s, out_t = _float32(out_s), _float32(out_t.detach())
             y = target[:, None]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class NST(nn.Module):
     """Squared maximum mean discrepancy between the channels of two feature maps.
 
-        x_i = fm_s[i] / ||fm_s[i]||_2,   y_j likewise of fm_t      a channel's H * W positions
-        loss = mean over B of  mean_ij k(y_i, y_j) + mean_ij k(x_i, x_j) - 2 mean_ij k(x_i, y_j)
+        x_i = fm_s[i] / ||fm_s[i]||_2,   y_j the same for fm_t      a channel's H * W positions loss
+        = mean over B of  mean_ij k(y_i, y_j) + mean_ij k(x_i, x_j) - 2 mean_ij k(x_i, y_j)
 
     kernel: 'poly'    k(x, y) = (x . y)^2                    KD-Zoo, the CRD benchmark
             'linear'  k(x, y) = x . y
@@ -23,7 +23,7 @@ class NST(nn.Module):
     def __init__(self, kernel: str = "poly"):
         super().__init__()
         if kernel not in ("poly", "linear", "gauss"):
-            raise ValueError(f"the kernel must be poly, linear or gauss, not {kernel!r}")
+            raise ValueError(f"expected kernel poly, linear or gauss, got {kernel!r}")
         self.kernel = kernel
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
@@ -33,7 +33,8 @@ class NST(nn.Module):
         """
         if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
             raise ValueError(
-                f"NST wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+                f"NST: expected feature maps of equal batch and spatial size, got {(*fm_s.shape,)} "
+                f"and {(*fm_t.shape,)}"
             )
         with torch.autocast(fm_s.device.type, enabled=False):
             # by halves of the batch: forward and backward make several maps out of one

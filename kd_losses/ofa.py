@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class OFA(nn.Module):
-    """The teacher's logits as the target of the student's and of a head on each of its stages.
+    """The teacher's logits are the target of the student's logits and of a head on each stage.
 
         loss = sum_i ofa_loss(head_i(stages_s_i), eps_i) + ofa_loss(out_s, eps_last)  see `ofa_loss`
 
     head_i: separable convolutions, each halving the map, until it is as small as the deepest one
     (none there: a linear layer in their place), then the mean over the map and a linear layer. The
     channels double from block to block; the last one's are those of the student's deepest map or
-    t_dim, whichever is more. The heads learn with the student.
-    shapes_s: (C, H, W) of the student's maps, from shallow to deep; t_dim: the width of the
-    teacher's pooled feature; num_class: K; eps: of every term, or one for each stage and one for
-    out_s (paper's code: 1 on CIFAR-100, 1.5 on ImageNet with ResNet-18); T: temperature (1).
-    Differs from the paper: heads for convolutional students alone; the mean over the deepest map is
-    taken before its 1x1 convolution, which is the same.
+    t_dim, whichever is more. The heads are trained with the student. shapes_s: (C, H, W) of the
+    student's maps, from shallow to deep; t_dim: the width of the teacher's pooled feature;
+    num_class: K; eps: of every term, or one for each stage and one for out_s (paper's code: 1 on
+    CIFAR-100, 1.5 on ImageNet with ResNet-18); T: temperature (1).
+    Differs from the paper: heads only for convolutional students. The mean over the deepest map is
+    computed before its 1x1 convolution, which gives the same result.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class OFA(nn.Module):
         self.eps = (eps,) * (len(shapes_s) + 1) if one else tuple(eps)
         if not shapes_s or len(self.eps) != len(shapes_s) + 1:
             raise ValueError(
-                f"OFA wants at least one stage and an eps for each and one more, not "
+                f"OFA: expected at least one stage and an eps for each and one more, got "
                 f"{len(shapes_s)} and {len(self.eps)}"
             )
         if T <= 0 or min(self.eps) <= 0:
-            raise ValueError(f"T and eps must be above 0, not {T} and {eps}")
+            raise ValueError(f"expected T > 0 and eps > 0, got {T} and {eps}")
         width, deepest = max(self.channels[-1], t_dim), max(shapes_s[-1][1:])
         self.blocks = [max(0, math.ceil(math.log2(max(size) / deepest))) for _, *size in shapes_s]
         self.heads = nn.ModuleList(
@@ -63,19 +63,19 @@ class OFA(nn.Module):
         shapes = [(*fm.shape,) for fm in stages_s]
         if [s[:-2] for s in shapes] != [(*target.shape, c) for c in self.channels]:
             raise ValueError(
-                f"OFA wants maps of {self.channels} channels and one batch, not {shapes} and "
+                f"OFA: expected maps of {self.channels} channels and one batch, got {shapes} and "
                 f"targets {(*target.shape,)}"
             )
         for x in (out_s, out_t):
             if x.shape != (*target.shape, self.num_class):
                 raise ValueError(
-                    f"OFA wants logits {(*target.shape, self.num_class)}, not {(*x.shape,)}"
+                    f"OFA: expected logits {(*target.shape, self.num_class)}, got {(*x.shape,)}"
                 )
         single = any(n and max(s[2:]) <= 2**n for s, n in zip(shapes, self.blocks))
         if self.training and len(target) == 1 and single:
             raise ValueError(
-                "OFA needs at least two samples in training mode: with one, the batch norm of a "
-                "1x1 map has nothing to average over"
+                "OFA: expected at least two samples in training mode: with one, the batch norm of "
+                "a 1x1 map has nothing to average over"
             )
         # bfloat16 makes the backward of a strided depthwise convolution 15 times slower on CPUs
         with torch.autocast("cpu", enabled=False):
@@ -99,7 +99,7 @@ def ofa_loss(
     """
     if out_s.shape != out_t.shape or target.shape != out_s.shape[:1]:
         raise ValueError(
-            "ofa_loss wants logits of one shape (B, K) and targets (B,), not "
+            "ofa_loss: expected logits of equal shape (B, K) and targets (B,), got "
             f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
         )
     return _cross_entropy(out_s, *_expected(out_t, target, T), eps, T)

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 class OFD(nn.Module):
-    """Squared distance to the teacher's map before ReLU, where ReLU would let a difference through.
+    """Squared distance to the teacher's map before the ReLU, if the difference would pass the ReLU.
 
-        m_c  = mean of the negative entries of channel c of fm_t, 0 where there are none
+        m_c  = mean of the negative entries of channel c of fm_t, 0 if it has no negative entry
         t    = max(fm_t, m_c),   s = BN(W fm_s), W a 1x1 convolution without bias
         loss = mean over B, C, H, W of (s - t)^2, or 0 where s <= t and t <= 0
 
     in_channels, out_channels: of the student's and the teacher's map; margin: None to take m_c from
     each batch (KD-Zoo), or m itself, a tensor (out_channels,): `bn_margin` computes MDistiller's
-    from the teacher's batch norm. W and BN learn with the student.
-    Differs from the paper: the margin depends on the batch unless it is given, and a mean stands
-    for the sum (MDistiller sums over C, H, W and averages over B).
+    from the teacher's batch norm. W and BN are trained with the student.
+    Differs from the paper: the margin depends on the batch if it is not given, and a mean instead
+    of the sum (MDistiller sums over C, H, W and averages over B).
     """
 
     def __init__(self, in_channels: int, out_channels: int, margin: Tensor | None = None):
         super().__init__()
         if margin is not None and margin.shape != (out_channels,):
-            raise ValueError(f"OFD wants {out_channels} margins, not shape {(*margin.shape,)}")
+            raise ValueError(f"OFD: expected {out_channels} margins, got shape {(*margin.shape,)}")
         self.connector = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         )
@@ -41,19 +41,22 @@ class OFD(nn.Module):
         """
         expected = (fm_s.shape[0], self.connector[1].num_features, *fm_s.shape[2:])
         if fm_t.shape != expected:
-            raise ValueError(f"OFD wants a teacher's map of shape {expected}, not {(*fm_t.shape,)}")
+            raise ValueError(
+                f"OFD: expected a teacher's map of shape {expected}, got {(*fm_t.shape,)}"
+            )
         s = self.connector(_float32(fm_s))
         with torch.autocast(s.device.type, enabled=False):
             s, fm_t = _float32(s), _float32(fm_t.detach())
             margin = _batch_margin(fm_t) if self.margin is None else self.margin.to(fm_t.dtype)
             t = torch.maximum(fm_t, margin[:, None, None])
             diff = s - t
-            # a choice keeps one byte an entry for the backward beside the square's own input
+            # a choice keeps one byte an entry for the backward pass, in addition to the square's
+            # input
             return torch.where((diff > 0) | (t > 0), diff, 0).square().mean()
 
 
 def _batch_margin(fm_t: Tensor) -> Tensor:
-    """The mean (C,) of each channel's negative entries; 0 where there are none."""
+    """The mean (C,) of each channel's negative entries; 0 if it has no negative entry."""
     count = (fm_t < 0).sum((0, 2, 3))
     return fm_t.clamp(max=0).sum((0, 2, 3)) / count.clamp(min=1)
 

@@ -13,15 +13,16 @@ class PEFD(nn.Module):
         f    = mean over k = 1 .. n of relu(W_k feat_s + b_k)
         loss = mean over B of 1 - <f, feat_t> / (||f|| ||feat_t||)
 
-    s_dim, t_dim: widths of student and teacher; n: projectors (3); they differ by their random
-    start alone, and learn with the student. A zero vector has cosine 0 with every other.
-    Differs from the paper: nothing is known; its code gives nan for a zero vector.
+    s_dim, t_dim: widths of student and teacher; n: number of projectors (3). They differ only in
+    their random initialisation and are trained with the student. A zero vector has cosine 0 with
+    any vector.
+    Differs from the paper: no known difference; the authors' code gives NaN for a zero vector.
     """
 
     def __init__(self, s_dim: int, t_dim: int, n: int = 3):
         super().__init__()
         if n < 1:
-            raise ValueError(f"PEFD wants at least one projector, not {n}")
+            raise ValueError(f"PEFD: expected at least one projector, got {n}")
         self.n, self.t_dim = n, t_dim
         # the n projectors' rows one after the other: each starts as in a layer of its own
         self.projectors = nn.Linear(s_dim, n * t_dim)
@@ -34,7 +35,7 @@ class PEFD(nn.Module):
         s_dim = self.projectors.in_features
         if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (self.t_dim,):
             raise ValueError(
-                f"PEFD wants vectors (B, {s_dim}) and (B, {self.t_dim}), not "
+                f"PEFD: expected vectors (B, {s_dim}) and (B, {self.t_dim}), got "
                 f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
             )
         f = self.projectors(_float32(feat_s))

@@ -13,8 +13,8 @@ class PKTCosSim(nn.Module):
         loss = mean over the B^2 pairs of P_t * log((P_t + eps) / (P_s + eps))
 
     eps: 1e-6 as in KD-Zoo (the CRD benchmark uses 1e-7).
-    Differs from the paper: a sample's similarity with itself is kept, and a mean over pairs stands
-    for the sum, as in KD-Zoo.
+    Differs from the paper: as in KD-Zoo, the similarity of a sample with itself is kept, and a mean
+    over pairs instead of the sum.
     """
 
     def __init__(self, eps: float = 1e-6):
@@ -27,7 +27,9 @@ class PKTCosSim(nn.Module):
         Raises ValueError where the batches differ.
         """
         if feat_s.shape[0] != feat_t.shape[0]:
-            raise ValueError(f"PKT wants one batch, not {feat_s.shape[0]} and {feat_t.shape[0]}")
+            raise ValueError(
+                f"PKT: expected equal batch sizes, got {feat_s.shape[0]} and {feat_t.shape[0]}"
+            )
         with torch.autocast(feat_s.device.type, enabled=False):
             p_s, p_t = self.similarity(feat_s), self.similarity(feat_t.detach())
             return (p_t * ((p_t + self.eps) / (p_s + self.eps)).log()).mean()

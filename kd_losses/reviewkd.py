@@ -14,10 +14,11 @@ class ReviewKD(nn.Module):
         loss = hcl([conv_i(f_i)], fms_t)                    hierarchical context loss, see `hcl`
 
     in_channels, out_channels: lists, of the student's and the teacher's maps from shallow to deep,
-    the pooled feature last; mid_channel: of every fused map, None for min(512, in_channels[-1]), as
-    in the authors' code. The fusion learns with the student; `abfs` starts at the deepest level.
-    Differs from the paper: no difference is known. On CIFAR the authors' code multiplies the loss
-    by min(epoch / 20, 1), which is the caller's.
+    the pooled feature last; mid_channel: channels of every fused map (None: min(512,
+    in_channels[-1]), as in the authors' code). The fusion is trained with the student. `abfs`
+    starts at the deepest level.
+    Differs from the paper: no known difference. On CIFAR the authors' code multiplies the loss by
+    min(epoch / 20, 1) (not in this file).
     """
 
     def __init__(
@@ -26,14 +27,14 @@ class ReviewKD(nn.Module):
         super().__init__()
         if len(in_channels) != len(out_channels) or not in_channels:
             raise ValueError(
-                f"ReviewKD wants as many widths of the student as of the teacher, not "
+                f"ReviewKD: expected as many widths of the student as of the teacher, got "
                 f"{len(in_channels)} and {len(out_channels)}"
             )
         self.in_channels, self.out_channels = list(in_channels), list(out_channels)
         if mid_channel is None:
             mid_channel = min(512, in_channels[-1])
         if mid_channel < 1:
-            raise ValueError(f"mid_channel must be at least 1, not {mid_channel}")
+            raise ValueError(f"expected mid_channel >= 1, got {mid_channel}")
         deepest = len(in_channels) - 1
         self.abfs = nn.ModuleList(
             ABF(in_channels[i], mid_channel, out_channels[i], fuse=i < deepest)
@@ -67,22 +68,22 @@ class ReviewKD(nn.Module):
         ):
             if [x.shape[1] for x in fms] != channels:
                 raise ValueError(
-                    f"ReviewKD was built for {name} channels {channels}, not "
+                    f"ReviewKD: expected {name} channels {channels}, got "
                     f"{[x.shape[1] for x in fms]}"
                 )
         batches = {x.shape[0] for x in fms_s + fms_t}
         if len(batches) > 1:
-            raise ValueError(f"ReviewKD wants one batch, not {sorted(batches)}")
+            raise ValueError(f"ReviewKD: expected equal batch sizes, got {sorted(batches)}")
         single = any(x.shape[0] * x.shape[2:].numel() == 1 for x in fms_s + fms_t)
         if self.training and single:
             raise ValueError(
-                "ReviewKD needs at least two samples in training mode: with one, the batch norm of "
-                "a 1x1 map has nothing to average over"
+                "ReviewKD: expected at least two samples in training mode: with one, the batch "
+                "norm of a 1x1 map has nothing to average over"
             )
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of a student's map with what was fused at the deeper levels.
+    """Attention-based fusion of a student's map with the fused map of the deeper levels.
 
         x     = BN(W_1 fm_s)                                1x1 convolution to mid_channel
         a     = sigmoid(W_a [x; y] + b_a)                   two maps; y = fused_deeper at x's size
@@ -136,12 +137,12 @@ def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
     fms_s, fms_t = [_as_map(x) for x in fms_s], [_as_map(x.detach()) for x in fms_t]
     shapes_s, shapes_t = [(*x.shape,) for x in fms_s], [(*x.shape,) for x in fms_t]
     if shapes_s != shapes_t or not fms_s:
-        raise ValueError(f"hcl wants maps of equal shapes, not {shapes_s} and {shapes_t}")
+        raise ValueError(f"hcl: expected maps of equal shapes, got {shapes_s} and {shapes_t}")
     with torch.autocast(fms_s[0].device.type, enabled=False):
         losses = []
         for fm_s, fm_t in zip(fms_s, fms_t):
             fm_s, fm_t = _float32(fm_s), _float32(fm_t)
-            # pooling is linear: one difference serves all sizes, and where the windows are equal
+            # pooling is linear: one difference for all sizes, and where the windows are equal
             # each size the next
             diff, equal = fm_s - fm_t, fm_s.shape[2] % 4 == fm_s.shape[3] % 4 == 0
             loss, weight, total = F.mse_loss(fm_s, fm_t), 1.0, 1.0

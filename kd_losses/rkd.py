@@ -19,16 +19,16 @@ class RKD(nn.Module):
         huber(d) = d^2 / 2 up to |d| = 1, |d| - 1/2 beyond
 
     w_dist, w_angle: at least 0 (KD-Zoo and the CRD benchmark 25 and 50; the paper's image
-    classification too); an angle weight of 0 saves the B^3 work.
-    Rows nearer than 1e-6 are duplicates: their distance is the constant 1e-6, their e is 0.
-    Differs from the paper: means run over all pairs and triples, those that repeat an index
-    included, as in KD-Zoo.
+    classification too); with an angle weight of 0 the B^3 angles are not computed. Rows closer than
+    1e-6 are duplicates: their distance is the constant 1e-6, and their e is 0.
+    Differs from the paper: as in KD-Zoo, the means are over all pairs and triples, including those
+    that repeat an index.
     """
 
     def __init__(self, w_dist: float = 25.0, w_angle: float = 50.0):
         super().__init__()
         if w_dist < 0 or w_angle < 0:
-            raise ValueError(f"the weights must be at least 0, not {w_dist} and {w_angle}")
+            raise ValueError(f"expected weights >= 0, got {w_dist} and {w_angle}")
         self.w_dist, self.w_angle = w_dist, w_angle
 
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
@@ -37,9 +37,11 @@ class RKD(nn.Module):
         Raises ValueError where the batches differ or hold fewer than two samples.
         """
         if feat_s.shape[0] != feat_t.shape[0]:
-            raise ValueError(f"RKD wants one batch, not {feat_s.shape[0]} and {feat_t.shape[0]}")
+            raise ValueError(
+                f"RKD: expected equal batch sizes, got {feat_s.shape[0]} and {feat_t.shape[0]}"
+            )
         if feat_s.shape[0] < 2:
-            raise ValueError("RKD compares samples: it wants a batch of at least two")
+            raise ValueError("RKD: expected a batch of at least two samples: it compares them")
         with torch.autocast(feat_s.device.type, enabled=False):
             x_s, x_t = _float32(feat_s).flatten(1), _float32(feat_t.detach()).flatten(1)
             if len(x_s) ** 2 * max(len(x_s), x_s.shape[1], x_t.shape[1]) > BLOCK:

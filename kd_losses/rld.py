@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 class RLD(nn.Module):
-    """The teacher's confidence without its errors, and its order of the classes below the label.
+    """The teacher's corrected confidence, and its probabilities of the classes ranked below the
+    label.
 
         p = softmax(out / alpha_T),   y: the label
         SCD = alpha_T^2 / B * sum_b KL((max p_t, 1 - max p_t) || (p_s,y, 1 - p_s,y))
@@ -17,16 +18,16 @@ class RLD(nn.Module):
         loss = alpha * SCD + beta * MCD
 
     alpha, beta: weights (authors' code: 1 and 8, on ImageNet 1 and 0.5); T, alpha_T: temperatures,
-    above 0 (4 and 1, on ImageNet 1 and 1). For standardised logits, which are the caller's part,
-    the code takes 9 and 72, both temperatures 2. With two classes MCD is 0.
-    Differs from the paper: nothing known; its code lets the loss grow linearly over the first 20
-    epochs, which is the caller's part.
+    above 0 (4 and 1, on ImageNet 1 and 1). For standardised logits (not in this file) the authors
+    use 9 and 72 and both temperatures 2. With two classes MCD is 0.
+    Differs from the paper: no known difference. The authors' code increases the weight linearly
+    over the first 20 epochs (not in this file).
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, T: float = 4.0, alpha_T: float = 1.0):
         super().__init__()
         if not (T > 0 and alpha_T > 0):
-            raise ValueError(f"the temperatures T and alpha_T must be above 0, not {T}, {alpha_T}")
+            raise ValueError(f"expected T > 0 and alpha_T > 0, got {T}, {alpha_T}")
         self.alpha, self.beta, self.T, self.alpha_T = alpha, beta, T, alpha_T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
@@ -36,11 +37,11 @@ class RLD(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2 or target.shape != out_s.shape[:1]:
             raise ValueError(
-                "RLD wants logits of one shape (B, K) and targets (B,), not "
+                "RLD: expected logits of equal shape (B, K) and targets (B,), got "
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         if out_s.shape[1] < 2:
-            raise ValueError("RLD wants at least two classes")
+            raise ValueError("RLD: expected at least two classes")
         with torch.autocast(out_s.device.type, enabled=False):
             out_s, out_t = _float32(out_s), _float32(out_t.detach())
             y = target[:, None]

@@ -8,19 +8,20 @@ from torch import Tensor, nn
 
 
 class SDD(nn.Module):
-    """A logit loss on every region of the last map, the regions that contradict the whole weighted.
+    """A logit loss on every region of the last map, with more weight on contradicting regions.
 
         z_n  = W v_n + b                v_n: the map's mean over region n, of all the N regions
         w_n  = w_comp where the teacher is right on one of region n and the whole map alone, or 1
         loss = 1 / (N * B) * sum over n, B of w_n * inner(z_n of student, z_n of teacher, target)
 
-    inner: (out_s, out_t, target) -> one loss a row, as `kl` (the default) and `dkd` in this file;
+    inner: (out_s, out_t, target) -> one loss per row, as `kl` (the default) and `dkd` in this file;
     scales: the map is cut into 1x1, 2x2, ... regions (authors: (1, 2, 4) or (1, 2)), the first of
     them the whole; w_comp: weight of the complementary regions (2). It replaces the loss on the
-    networks' own logits, which are those of the whole map where a linear classifier follows average
-    pooling. The authors' code lets the `dkd` variant grow over 20 epochs, which is the caller's.
-    Differs from the authors' code: each region is pooled from the map itself, not from a 4x4 grid,
-    which for sides that 4 does not divide would not average to the network's own feature; a NaN
+    networks' logits, which are those of the whole map if a linear classifier follows average
+    pooling. The authors' code increases the weight of the `dkd` variant over 20 epochs (not in this
+    file).
+    Differs from the authors' code: each region is pooled from the map itself, not from a 4x4 grid.
+    If 4 does not divide the side, the mean over such a grid is not the network's feature. A NaN
     stays a NaN.
     """
 
@@ -32,7 +33,7 @@ class SDD(nn.Module):
     ):
         super().__init__()
         if not scales or scales[0] != 1 or min(scales) < 1:
-            raise ValueError(f"scales must be sizes from 1, the whole map, on, not {scales}")
+            raise ValueError(f"expected scales >= 1 (1: the whole map), got {scales}")
         self.inner = kl if inner is None else inner
         self.scales, self.w_comp = tuple(scales), w_comp
 
@@ -52,7 +53,8 @@ class SDD(nn.Module):
         """
         if len(fm_s) != len(fm_t) or target.shape != fm_s.shape[:1]:
             raise ValueError(
-                f"SDD wants maps and targets of one batch, not {(*fm_s.shape,)}, {(*fm_t.shape,)} "
+                f"SDD: expected maps and targets of one batch, got {(*fm_s.shape,)}, "
+                f"{(*fm_t.shape,)} "
                 f"and {(*target.shape,)}"
             )
         with torch.autocast(fm_s.device.type, enabled=False):
@@ -60,14 +62,15 @@ class SDD(nn.Module):
             out_t = self.local(fm_t.detach(), classifier_t).detach()
             if out_s.shape != out_t.shape:
                 raise ValueError(
-                    f"SDD wants as many classes, not {out_s.shape[2]} and {out_t.shape[2]}"
+                    f"SDD: expected equal numbers of classes, got {out_s.shape[2]} and "
+                    f"{out_t.shape[2]}"
                 )
             right = out_t.argmax(2) == target[:, None]
             rows = target[:, None].expand(right.shape).flatten()
             losses = self.inner(out_s.flatten(0, 1), out_t.flatten(0, 1), rows)
             if losses.shape != rows.shape:
                 raise ValueError(
-                    f"SDD wants of inner one loss for each of {len(rows)} rows, not "
+                    f"SDD: expected inner to return one loss for each of {len(rows)} rows, got "
                     f"{(*losses.shape,)}"
                 )
             agrees = (right == right[:, :1]).flatten()
@@ -78,8 +81,8 @@ class SDD(nn.Module):
         weight, bias = classifier.weight, classifier.bias
         if weight.ndim != 2 or fm.ndim != 4 or fm.shape[1] != weight.shape[1]:
             raise ValueError(
-                "SDD wants a map (B, C, H, W) and a linear classifier (K, C) on its channels, not "
-                f"{(*fm.shape,)} and {(*weight.shape,)}"
+                "SDD: expected a map (B, C, H, W) and a linear classifier (K, C) on its channels, "
+                f"got {(*fm.shape,)} and {(*weight.shape,)}"
             )
         fm = _float32(fm)
         weight, bias = weight.to(fm.dtype), None if bias is None else bias.to(fm.dtype)

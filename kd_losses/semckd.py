@@ -8,31 +8,31 @@ from torch import Tensor, nn
 
 
 class SemCKD(nn.Module):
-    """Distance of each of the student's maps to all of the teacher's, weighted by an attention.
+    """Distance of each student map to all teacher maps, weighted by an attention.
 
         G    = vec(fm) vec(fm)^T                        (B, B), a row for each sample of the batch
-        q_i  = unit(embed_i(G of fms_s[i]))             queries; keys k_j of fms_t[j] likewise
-        a_ij = softmax over j of q_i . k_j / soft       (B, n_s, n_t)
-        d_ij = mean over C, H, W of (project_ij(fms_s[i]) - fms_t[j])^2    the larger map pooled
-        loss = 1 / (B * n_s) * sum over B, i, j of a_ij * d_ij
+        q_i  = unit(embed_i(G of fms_s[i]))             queries; keys k_j the same for fms_t[j] a_ij
+        = softmax over j of q_i . k_j / soft       (B, n_s, n_t) d_ij = mean over C, H, W of
+        (project_ij(fms_s[i]) - fms_t[j])^2    the larger map pooled loss = 1 / (B * n_s) * sum over
+        B, i, j of a_ij * d_ij
 
-    embed: Linear(B, 2 (B // 4)), ReLU, Linear to B // 4, so that the batch's size belongs to the
-    parameters; project: 1x1, 3x3 and 1x1 convolutions of width 2 C_t, batch norm and ReLU between;
-    unit: division by the length, at least 1e-6.
-    s_dims, t_dims: channels of the student's and the teacher's maps; batch: B, at least 4 (64);
-    soft: temperature of the attention, above 0 (1). All of it learns with the student.
-    Differs from the authors' code: a length has a least value, there an embedding of 0 gives NaN; a
-    batch of another size is refused, there it is reshaped, which mixes samples; layers that are
-    never used are left out.
+    embed: Linear(B, 2 (B // 4)), ReLU, Linear to B // 4, so the batch size is part of the
+    parameters' shapes; project: 1x1, 3x3 and 1x1 convolutions of width 2 C_t, batch norm and ReLU
+    between; unit: division by the length, at least 1e-6. s_dims, t_dims: channels of the student's
+    and the teacher's maps; batch: B, at least 4 (64); soft: temperature of the attention, above 0
+    (1). Everything is trained with the student.
+    Differs from the authors' code: a length has a minimum (an embedding of 0 gives NaN in the
+    authors' code); a batch of another size is an error (the authors' code reshapes it, which mixes
+    samples); layers that are never used are left out.
     """
 
     def __init__(self, s_dims: list[int], t_dims: list[int], batch: int, soft: float = 1.0):
         super().__init__()
         if not s_dims or not t_dims:
-            raise ValueError("SemCKD wants at least one map of each network")
+            raise ValueError("SemCKD: expected at least one map of each network")
         if batch < 4 or soft <= 0:
             raise ValueError(
-                f"SemCKD wants batches of at least 4 and soft above 0, not {batch} and {soft}"
+                f"SemCKD: expected batches of at least 4 and soft above 0, got {batch} and {soft}"
             )
         self.s_dims, self.t_dims, self.batch, self.soft = list(s_dims), list(t_dims), batch, soft
         self.queries = nn.ModuleList(_embed(batch) for _ in s_dims)
@@ -49,12 +49,12 @@ class SemCKD(nn.Module):
         for name, fms, dims in (("student", fms_s, self.s_dims), ("teacher", fms_t, self.t_dims)):
             if [fm.shape[1] for fm in fms] != dims:
                 raise ValueError(
-                    f"SemCKD was built for {name} channels {dims}, not {[x.shape[1] for x in fms]}"
+                    f"SemCKD: expected {name} channels {dims}, got {[x.shape[1] for x in fms]}"
                 )
             if any(len(fm) != self.batch for fm in fms):
                 raise ValueError(
-                    f"SemCKD was built for batches of exactly {self.batch} samples, the width of "
-                    f"its linear layers, not {[len(fm) for fm in fms]}"
+                    f"SemCKD: expected batches of exactly {self.batch} samples, the width of "
+                    f"its linear layers, got {[len(fm) for fm in fms]}"
                 )
         fms_s = [_float32(fm) for fm in fms_s]
         fms_t = [_float32(fm.detach()) for fm in fms_t]

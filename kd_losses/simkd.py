@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 
 class SimKD(nn.Module):
-    """Distance of the student's projected map to the teacher's, whose classifier then serves both.
+    """Distance of the student's projected map to the teacher's; both use the teacher's classifier.
 
         P    = 1x1 convolution to t_dim // factor, 3x3 of that width, 1x1 to t_dim; BN and ReLU
                after each, no bias
         loss = mean over B, t_dim, H, W of (P(fm_s) - fm_t)^2       the larger map pooled first
         predict = classifier(mean over H, W of P(fm_s))
 
-    s_dim, t_dim: channels of the student's and the teacher's last map; factor: how much narrower P
-    is inside (2; the authors show 4 and 8 too); t_size: side of the teacher's map, or (H, W), to
-    which `predict` pools a larger one of the student; None where the student's is not larger. P
-    learns with the student. `spec` is these numbers, from which the module can be built again. The
-    trained network is the student without its classifier, P, and the teacher's classifier: its
-    accuracy is `predict`'s. No cross-entropy: labels are not needed. Differs from the paper:
-    nothing is known; maps need not be square.
+    s_dim, t_dim: channels of the student's and the teacher's last map; factor: by which P is
+    narrower inside (2; the authors also show 4 and 8); t_size: side of the teacher's map, or (H,
+    W), to which `predict` pools a larger one of the student; None where the student's is not
+    larger. P is trained with the student. `spec` holds these numbers, from which the module can be
+    built again. The trained network is the student without its classifier, P, and the teacher's
+    classifier: `predict` gives its logits. There is no cross-entropy, so labels are not needed.
+    Differs from the paper: no known difference; maps need not be square.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SimKD(nn.Module):
     ):
         super().__init__()
         if not 1 <= factor <= t_dim:
-            raise ValueError(f"the factor must be from 1 to t_dim {t_dim}, not {factor}")
+            raise ValueError(f"expected factor from 1 to t_dim {t_dim}, got {factor}")
         self.t_size = (t_size, t_size) if isinstance(t_size, int) else t_size
         self.spec = (s_dim, t_dim, factor, *(self.t_size or ()))
         layers, mid = [], t_dim // factor
@@ -51,10 +51,11 @@ class SimKD(nn.Module):
         t_dim, size_t = self.projector[-2].num_features, fm_t.shape[2:]
         if fm_t.dim() != 4 or fm_t.shape[:2] != (len(fm_s), t_dim):
             raise ValueError(
-                f"SimKD wants a teacher's map ({len(fm_s)}, {t_dim}, H, W), not {(*fm_t.shape,)}"
+                f"SimKD: expected a teacher's map ({len(fm_s)}, {t_dim}, H, W), got "
+                f"{(*fm_t.shape,)}"
             )
         if self.t_size not in (None, size_t):
-            raise ValueError(f"SimKD wants a teacher's map of {self.t_size}, not {(*size_t,)}")
+            raise ValueError(f"SimKD: expected a teacher's map of {self.t_size}, got {(*size_t,)}")
         projected = self.project(fm_s, size_t)
         with torch.autocast(fm_s.device.type, enabled=False):
             projected, fm_t = _float32(projected), _float32(fm_t.detach())
@@ -72,11 +73,11 @@ class SimKD(nn.Module):
         s_dim = self.projector[0].in_channels
         if fm_s.dim() != 4 or fm_s.shape[1] != s_dim:
             raise ValueError(
-                f"SimKD wants a student's map (B, {s_dim}, H, W), not {(*fm_s.shape,)}"
+                f"SimKD: expected a student's map (B, {s_dim}, H, W), got {(*fm_s.shape,)}"
             )
         fm_s = _shrink(_float32(fm_s), size)
         if self.training and fm_s.numel() == s_dim:
-            raise ValueError("SimKD needs at least two samples or pixels for its batch norms")
+            raise ValueError("SimKD: expected at least two samples or pixels for its batch norms")
         return self.projector(fm_s)
 
 

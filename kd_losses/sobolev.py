@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class Sobolev(nn.Module):
-    """Mean squared difference of the normalised gradients of the target's logit in the image.
+    """Mean squared difference of the normalised gradients of the target logit w.r.t. the image.
 
         g = d out[target] / d img,   n = g / ||g||_2            norm over each sample's pixels
         loss = mean over B, C, H, W of (n_s - n_t)^2
 
     Differentiating the loss needs second derivatives of the student, none of the teacher.
-    Differs from the paper: only the target's logit, no random projections, gradients normalised, as
-    in KD-Zoo, whose author calls this loss alone unstable. With batch norm in training mode a
-    sample's gradient holds the other samples' share too.
+    Differs from the paper: as in KD-Zoo, only the target's logit, no random projections, and
+    normalised gradients. KD-Zoo's author says that this loss is unstable without others. With batch
+    norm in training mode, a sample's gradient also depends on the other samples.
     """
 
     def forward(self, out_s: Tensor, out_t: Tensor, img: Tensor, target: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ class Sobolev(nn.Module):
         """
         if not (img.requires_grad and out_s.requires_grad and out_t.requires_grad):
             raise ValueError(
-                "Sobolev differentiates in img: let it require grad before both forwards, and do "
-                "not run the teacher under no_grad"
+                "Sobolev needs gradients with respect to img: it must require grad before both "
+                "forward passes, and the teacher must not run under no_grad"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             grad_s = self.gradient(out_s, img, target, create_graph=True)

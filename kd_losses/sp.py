@@ -12,7 +12,7 @@ class SP(nn.Module):
         X = fm as (B, C * H * W),   G = X X^T, each row divided by its L2 norm
         loss = 1 / B^2 * sum over the B^2 pairs of (G_s - G_t)^2
 
-    Differs from the paper: nothing; KD-Zoo averages over three stages, the CRD benchmark takes the
+    Differs from the paper: nothing; KD-Zoo averages over three stages, the CRD benchmark uses the
     last one.
     """
 
@@ -22,7 +22,9 @@ class SP(nn.Module):
         Raises ValueError where the batches differ.
         """
         if fm_s.shape[0] != fm_t.shape[0]:
-            raise ValueError(f"SP wants one batch, not {fm_s.shape[0]} and {fm_t.shape[0]}")
+            raise ValueError(
+                f"SP: expected equal batch sizes, got {fm_s.shape[0]} and {fm_t.shape[0]}"
+            )
         with torch.autocast(fm_s.device.type, enabled=False):
             return (self.similarity(fm_s) - self.similarity(fm_t.detach())).square().mean()
 

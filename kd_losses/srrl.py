@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 
 class SRRL(nn.Module):
-    """The student's features pulled to the teacher's, and to the same logits from its classifier.
+    """The student's features are matched to the teacher's, and to the logits of its classifier.
 
         v = mean over H, W of relu(BN(W fm_s))              form "map": W is a 1x1 convolution
         v = relu(BN(W feat_s))                              form "pooled"
@@ -17,18 +17,19 @@ class SRRL(nn.Module):
                + weight * mean over B, K of (classifier(v) - out_t)^2
 
     s_dim, t_dim: channels of the student's and the teacher's last map; weight: of the second term
-    (authors: 1; cls_KD: 5); form: "map" as the authors' code, or "pooled" as SimKD's, which is
-    another loss: batch norm and ReLU come after the pooling. W and BN learn with the student.
-    Differs from the paper: logits are compared by their squared distance, and the features weigh 1,
-    as in the authors' code.
+    (authors: 1; cls_KD: 5); form: "map" as in the authors' code, or "pooled" as in SimKD's code, a
+    different loss: batch norm and ReLU come after the pooling. W and BN are trained with the
+    student.
+    Differs from the paper: as in the authors' code, logits are compared by their squared distance,
+    and the features have weight 1.
     """
 
     def __init__(self, s_dim: int, t_dim: int, weight: float = 1.0, form: str = "map"):
         super().__init__()
         if form not in ("map", "pooled"):
-            raise ValueError(f'SRRL knows the forms "map" and "pooled", not {form!r}')
+            raise ValueError(f'SRRL: expected form "map" or "pooled", got {form!r}')
         if weight < 0:
-            raise ValueError(f"the weight must be at least 0, not {weight}")
+            raise ValueError(f"expected weight >= 0, got {weight}")
         self.weight, self.form = weight, form
         self.projector = nn.Sequential(
             nn.Conv2d(s_dim, t_dim, 1, bias=False), nn.BatchNorm2d(t_dim), nn.ReLU()
@@ -48,11 +49,11 @@ class SRRL(nn.Module):
         dims = 4 if self.form == "map" else 2
         if (x_s.dim(), *x_s.shape[1:2]) != (dims, s_dim) or feat_t.shape != (len(x_s), t_dim):
             raise ValueError(
-                f"SRRL wants {'a map' if dims == 4 else 'vectors'} of {s_dim} channels and the "
-                f"teacher's vectors of {t_dim}, not {(*x_s.shape,)} and {(*feat_t.shape,)}"
+                f"SRRL: expected {'a map' if dims == 4 else 'vectors'} of {s_dim} channels and the "
+                f"teacher's vectors of {t_dim}, got {(*x_s.shape,)} and {(*feat_t.shape,)}"
             )
         if self.training and x_s.numel() == s_dim:
-            raise ValueError("SRRL needs at least two samples or pixels for its batch norm")
+            raise ValueError("SRRL: expected at least two samples or pixels for its batch norm")
         x_s = _float32(x_s)
         projected = self.projector(x_s if dims == 4 else x_s[:, :, None, None])
         with torch.autocast(x_s.device.type, enabled=False):
@@ -65,7 +66,8 @@ class SRRL(nn.Module):
             out = functional_call(classifier, weights, (v,))
             if out.shape != out_t.shape:
                 raise ValueError(
-                    f"SRRL wants logits {(*out.shape,)} of the classifier, not {(*out_t.shape,)}"
+                    f"SRRL: expected logits {(*out.shape,)} of the classifier, got "
+                    f"{(*out_t.shape,)}"
                 )
             return F.mse_loss(v, feat_t) + self.weight * F.mse_loss(out, out_t)
 

@@ -13,14 +13,14 @@ class SoftTarget(nn.Module):
         loss = T^2 / B * sum_b KL(softmax(out_t / T) || softmax(out_s / T))
 
     T: temperature, above 0 (KD-Zoo and the CRD benchmark use 4); T^2 keeps the gradient's scale.
-    Differs from the paper: with KD-Zoo the cross-entropy keeps weight 1 beside it; the CRD
-    benchmark weighs 0.1 * cross-entropy + 0.9 * this.
+    Differs from the paper: in KD-Zoo the cross-entropy has weight 1; the CRD benchmark uses 0.1 *
+    cross-entropy + 0.9 * this loss.
     """
 
     def __init__(self, T: float = 4.0):
         super().__init__()
         if T <= 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.T = T
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:

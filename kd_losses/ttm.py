@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 class TTM(nn.Module):
-    """Divergence from a power of the teacher's prediction to the student's prediction as it is.
+    """Divergence from a power of the teacher's prediction to the student's prediction.
 
         p = softmax(out)
         q = p_t^gamma / sum_c p_t,c^gamma = softmax(gamma * out_t)
         loss = 1 / B * sum_b KL(q || p_s)
 
-    That is a temperature 1 / gamma for the teacher alone, and no T^2.
-    gamma: the power, above 0 (authors' code: 0.1, for vgg13 -> vgg8 with a weight of 45).
-    Differs from the paper: nothing known.
+    This is a temperature of 1 / gamma for the teacher only, without a factor T^2. gamma: the power,
+    above 0 (authors' code: 0.1, for vgg13 -> vgg8 with a weight of 45).
+    Differs from the paper: no known difference.
     """
 
     def __init__(self, gamma: float = 0.1):
         super().__init__()
         if not gamma > 0:
-            raise ValueError(f"the power gamma must be above 0, not {gamma}")
+            raise ValueError(f"expected gamma > 0, got {gamma}")
         self.gamma = gamma
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ class TTM(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2:
             raise ValueError(
-                f"TTM wants logits of one shape (B, K), not {(*out_s.shape,)} and {(*out_t.shape,)}"
+                f"TTM: expected logits of equal shape (B, K), got {(*out_s.shape,)} and "
+                f"{(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
             out_s, out_t = _float32(out_s), _float32(out_t.detach())

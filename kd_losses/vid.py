@@ -18,11 +18,11 @@ class VID(nn.Module):
         loss = mean over B, C, H, W of (log var_c + (mu - fm_t)^2 / var_c) / 2
 
     in_channels, out_channels: of the student's and the teacher's map; mid_channels: between the
-    convolutions (KD-Zoo and the CRD benchmark: those of the teacher); init_var: the variance at the
-    start, above eps (5.0); eps: the least variance (1e-6). It learns with the student, and can be
-    negative.
-    Differs from the paper: no batch norm in the regressor, a mean stands for the sum, and the
-    constant log(2 pi) / 2 is left out.
+    convolutions (KD-Zoo and the CRD benchmark: those of the teacher); init_var: initial variance,
+    above eps (5.0); eps: minimum variance (1e-6). Regressor and variance are trained with the
+    student. The loss can be negative.
+    Differs from the paper: no batch norm in the regressor, a mean instead of the sum, and without
+    the constant log(2 pi) / 2.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class VID(nn.Module):
     ):
         super().__init__()
         if not init_var > eps:
-            raise ValueError(f"init_var must be above {eps}, not {init_var}")
+            raise ValueError(f"expected init_var > {eps}, got {init_var}")
         if mid_channels < 1:
-            raise ValueError(f"mid_channels must be at least 1, not {mid_channels}")
+            raise ValueError(f"expected mid_channels >= 1, got {mid_channels}")
         self.eps = eps
         self.regressor = nn.Sequential(
             nn.Conv2d(in_channels, mid_channels, 1, bias=False),
@@ -60,7 +60,8 @@ class VID(nn.Module):
         """
         if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
             raise ValueError(
-                f"VID wants maps of one batch and size, not {(*fm_s.shape,)} and {(*fm_t.shape,)}"
+                f"VID: expected feature maps of equal batch and spatial size, got {(*fm_s.shape,)} "
+                f"and {(*fm_t.shape,)}"
             )
         mu = self.regressor(_float32(fm_s))
         with torch.autocast(fm_s.device.type, enabled=False):

@@ -13,10 +13,10 @@ class VKD(nn.Module):
         W = base Q(X), transposed if t_dim < s_dim: orthonormal columns (then rows)
         loss = mean over B, t_dim of smooth_l1(W feat_s - LN(feat_t))
 
-    LN gives each vector mean 0 and variance 1 (+ 1e-5), smooth_l1(x) is x^2 / 2 up to 1 and
-    |x| - 1 / 2 above. With n >= k the two widths, base is a random orthogonal (n, n) matrix that
-    stays, X an (n, k) parameter that starts at 0 and learns with the student, L its lower triangle
-    and A the (n, n) matrix L - L^T, with zeros beside L. Q(X) is the first k columns of
+    LN gives each vector mean 0 and variance 1 (+ 1e-5), smooth_l1(x) is x^2 / 2 up to 1 and |x| - 1
+    / 2 above. With n >= k the two widths, base is a fixed random orthogonal (n, n) matrix, X an (n,
+    k) parameter that starts at 0 and is trained with the student, L its lower triangle, padded with
+    zeros, and A the (n, n) matrix L - L^T. Q(X) is the first k columns of
 
         cayley        (I - A / 2)^-1 (I + A / 2)
         matrix_exp    exp(A)                                torch's choice if n = k
@@ -24,14 +24,14 @@ class VKD(nn.Module):
 
     H_j reflects along column j of L, with 1 in place of its diagonal; signs: of X's diagonal.
     s_dim, t_dim: widths of student and teacher; map: of these (authors: torch's choice).
-    Differs from the authors' code: there the Householder map truncates the diagonal to an integer,
-    so that one step of weight decay makes W zero; here each map is orthonormal whatever X is.
+    Differs from the authors' code: their Householder map truncates the diagonal to an integer, so
+    one step of weight decay makes W zero. Here each map is orthonormal for any X.
     """
 
     def __init__(self, s_dim: int, t_dim: int, map: str = "cayley"):
         super().__init__()
         if map not in MAPS:
-            raise ValueError(f"VKD knows the maps {', '.join(MAPS)}, not {map!r}")
+            raise ValueError(f"VKD: expected map to be one of {', '.join(MAPS)}, got {map!r}")
         self.s_dim, self.t_dim, self.map = s_dim, t_dim, map
         n, k = max(s_dim, t_dim), min(s_dim, t_dim)
         self.weight = nn.Parameter(torch.zeros(n, k))
@@ -44,7 +44,7 @@ class VKD(nn.Module):
         """
         if feat_s.shape != (len(feat_t), self.s_dim) or feat_t.shape[1:] != (self.t_dim,):
             raise ValueError(
-                f"VKD wants vectors (B, {self.s_dim}) and (B, {self.t_dim}), not "
+                f"VKD: expected vectors (B, {self.s_dim}) and (B, {self.t_dim}), got "
                 f"{(*feat_s.shape,)} and {(*feat_t.shape,)}"
             )
         # the projection too: in half precision its columns would not be orthonormal

@@ -14,13 +14,13 @@ class WKDF(nn.Module):
         loss  = 1 / (B * grid^2) * sum over B, cells, C of
                 ratio * (mu_s - mu_t)^2 + (sigma_s - sigma_t)^2
 
-    s_shape, t_shape: (C, H, W) of the student's and the teacher's map; ratio: of the means to the
-    deviations (authors: 4 or 3 on CIFAR-100, 2 on ImageNet); grid: the map is cut into grid x grid
-    cells, each with its own Gaussian (1, 4 for pairs of different architecture). Convolution and
-    batch norm learn with the student. The authors let the weight fade along a cosine from epoch
-    150 of 240, which is the caller's part.
-    Differs from the authors' code: the variance of a cell of one entry is 0, there NaN. Its
-    bottleneck convolutions for ImageNet are not offered.
+    s_shape, t_shape: (C, H, W) of the student's and the teacher's map; ratio: weight of the means
+    relative to the deviations (authors: 4 or 3 on CIFAR-100, 2 on ImageNet); grid: the map is cut
+    into grid x grid cells, each with its own Gaussian (1, 4 for pairs of different architecture).
+    Convolution and batch norm are trained with the student. The authors' weight falls along a
+    cosine from epoch 150 of 240 on (not in this file).
+    Differs from the authors' code: the variance of a cell with one entry is 0 (NaN in the authors'
+    code). Their bottleneck convolutions for ImageNet are not here.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class WKDF(nn.Module):
         super().__init__()
         self.s_shape, self.t_shape = tuple(s_shape), tuple(t_shape)
         if not 1 <= grid <= min(t_shape[1:]):
-            raise ValueError(f"grid must be from 1 to the map's {(*t_shape[1:],)}, not {grid}")
+            raise ValueError(f"expected grid from 1 to the map's {(*t_shape[1:],)}, got {grid}")
         self.ratio, self.grid = ratio, grid
         self.conv = regressor(self.s_shape, self.t_shape)
         self.bn = nn.BatchNorm2d(t_shape[0])
@@ -46,11 +46,13 @@ class WKDF(nn.Module):
         """
         if fm_s.shape[1:] != self.s_shape or fm_t.shape != (len(fm_s), *self.t_shape):
             raise ValueError(
-                f"WKDF was built for one batch of maps {self.s_shape} and {self.t_shape}, not "
+                f"WKDF: expected one batch of maps {self.s_shape} and {self.t_shape}, got "
                 f"{(*fm_s.shape,)} and {(*fm_t.shape,)}"
             )
         if self.training and fm_t[:, 0].numel() == 1:
-            raise ValueError("WKDF needs at least two samples in training mode for a map of 1x1")
+            raise ValueError(
+                "WKDF: expected at least two samples in training mode for a map of 1x1"
+            )
         x = self.project(fm_s)
         with torch.autocast(x.device.type, enabled=False):
             x, fm_t = _float32(x), _float32(fm_t.detach())
@@ -89,7 +91,7 @@ def regressor(s_shape: tuple[int, int, int], t_shape: tuple[int, int, int]) -> n
     kernel = [1 + n_s - n_t for n_s, n_t in zip(size_s, size_t)]
     if min(kernel) < 1:
         raise ValueError(
-            f"WKDF cannot bring maps of {(*size_s,)} to {(*size_t,)}: only to twice it"
+            f"WKDF: expected a teacher map of at most twice {(*size_s,)}, got {(*size_t,)}"
         )
     return nn.Conv2d(c_s, c_t, kernel)
 

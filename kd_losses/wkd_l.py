@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class WKDL(nn.Module):
-    """What it costs to carry the student's probabilities over to the teacher's, class by class.
+    """Transport cost between the student's and the teacher's class probabilities.
 
         a, b   = softmax of the student's and the teacher's K - 1 other logits / T
         C      = max(cost, 0) + 1e-8,   G = exp(-C / eps)       without the target's row and column
@@ -17,12 +17,12 @@ class WKDL(nn.Module):
         target = -softmax(out_t)_y * log softmax(out_s)_y
         loss   = mean_b target + weight * decay * mean_b flow
 
-    cost: (K, K), of moving from class to class, such as `cka_cost` makes of the teacher's features;
-    T: temperature, above 0 (paper's code on CIFAR-100: 8, on ImageNet 2); weight: 600 and 30; eps:
-    how much the flow is smoothed (0.05); iters: of Sinkhorn (10). The flow of two equal networks is
-    not 0, since it is smoothed; with two classes it is a constant.
-    Differs from the paper: no difference from the authors' code is known. There the weight falls to
-    0 as a cosine (on CIFAR-100 from epoch 150 of 240 on): `decay` is that factor, the caller's.
+    cost: (K, K), the cost of moving from class to class, for example from `cka_cost`; T:
+    temperature, above 0 (paper's code on CIFAR-100: 8, on ImageNet 2); weight: 600 and 30; eps:
+    smoothing of the flow (0.05); iters: Sinkhorn iterations (10). Because of the smoothing, the
+    flow of two equal networks is not 0. With two classes it is a constant.
+    Differs from the paper: no known difference from the authors' code. Their weight falls to 0
+    along a cosine (on CIFAR-100 from epoch 150 of 240 on): pass that factor as `decay`.
     """
 
     def __init__(
@@ -35,15 +35,14 @@ class WKDL(nn.Module):
     ):
         super().__init__()
         if not (T > 0 and eps > 0 and iters >= 1):
-            raise ValueError(
-                f"T and eps must be above 0, iters at least 1, not {T}, {eps} and {iters}"
-            )
+            raise ValueError(f"expected T > 0, eps > 0 and iters >= 1, got {T}, {eps} and {iters}")
         if cost.dim() != 2 or cost.shape[0] != cost.shape[1] or not cost.is_floating_point():
             raise ValueError(
-                f"WKDL wants a cost matrix (K, K) of floats, not {(*cost.shape,)} of {cost.dtype}"
+                f"WKDL: expected a cost matrix (K, K) of floats, got {(*cost.shape,)} of "
+                f"{cost.dtype}"
             )
         if len(cost) < 2:
-            raise ValueError("WKDL wants at least two classes")
+            raise ValueError("WKDL: expected at least two classes")
         self.T, self.weight, self.eps, self.iters = T, weight, eps, iters
         self.register_buffer("cost", cost.detach().clone())
 
@@ -56,7 +55,7 @@ class WKDL(nn.Module):
         shape = target.shape[:1] + self.cost.shape[:1]
         if target.dim() != 1 or out_s.shape != shape or out_t.shape != shape:
             raise ValueError(
-                f"WKDL wants logits of one shape (B, {len(self.cost)}) and targets (B,), not "
+                f"WKDL: expected logits of equal shape (B, {len(self.cost)}) and targets (B,), got "
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):
@@ -74,7 +73,7 @@ class WKDL(nn.Module):
         cost = self.cost.to(a.dtype).relu() + 1e-8
         kernel = (-cost / self.eps).exp()
         # where a, b and the first u are 0, u and v stay 0: the target's row and column take no
-        # part, and one kernel serves all samples
+        # part, and one kernel is used for all samples
         u = torch.full_like(a, 1 / (len(cost) - 1)).masked_fill(own, 0)
         for _ in range(self.iters):
             v = b / (u @ kernel + 1e-8)
@@ -93,16 +92,16 @@ def cka_cost(class_features: Tensor, sharpen: float = 1.0) -> Tensor:
     the other, so the matrix depends on their order. A class whose features are all the same has
     distance 1 to the others, each class 0 to itself.
     The authors take every position of the teacher's last map over the training set; their matrices
-    of CIFAR-100 have D from 0.48 to 0.88 beside the diagonal.
+    of CIFAR-100 have D from 0.48 to 0.88 off the diagonal.
     Raises ValueError for other shapes, fewer than two features a class and a negative sharpen.
     """
     if class_features.dim() != 3 or class_features.shape[1] < 2:
         raise ValueError(
-            f"cka_cost wants (K, N, D) with at least two features a class, not "
+            f"cka_cost: expected (K, N, D) with at least two features a class, got "
             f"{(*class_features.shape,)}"
         )
     if sharpen < 0:
-        raise ValueError(f"sharpen must not be negative, it is {sharpen}")
+        raise ValueError(f"expected sharpen >= 0, got {sharpen}")
     with torch.autocast(class_features.device.type, enabled=False):
         x = _float32(class_features)
         x = x - x.mean(1, keepdim=True)

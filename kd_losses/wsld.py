@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 
 class WSLD(nn.Module):
-    """Soft labels, weighted down where the student already fits the label better than the teacher.
+    """Soft labels with less weight if the student fits the label better than the teacher.
 
         e = -log softmax(out)_y                             y: the label
         w = 1 - exp(-e_s / (e_t + 1e-7))                    a constant for the gradient
         loss = -alpha T^2 / B * sum_b w_b sum_c softmax(out_t / T)_c log softmax(out_s / T)_c
 
     alpha: weight (the authors': 2.5 on ImageNet, 2.25 on CIFAR-100); T: temperature, above 0 (2 and
-    4). A cross-entropy, not a divergence: where the student equals the teacher the loss is not 0,
-    though the gradient is. The weights are not normalised: they fall while the student learns.
-    Differs from the paper: the 1e-7, which is that of the authors' code.
+    4). It is a cross-entropy, not a divergence: if the student equals the teacher, the gradient is
+    0, but the loss is not. The weights are not normalised: they fall during the training.
+    Differs from the paper: the 1e-7, which is from the authors' code.
     """
 
     def __init__(self, alpha: float = 2.25, T: float = 4.0):
         super().__init__()
         if not T > 0:
-            raise ValueError(f"the temperature T must be above 0, not {T}")
+            raise ValueError(f"expected T > 0, got {T}")
         self.alpha, self.T = alpha, T
 
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class WSLD(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2 or target.shape != out_s.shape[:1]:
             raise ValueError(
-                "WSLD wants logits of one shape (B, K) and targets (B,), not "
+                "WSLD: expected logits of equal shape (B, K) and targets (B,), got "
                 f"{(*out_s.shape,)}, {(*out_t.shape,)} and {(*target.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):

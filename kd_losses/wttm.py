@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 class WTTM(nn.Module):
-    """TTM with a weight for each sample, larger where the teacher is less sure.
+    """TTM with a weight for each sample, larger if the teacher is less certain.
 
         p = softmax(out),   u = sum_c p_t,c^gamma,   q = p_t^gamma / u
         loss = 1 / B * sum_b u_b KL(q_b || p_s,b)
 
-    gamma: the power, above 0 (authors' code: 0.1; 0.2 with a weight of 4 beside CRD). Below 1, u
-    lies between 1, where the teacher is sure of one class, and K^(1 - gamma), where all are equal
-    to it: the loss is about that much larger than TTM's.
-    Differs from the paper: nothing known.
+    gamma: the power, above 0 (authors' code: 0.1; 0.2 with a weight of 4 together with CRD). For
+    gamma < 1, u is between 1 (the teacher is certain of one class) and K^(1 - gamma) (all classes
+    are equal), and the loss is larger than TTM's by about this factor.
+    Differs from the paper: no known difference.
     """
 
     def __init__(self, gamma: float = 0.1):
         super().__init__()
         if not gamma > 0:
-            raise ValueError(f"the power gamma must be above 0, not {gamma}")
+            raise ValueError(f"expected gamma > 0, got {gamma}")
         self.gamma = gamma
 
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class WTTM(nn.Module):
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2:
             raise ValueError(
-                "WTTM wants logits of one shape (B, K), not "
+                "WTTM: expected logits of equal shape (B, K), got "
                 f"{(*out_s.shape,)} and {(*out_t.shape,)}"
             )
         with torch.autocast(out_s.device.type, enabled=False):

@@ -326,7 +326,8 @@ def snapshot(folder):
     found = {}
     for p in sorted(folder.rglob("*")):
         s = p.lstat()
-        found[str(p.relative_to(folder))] = (s.st_mode, s.st_ino, s.st_size, s.st_mtime_ns)
+        name, inside = str(p.relative_to(folder)), (s.st_ino, s.st_size, s.st_mtime_ns)
+        found[name] = (s.st_mode, *(inside if p.is_file() else ()))
     return found
 
 

@@ -90,7 +90,7 @@ BASE = [
     ("--momentum 0", "--momentum", "--nesterov"),
     ("--pretrained", "resnet8", "pretrained"),
     ("--resume", "{runs}/base-digits-resnet8"),
-    # flags that are none
+    # flags that do not exist
     "--lamda 1",
     "--net resnet8",
     ("--epoch 3", "--epoch", "--epochs"),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Runs that were stopped inside their second epoch, and the flags that go on with them."""
+    """Runs that were stopped inside their second epoch, and the flags that continue with them."""
     root = tmp_path_factory.mktemp("stopped")
     few = shlex.split(f"{DIGITS} --cuda 0 --epochs 2 --batch_size 300 --save_root {root} --note")
     commands = dict(

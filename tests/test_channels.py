@@ -57,7 +57,8 @@ def grey(tmp_path_factory):
     ids=["as is", "97"],
 )
 def test_a_folder_of_grey_images(grey, size, tmp_path, capsys):
-    """Trained, as teacher and as student beside networks of three channels, evaluated, exported."""
+    """Trained, as teacher and as student next to networks of three channels, evaluated,
+    exported."""
     name, where = f"{grey}/nets.py:Grey", ["--save_root", str(tmp_path)]
     data = ["--data_name", "imagefolder", "--img_root", str(grey), *size]
     train_base.main(["--net_name", name, *data, *QUICK, *where, "--note", "base"])

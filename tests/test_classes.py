@@ -106,7 +106,7 @@ def test_another_order_teaches_the_same(trained, distil, tmp_path, mode):
 
 
 def test_another_order_of_the_student(trained, distil, tmp_path):
-    """A student goes on from its weights in the dataset's order, and is saved in it."""
+    """A student continues from its weights in the dataset's order, and is saved in it."""
     start = ("--s_init", trained["resnet8"])
     _, metrics = distil("at", trained["resnet14"], student=start, note="plain")
     start = ("--s_init", permuted(trained["resnet8"], tmp_path / "moved.pth"))

@@ -82,7 +82,7 @@ def change(key, value, kind="annotations"):
     return lambda found: found[kind][-1].update({key: value})
 
 
-CASES = [  # what is wrong, what is named beside the file, how it comes about
+CASES = [  # what is wrong, what the message names in addition to the file, how the test makes it
     ("no images", ["images"], lambda x: x.pop("images")),
     ("no annotations", ["annotations"], lambda x: x.pop("annotations")),
     ("no categories", ["categories"], lambda x: x.pop("categories")),

@@ -91,7 +91,7 @@ def test_an_overlap_of_five_eighths(tmp_path):
 
 
 def test_of_another_class(tmp_path):
-    """Neither of a class that is there, nor of a number between that is none."""
+    """Neither of a class that is there, nor of a number in between without a class."""
     found = data(tmp_path, TWO)
     for label in (7, 3, 0):
         rows = output((*LARGE, label, 0.9))

@@ -106,7 +106,7 @@ def test_no_number_that_changes_is_baked_into_a_step(mode):
     assert one == two
 
 
-# --- beside the step ------------------------------------------------------------------------------
+# --- outside the step -----------------------------------------------------------------------------
 
 
 def test_evaluation_and_meters_stay_on_the_device(monkeypatch):

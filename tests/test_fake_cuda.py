@@ -1,5 +1,5 @@
 """Training on CUDA without a GPU: a stand-in for the CUDA runtime counts copies, synchronisations
-and kernels, and runs none. Only with --soak; skipped where that stand-in is not beside the
+and kernels, and runs none. Only with --soak; skipped where that stand-in is not next to the
 repository.
 
 FAKE_CUDA names it; started by it, this file trains the methods that it is given.
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the stand-in starts this file
 FAKE = Path(os.environ.get("FAKE_CUDA", ROOT.parent / "shared" / "fake_cuda" / "run"))
 PARTS = 6
 TEACHER = "base-off/initial_r14.pth.tar"  # from before the first step: its weights are finite
-# what a step must not do; a read of the loss for the log is beside the step
+# what a step must not do; a read of the loss for the log is outside the step
 WAITS = ("h2d_pageable", "d2h_pinned", "d2h_pageable", "stream_sync", "device_sync")
 # wait by design: their rows say that they cannot be captured
 WAITING = {"bss": "the attack looks at its images", "kdsvd": "eigenvectors are found step by step"}

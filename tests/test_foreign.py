@@ -43,7 +43,7 @@ class Reused(nn.Module):
         self.head = nn.Linear(16, num_class)
 
     def forward(self, x):
-        self.sums = []  # before the activation, computed beside the hooks
+        self.sums = []  # before the activation, computed in addition to the hooks
         for i, (conv, bn) in enumerate(zip(self.convs, self.bns)):
             x = bn(conv(x if i == 0 else F.max_pool2d(x, 2)))
             self.sums.append(x.clone())
@@ -67,7 +67,7 @@ def test_in_place_relu_used_three_times():
     assert torch.equal(s.feat, s.stages[-1].mean((2, 3)))
     assert [fm.shape[2] for fm in s.stages] == [16, 8]
     again = network.Tapped(net, ("stages",))
-    for _ in range(2):  # calls are counted anew in each forward pass
+    for _ in range(2):  # calls are counted again in each forward pass
         assert torch.equal(again(img(32)).stages[0], s.stages[0])
 
 
@@ -286,7 +286,7 @@ def test_wrong_taps(stages, name):
         taps(net, stages=stages)
 
 
-# --- what cannot be had ---------------------------------------------------------------------------
+# --- what does not work ---------------------------------------------------------------------------
 
 
 class Functional(nn.Module):

@@ -1,4 +1,4 @@
-"""A run that is interrupted, however, goes on to exactly the result of the undisturbed one."""
+"""An interrupted run ends with exactly the result of an undisturbed one."""
 
 import errno
 import json
@@ -236,7 +236,8 @@ def test_a_sigterm_soon_after_a_signal_is_the_same_request():
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint.pth.tar", "metrics.csv", "model_best.pth.tar"])
 def test_a_full_disk(what, teacher, tmp_path, monkeypatch, capsys):
-    """The old checkpoint survives, nothing is left half written, one line; then it goes on."""
+    """The old checkpoint survives, nothing is left half written, one line; then it can be
+    resumed."""
     train_kd.main(command("crd", teacher, tmp_path, "whole"))
     argv = command("crd", teacher, tmp_path, "full")
     fsync, wrote = os.fsync, []
@@ -351,7 +352,7 @@ def test_a_run_that_another_process_wrote_meanwhile(tmp_path, capsys, monkeypatc
 
 
 def test_no_locks_on_a_file_system(tmp_path, capsys, monkeypatch):
-    """It is said; the run goes on."""
+    """It is said; the run continues."""
     import fcntl
 
     def refuse(*args):

@@ -436,7 +436,7 @@ def test_loss_files_import_torch_alone():
 
 @pytest.mark.parametrize("name", ["_float32", "_unit"])
 def test_a_helper_that_every_loss_file_has_for_itself_reads_the_same(name):
-    """Comments included; and nothing is promoted beside it."""
+    """With its comments; and nothing else is promoted."""
     found = {}
     for path in (ROOT / "kd_losses").glob("[!_]*.py"):
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""CSV, TensorBoard and W&B beside each other: what they are told, also after an interruption."""
+"""CSV, TensorBoard and W&B at the same time: what they are told, also after an interruption."""
 
 import json
 import os

@@ -244,7 +244,7 @@ def test_align():
         with refused("--stages", *stages):
             align(shallow, deep, stages)
     with refused("--stages", 1):
-        align(deep, shallow, (1,))  # the teacher has nothing beside the deep one's first
+        align(deep, shallow, (1,))  # the teacher has nothing next to the deep one's first
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -250,5 +250,5 @@ def test_a_data_set_of_the_hub(hub, monkeypatch, tmp_path):
     data = stream.load("hf/someone/something")
     assert data.train.classes == NAMES and data.identity() == stream.load(f"hf/{hub}").identity()
     monkeypatch.setattr(datasets, "load_dataset", lambda name: load(str(tmp_path / "gone")))
-    with pytest.raises(utils.UserError, match="hf/someone/something is not to be had"):
+    with pytest.raises(utils.UserError, match="hf/someone/something was not found"):
         stream.load("hf/someone/something")

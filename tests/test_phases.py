@@ -296,8 +296,8 @@ def test_the_least_variance_of_vid_and_the_epsilon_of_pkt():
 # --- the newer methods, as their authors train them -----------------------------------------------
 
 SOFT = {"kdzoo": (0.9, 0.1), CRD: (0.9, 0.1)}
-# mode: {protocol: (weight, that of the cross-entropy)}, what learns beside the student, further
-# traits
+# mode: {protocol: (weight, that of the cross-entropy)}, what is trained in addition to the student,
+# further traits
 NEWER = dict(
     lskd=({"kdzoo": (9.0, 0.1), CRD: (9.0, 0.1)}, ()),
     dist=({"kdzoo": (2.0, 1.0), CRD: (2.0, 1.0), IMAGENET: (2.0, 1.0)}, ()),

@@ -239,7 +239,7 @@ def alone(how: str, root: str) -> None:
             if i == 3 and utils.rank() == 1:
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                raise (utils.UserError if how == "mistake" else TypeError)("a.png is none")
+                raise (utils.UserError if how == "mistake" else TypeError)("a.png is no image")
             yield batch
 
     stream.train_batches = interrupted
@@ -249,7 +249,11 @@ def alone(how: str, root: str) -> None:
 
 @pytest.mark.parametrize(
     "how, line",
-    [("mistake", "error: a.png is none"), ("killed", "error: "), ("defect", "TypeError: a.png")],
+    [
+        ("mistake", "error: a.png is no image"),
+        ("killed", "error: "),
+        ("defect", "TypeError: a.png"),
+    ],
 )
 def test_one_process_fails_and_one_speaks(how, line, tmp_path):
     done = torchrun(str(Path(__file__)), how, str(tmp_path), timeout=120)

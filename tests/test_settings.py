@@ -1,7 +1,7 @@
 """Every setting that a run resolves: methods x protocols x published pairs, as recorded in
 tests/data/settings.json.gz; where each comes from; flags that would have no effect.
 
-A published setting that changes on purpose: `python tests/test_settings.py` records anew, and
+A published setting that changes on purpose: `python tests/test_settings.py` records again, and
 docs/methods.md says what it was before.
 """
 

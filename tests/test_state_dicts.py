@@ -79,7 +79,7 @@ SHAPES = {
     "three prefixes": (lambda s: dict(model=under("module._orig_mod.model.", s)), None, []),
     "three in another order": (lambda s: under("model.module._orig_mod.", s), None, []),
     "AveragedModel": (averaged, None, ["n_averaged"]),
-    "EMA beside": (
+    "EMA next to": (
         lambda s: dict(model=s, model_ema=averaged(other(s)), optimizer=OPTIMIZER),
         None,
         ["model_ema", "--t_key"],

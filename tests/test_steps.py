@@ -1,4 +1,4 @@
-"""Whole training steps of the public code, as its own `main()` takes them, beside ours.
+"""Whole training steps of the public code, as its own `main()` takes them, next to ours.
 
 tests/data/steps holds what RepDistiller computes with the arguments of its scripts, in float64, on
 three fixed batches: the summed loss, the gradients of the first step, all state after three steps

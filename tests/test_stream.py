@@ -1,4 +1,4 @@
-"""Images that are read from disk when they are wanted."""
+"""Images that are read from disk for each batch."""
 
 import multiprocessing
 import os

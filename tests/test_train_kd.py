@@ -496,7 +496,7 @@ def test_help_of_a_mode_shows_its_flags(capsys):
     assert "--p X" in out and "(default 2.0)" in out and "--nce_n" not in out
 
 
-# --- numbers that are none ------------------------------------------------------------------------
+# --- NaN and infinite numbers ---------------------------------------------------------------------
 
 
 def test_a_diverging_run_stops_with_the_term(distil, capsys):

@@ -35,7 +35,7 @@ FREE = [mode for mode, method in METHODS.items() if not method.reads_labels]
 
 @pytest.fixture
 def bare(tmp_path):
-    """Images in folders of any depth and of many sizes, and a file that is none."""
+    """Images in folders of any depth and of many sizes, and a file that is not an image."""
     rng = np.random.default_rng(0)
     for i in range(30):
         where = tmp_path / "bare" / "/".join("ab"[: i % 3])

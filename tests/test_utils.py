@@ -323,11 +323,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step():
     """In a process of its own, which has freed nothing else, once it has settled (five steps at
-    most were seen: a block may be taken beside the hole that its like has left)."""
+    most were seen: a block may be taken next to the hole that its like has left)."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
     faults = subprocess.check_output([sys.executable, "-c", STEPS], cwd=ROOT)
-    # anew, a step's 96 MB are 24 000 pages
+    # taken again, a step's 96 MB are 24 000 pages
     assert int(faults) < 2000
 
 

@@ -44,7 +44,7 @@ print(len(METHODS), len(found), sorted(others))
 
 
 def built(folder: Path) -> Path:
-    """The wheel, built from a copy: a build leaves folders beside its sources."""
+    """The wheel, built from a copy: a build leaves folders next to its sources."""
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -80,7 +80,7 @@ def weights(distiller, weight=1.0, phase=None):
 
 
 def small_flags(modes):
-    """crd's flags; `--crd.NAME` beside other methods, which may have a flag of the name."""
+    """crd's flags; `--crd.NAME` next to other methods, which may have a flag of the name."""
     if "crd" not in modes.split("+"):
         return []
     lead = "--crd." if "+" in modes else "--"

@@ -88,7 +88,7 @@ def step_flags(parser: cli.Parser) -> None:
     add = parser.add_argument
     everything = (BASE, *METHODS)
     add("--modes", type=some(everything), default=everything, metavar="M,M", help="(default all)")
-    add("--profile", metavar="MODE", help="print the operators of that mode's step instead")
+    add("--profile", metavar="MODE", help="print the operators in that method's step instead")
     add_networks(parser)
 
 
@@ -430,7 +430,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     path = Path(args.json or "-")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--json {path} cannot be written: a folder, or in none that is there")
+        raise UserError(
+            f"--json {path} cannot be written: it is a folder, or its folder does not exist"
+        )
     if args.profile and args.profile != BASE:
         # an unknown mode is an error at once
         settings_of(args.profile, args.num_class, args.batch_size)

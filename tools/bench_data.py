@@ -1,4 +1,4 @@
-"""`bench.py data`: the images' way to the device, ours beside plain loaders."""
+"""`bench.py data`: the images' way to the device, ours next to plain loaders."""
 
 import argparse
 import itertools
@@ -116,7 +116,9 @@ def throughput(batches, workers: int, count: int, device: torch.device) -> float
             images += len(img)
             spent = now - began
     if not images:
-        raise UserError(f"{skip} batch(es) warm the loader up, and there are no more: --images N")
+        raise UserError(
+            f"{skip} batch(es) warm the loader up, and no batches are left; give more --images N"
+        )
     return images / spent
 
 

@@ -24,7 +24,7 @@ def some(names):
 
 
 def add_numbers(parser: cli.Parser, **flags) -> None:
-    """Flags that are whole numbers: the least, the default, the help."""
+    """Integer flags: minimum, default, help."""
     for flag, (least, default, text) in flags.items():
         parser.add_argument(
             f"--{flag}",
@@ -39,7 +39,7 @@ def add_rounds(parser: cli.Parser) -> None:
     """The flags that all commands have."""
     add_numbers(parser, rounds=(1, 7, ""))
     add, cuda = parser.add_argument, cli.number(int, 0, 1)
-    add("--cuda", type=cuda, metavar="0|1", help="0: CPU (default: what is there)")
+    add("--cuda", type=cuda, metavar="0|1", help="0: CPU (default: GPU if available)")
     add("--threads", type=cli.number(int, 1), metavar="N", help="on the CPU (default: torch's)")
     add("--json", metavar="FILE", help="the figures, as JSON; '-': to stdout")
 

@@ -61,7 +61,7 @@ def decide() -> None:
 
 
 def count(mode: str, captured: bool) -> int:
-    """Kernels and library calls of a step of `mode`; captured: what is beside the graph, copies
+    """Kernels and library calls of a step of `mode`; captured: those outside the graph, copies
     into its inputs included, and its replay."""
     import train_base
     import train_kd

@@ -32,7 +32,7 @@ PAIRS = dict(  # teacher, student, batch
 SIZES = dict(
     cifar=(32, 100, 50_000), imagenet=(224, 1000, 200_000)
 )  # pixels, classes, crd's samples
-READS = dict(  # what a comparison reads of student and teacher, where it is not all that it wants
+READS = dict(  # what a comparison reads of student and teacher, if not all that it needs
     reviewkd=(("stages", "feat"), ("preacts", "feat")),
     srrl=(("last",), ("feat", "out")),
     catkd=(("last",), ("last",)),
@@ -52,7 +52,7 @@ def loss_flags(parser: cli.Parser) -> None:
     add = parser.add_argument
     add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help="(default all)")
     add("--size", choices=PAIRS, default="cifar", help="whose feature maps (default cifar)")
-    add("--student", metavar="NAME", help="another pair of networks, for their shapes")
+    add("--student", metavar="NAME", help="feature shapes of another pair of networks")
     add("--teacher", metavar="NAME", help="the same")
     add("--batch_size", type=cli.number(int, 3), metavar="N", help="(default: the size's)")
     add(
@@ -70,9 +70,9 @@ def loss_flags(parser: cli.Parser) -> None:
     add(
         "--crd_paths",
         action="store_true",
-        help="crd twice: rows of the banks gathered, then products with whole banks, in turns",
+        help="measure crd with gathered rows of the banks and with whole banks, in turns",
     )
-    add("--memory", action="store_true", help="memory alone, no times")
+    add("--memory", action="store_true", help="only memory, no times")
     add_rounds(parser)
     parser.set_defaults(amp="off")
 

@@ -59,20 +59,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--ensemble",
         choices=KINDS,
-        help="of several checkpoints: the mean of their probabilities, or of their logits",
+        help="for several checkpoints: the mean of their probabilities, or of their logits",
     )
     add(
         "--net",
         metavar="NAME[,NAME]",
-        help="its network, where the file does not know it; of several checkpoints one for each",
+        help="network, if the checkpoint does not say it; one for each of several checkpoints",
     )
     add(
         "--which",
         choices=("student", "peer"),
         default="student",
-        help="of two networks that learned from each other (default student)",
+        help="which network of a dml run (default student)",
     )
-    add("--key", type=cli.filled, metavar="KEY", help="entry of the file that holds the weights")
+    add(
+        "--key",
+        type=cli.filled,
+        metavar="KEY",
+        help="entry of the checkpoint that holds the weights",
+    )
     classes = dict(type=cli.class_lines, metavar="FILE")
     add(
         "--classes",
@@ -104,7 +109,7 @@ def check_ensemble(args: argparse.Namespace, count: int) -> None:
     if count == 1 and args.ensemble:
         raise UserError(f"--ensemble {args.ensemble} has no effect with one checkpoint")
     if count > 1 and not args.ensemble:
-        raise UserError(f"there are {count} checkpoints: give --ensemble probs, or logits")
+        raise UserError(f"{count} checkpoints given; give --ensemble probs or logits too")
     if args.ensemble == "confidence":
         raise UserError(
             "--ensemble confidence weights the logits by the labels, which a test must not use: "

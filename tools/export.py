@@ -49,17 +49,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     checkpoint = dict(type=cli.filled, metavar="CHECKPOINT")
     add("checkpoint", **checkpoint, help="ours, a .safetensors file, or a public one")
-    add("--format", choices=SUFFIXES, help="(default: what the suffix of --out says)")
+    add("--format", choices=SUFFIXES, help="(default: from the suffix of --out)")
     suffixes = ", ".join(SUFFIXES.values())
-    add("--out", type=cli.filled, metavar="FILE", help=f"{suffixes} (default: beside CHECKPOINT)")
-    add("--force", action="store_true", help="write over a file that is there")
+    add(
+        "--out",
+        type=cli.filled,
+        metavar="FILE",
+        help=f"{suffixes} (default: in the folder of CHECKPOINT)",
+    )
+    add("--force", action="store_true", help="overwrite an existing file")
     add(
         "--net",
         type=cli.filled,
         metavar="NAME",
-        help="its network, where the file does not know it",
+        help="network, if the checkpoint does not say it",
     )
-    add("--key", type=cli.filled, metavar="KEY", help="entry of the file that holds the weights")
+    add(
+        "--key",
+        type=cli.filled,
+        metavar="KEY",
+        help="entry of the checkpoint that holds the weights",
+    )
     add("--num_class", type=cli.number(int, *dataset.CLASSES), metavar="N", help="the same")
     size = cli.number(int, 4, dataset.SIZES[1])
     add("--img_size", type=size, metavar="N", help="the same: NxN pixels")
@@ -80,7 +90,7 @@ def target(args: argparse.Namespace) -> tuple[str, Path]:
             raise UserError(f"--format {'|'.join(SUFFIXES)} is needed, or --out FILE with a suffix")
         path = Path(args.checkpoint)
         if not path.name:
-            raise UserError(f"{path} is a folder: name the checkpoint in it")
+            raise UserError(f"{path} is a folder; give the checkpoint in it")
         stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", path.name)
         out = path.with_name(stem + SUFFIXES[args.format])
     else:
@@ -88,7 +98,7 @@ def target(args: argparse.Namespace) -> tuple[str, Path]:
     kind = kinds.get(out.suffix)
     if kind is None or args.format not in (None, kind):
         wanted = SUFFIXES[args.format] if args.format else ", ".join(kinds)
-        raise UserError(f"--out {out}: a name that ends in {wanted} is wanted")
+        raise UserError(f"--out {out}: expected a name that ends in {wanted}")
     if args.batch and kind == "safetensors":
         raise UserError("--batch: a .safetensors file holds weights, for any number of images")
     cli.writable_file(out, args.force)
@@ -114,7 +124,7 @@ def agreed(args: argparse.Namespace, found: Weights, flag: str) -> int:
     if known is None and flag == "img_size":
         known = SIZES.get(found.meta.get("data_name"))
     if given is None and known is None:
-        raise UserError(f"--{flag} is needed: {found.path} does not say it")
+        raise UserError(f"--{flag} is required: {found.path} does not say it")
     if None not in (given, known) and given != known:
         raise UserError(f"--{flag} {given} contradicts {found.path}, which says {known}")
     return known if given is None else given

@@ -4,7 +4,7 @@ rows of a table.
     tools/gpu_check.sh                              # all parts, at most six minutes, with a summary
     python tools/gpu_check.py steps --seconds 100   # every method: plain against captured step
     python tools/gpu_check.py runs                  # every method trains two epochs on digits
-    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours beside a plain \
+    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours next to a plain \
 public-style loop
     python tools/gpu_check.py students              # K students: a graph, a stream for each
     python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
@@ -141,7 +141,7 @@ def per_call(call, count: int, device: torch.device, precision: utils.Precision)
 
 
 def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
-    """Kernels a step, their time, and which share of the step's time the GPU is at work."""
+    """Kernels a step, their time, and which share of the step's time the GPU is busy."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(count):
             call()
@@ -207,7 +207,7 @@ def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
     return mode, ""
 
 
-# --- epoch: ours beside a plain public-style loop -------------------------------------------------
+# --- epoch: ours next to a plain public-style loop ------------------------------------------------
 
 
 def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
@@ -287,7 +287,7 @@ def public_loop(args, device, precision, name: str, workers: int) -> dict:
 
 def rows(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
     """Train the teacher, then the baseline and the methods, several at a time, until the time is
-    up; what is unfinished stops at its checkpoint and goes on at the next call."""
+    up; what is unfinished stops at its checkpoint and continues at the next call."""
     end = time.monotonic() + args.seconds
     root = args.out / "rows"
     epochs = ["--epochs", "2"] if args.tiny else []

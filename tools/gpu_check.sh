@@ -21,32 +21,32 @@ check() {
     shift
     timeout --kill-after 10 $((limit + 20)) "$python" tools/gpu_check.py "$@" --out "$out" $tiny
 }
-wants() { [[ " $parts " == *" $1 "* ]]; }
+has_part() { [[ " $parts " == *" $1 "* ]]; }
 
 { nvidia-smi; "$python" -V; "$python" -m pip list 2>/dev/null | grep -i -E '^(torch|torchvision|numpy|timm|pytest) '; } \
     >"$out/versions.txt" 2>&1
-if wants tests; then
+if has_part tests; then
     timeout "${SECONDS_TESTS:-100}" "$python" -m pytest -q -n "${TEST_JOBS:-6}" tests/test_cuda.py >"$out/tests.log" 2>&1
     tail -n 40 "$out/tests.log"
 fi
-if wants steps; then
+if has_part steps; then
     limit=${SECONDS_STEPS:-130}
     check "$limit" steps --seconds "$limit" ${MODES:+--modes "$MODES"} ${STEPS:+--steps "$STEPS"} ${PAIRS:+--pairs "$PAIRS"} >"$out/steps.log" 2>&1
     tail -n 3 "$out/steps.log"
 fi
-if wants runs; then
+if has_part runs; then
     check "${SECONDS_RUNS:-60}" runs --seconds "${SECONDS_RUNS:-60}" --jobs "${JOBS:-12}" ${MODES:+--modes "$MODES"} >"$out/runs.log" 2>&1
     tail -n 30 "$out/runs.log"
 fi
-if wants epoch && [ -n "${IMAGES:-}" ]; then
+if has_part epoch && [ -n "${IMAGES:-}" ]; then
     check "${SECONDS_EPOCH:-70}" epoch --img_root "$IMAGES" >"$out/epoch.log" 2>&1
     tail -n 12 "$out/epoch.log"
 fi
-if wants students; then
+if has_part students; then
     check "${SECONDS_STUDENTS:-40}" students --seconds "${SECONDS_STUDENTS:-40}" >"$out/students.log" 2>&1
     tail -n 3 "$out/students.log"
 fi
-if wants rows && [ -n "${IMAGES:-}" ]; then
+if has_part rows && [ -n "${IMAGES:-}" ]; then
     check "${SECONDS_ROWS:-60}" rows --seconds "${SECONDS_ROWS:-60}" --img_root "$IMAGES" ${MODES:+--modes "$MODES"} >"$out/rows.log" 2>&1
     tail -n 3 "$out/rows.log"
 fi

@@ -1,5 +1,5 @@
 """A part of gpu_check.py: students that share the teacher's pass, each with a CUDA graph of its
-own, one after another or on streams beside each other.
+own, one after another or on streams at the same time.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def packed(path: bytes, max_side: int | None, quality: int) -> tuple[str, bytes]
     `max_side` pixels."""
     name = os.fsdecode(path)
     suffix = os.path.splitext(name)[1].lower()
-    image = dataset.open_image(name)  # also to find out that it can be read
+    image = dataset.open_image(name)  # also checks that it can be read
     if max_side is None or min(image.size) <= max_side:
         return suffix, Path(name).read_bytes()
     from PIL import Image
@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--quality",
         type=cli.number(int, 1, 100),
         metavar="Q",
-        help="of the JPEGs that --max_side makes (default 92)",
+        help="quality of the JPEGs that --max_side writes (default 92)",
     )
     add(
         "--per_shard",
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     cli.usable_folder(out, "OUT")
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: give a new folder")
+        raise UserError(f"{out} is not empty; give a new folder")
     data = stream.load(args.data_name, args.root, UNIT, dataset.RESIDENT + 1)
     if not isinstance(data.train, dataset.Files):
         raise UserError(

@@ -1,10 +1,10 @@
 """Write the parts of the pages that come from the table of methods, between their marks.
 
-    python tools/pages.py            # the method table of README.md, the sections of docs/methods.md
+    python tools/pages.py            # write README.md's table and docs/methods.md
     python tools/pages.py --check    # print what is not up to date, change nothing; exit code 1
 
-A section has the paper, the formula and the parameters from the loss file, the row of the table, the
-settings of the protocols, the published figures that exist, and the cost.
+A section has the paper, the formula and the parameters from the loss file, the row of the table,
+the settings of the protocols, the published figures that exist, and the cost.
 """
 
 import argparse
@@ -114,7 +114,9 @@ def inputs(method: Method) -> str:
 def weight(method: Method) -> str:
     """lambda_kd, and lambda_ce where it is not 1."""
     found = method.lambda_kd
-    text = f"{found:g}" if isinstance(found, float) else f"{found(10):g}, >10 classes {found(100):g}"
+    text = (
+        f"{found:g}" if isinstance(found, float) else f"{found(10):g}, >10 classes {found(100):g}"
+    )
     return text + f"; CE {method.lambda_ce:g}" * (method.lambda_ce != 1)
 
 
@@ -127,7 +129,9 @@ class Source:
         head = " ".join(ast.get_docstring(tree).split("\n\n")[0].split())
         found = re.fullmatch(r"(.+?) \(((?:[^()]|\([^()]*\))*)\), (https?://\S+)(.*)", head)
         if not found:
-            raise ValueError(f"kd_losses/{mode}.py: its docstring is not 'NAME: TITLE (PAPER), LINK'")
+            raise ValueError(
+                f"kd_losses/{mode}.py: its docstring is not 'NAME: TITLE (PAPER), LINK'"
+            )
         title, self.paper, link, rest = found.groups()
         self.link = link + rest.strip() * link.endswith("/")  # an address on two lines
         self.name, _, self.title = title.partition(": ")
@@ -249,7 +253,9 @@ def cost(mode: str) -> list[str]:
     learns = f"{count:,} parameters (resnet20 -> resnet8, 10 classes)" if count else "no parameters"
     text = (ROOT / "results/bench/step_all.md").read_text(encoding="utf-8")
     found = re.search(rf"^\| {mode} \|[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|", text, re.M)
-    step = f"{float(found[1]):.2f} times a step without the method's loss" if found else "not measured"
+    step = (
+        f"{float(found[1]):.2f} times a step without the method's loss" if found else "not measured"
+    )
     return [f"adds {learns}", f"training step on two CPU cores ([speed](speed.md)): {step}"]
 
 

@@ -77,7 +77,7 @@ def colors(count: int) -> np.ndarray:
 
 
 def panels(head: str, titles: list[str], width: float, height: float, columns=3, legend=()):
-    """A figure and its axes, one of width x height inches for each of `titles`, in rows; beside
+    """A figure and its axes, one of width x height inches for each of `titles`, in rows; next to
     them the names of `legend` with their colours."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.lines import Line2D
@@ -163,7 +163,7 @@ def look(
         parts.append([x.float().cpu() for x in (seen.out, *more)])
     parts = [torch.cat(part) for part in zip(*parts)]
     if not all(part.isfinite().all() for part in parts):
-        raise UserError(f"{name}: what it gives is not finite, so there is nothing to draw")
+        raise UserError(f"{name}: its output is not finite, so nothing can be drawn")
     return parts
 
 
@@ -174,9 +174,11 @@ def rows_of(folder: str) -> list[dict]:
     """The epochs of a run."""
     try:
         if not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such run: the folder of one is wanted")
+            raise UserError(f"{folder}: expected a run directory, but it does not exist")
         if not (Path(folder) / "metrics.csv").is_file():
-            raise UserError(f"{folder} holds no metrics.csv, so it is no run or has no epoch yet")
+            raise UserError(
+                f"{folder} has no metrics.csv: it is not a run directory, or has no epoch yet"
+            )
         return read_metrics(folder)
     except UserError:
         raise
@@ -285,7 +287,7 @@ def attention(args: argparse.Namespace):
     img, target, _ = next(stream.test_batches(images, len(images)))
     mean, std = (torch.tensor(x) for x in (images.mean, images.std))
     pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
-    columns = max(map(len, seen))  # the image stands in the place of the logits
+    columns = max(map(len, seen))  # the image takes the place of the logits
     heads = ["image", *(f"stage {i}" for i in range(1, columns))]
     heads += [""] * (columns * (len(images) * len(nets) - 1))
     head = (
@@ -317,7 +319,7 @@ def check_places(args: argparse.Namespace, count: int) -> None:
     """Raise UserError where --images names one that is not there."""
     for i in args.images:
         if i >= count:
-            raise UserError(f"--images {i}: there are 0 to {count - 1}")
+            raise UserError(f"--images {i}: expected 0 to {count - 1}")
 
 
 def boxes(args: argparse.Namespace):
@@ -374,7 +376,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what = "RUN" if command == "curves" else "MODEL"
     add("what", nargs="+", type=cli.filled, metavar=what)
     add("--out", type=cli.filled, required=True, metavar="FILE.png")
-    add("--force", action="store_true", help="write over a file that is there")
+    add("--force", action="store_true", help="overwrite an existing file")
     names = dict(nargs="+", type=cli.filled, metavar="NAME")
     add("--labels", **names, help="one for each (default: names of folders)")
     if command == "curves":
@@ -392,7 +394,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--t_name",
             type=cli.filled,
             metavar="NAME",
-            help="its network, where the file does not know it",
+            help="network, if the checkpoint does not say it",
         )
     else:
         several = cli.comma(cli.number(int, 0))
@@ -408,7 +410,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--img_root", type=cli.filled, metavar="DIR", help="(default: the checkpoint's)")
         cli.add_device_flags(parser)
     elif command != "curves":
-        what = "network of the files that do not know it: one, or one for each"
+        what = "network of the checkpoints that do not say it: one for all, or one for each"
         add("--net_name", **names, help=what)
         cli.add_data_flags(parser)
         cli.add_device_flags(parser)
@@ -423,7 +425,7 @@ def main(argv: list[str] | None = None):
     args = parse(sys.argv[1:] if argv is None else list(argv))
     out = Path(args.out)
     if out.suffix != ".png":
-        raise UserError(f"--out {out}: a name that ends in .png is wanted")
+        raise UserError(f"--out {out}: expected a name that ends in .png")
     cli.writable_file(out, args.force)
     matplotlib = import_matplotlib()
     if matplotlib is None:

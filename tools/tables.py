@@ -1,4 +1,4 @@
-"""The published tables, each a command: train what it needs, then show it beside \
+"""The published tables, each a command: train what it needs, then show it next to \
 the published figures.
 
     python tools/tables.py list
@@ -10,7 +10,7 @@ the published figures.
 what was interrupted and continues after a failure; it waits for what another process trains.
 `--launcher slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and
 their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
-epoch, mean and deviation over the seeds, beside the published figures of published.csv. Runs of
+epoch, mean and deviation over the seeds, next to the published figures of published.csv. Runs of
 other data, epochs or precision are shown apart, never in one mean.
 """
 
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     """Train what is missing of a table, then show it."""
     table = TABLES[args.table]
     if table.protocol is None:
-        raise UserError(f"{args.table} cannot be run, its recipe is not there; `show` shows it")
+        raise UserError(f"{args.table} cannot be run, because its recipe is missing; use `show`")
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
-        raise UserError(f"--data is needed: {cli.DATA_NAMES}")
+        raise UserError(f"--data is required: {cli.DATA_NAMES}")
     if args.data in ("imagefolder", "wds") and not args.img_root:
         raise UserError(
             f"--data {args.data} needs --img_root {'DIR' if args.data != 'wds' else 'SHARDS'}"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         others = {t for t, _, mode in rows if mode != BASE} - {knows}
         if others:
             raise UserError(
-                f"--teacher {args.teacher} is a {knows}, the table wants {', '.join(others)}: "
+                f"--teacher {args.teacher} is a {knows}, the table needs {', '.join(others)}; "
                 "choose with --pairs"
             )
     jobs = jobs_of(args, table, rows)
@@ -102,7 +102,9 @@ def show(args: argparse.Namespace) -> None:
         records = merge(out / f"{args.table}.runs.csv", records)
     rows = summarise(args.table, records)
     if not rows:
-        raise UserError(f"nothing to show of {args.table}: no run in {args.runs}, none published")
+        raise UserError(
+            f"nothing to show of {args.table}: no runs in {args.runs} and no published figures"
+        )
     text = markdown(args.table, rows)
     if out:
         write_csv(out / f"{args.table}.csv", rows)
@@ -177,7 +179,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command in ("run", "show"):
         add("--out", **folder, help="also write CSV, Markdown and a figure there")
         page = dict(type=cli.filled, metavar="FILE")
-        add("--into", **page, help="also put it between its marks in this page")
+        add("--into", **page, help="also write it between its marks in this page")
     if command == "run":
         add("--methods", type=cli.comma(str), metavar="M,M", help="(default: the table's)")
         add("--pairs", type=cli.comma(str), metavar="T-S,T-S", help="(default: the table's)")

@@ -14,7 +14,7 @@ FEW = 16_000_000  # bytes: no file of a run or table is larger
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file. Raises ValueError, one line, where there is none."""
+    """The object in a file. Raises ValueError, one line, if it has no object."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -66,11 +66,11 @@ def write(path: Path, text: str) -> None:
 
 
 def split_page(path: Path, name: str) -> tuple[str, str]:
-    """What stands in a page up to the table's first mark, and from its last."""
+    """The text of a page up to the table's first mark, and from its last mark."""
     begin, end = f"<!-- tables.py show {name} -->", "<!-- end of the table -->"
     try:
         if not path.is_file():
-            raise ValueError("there is no such file")
+            raise ValueError("no such file")
         before, rest = path.read_bytes().decode().split(begin)
         return before + begin, rest[rest.index(end) :]
     except (OSError, ValueError) as error:

@@ -210,7 +210,7 @@ def same_images(home: Path, root: str | None) -> None:
         now = now or folders.folder_identity(root, folders.VALIDATED)
         if before != now:
             raise UserError(
-                f"{home} holds runs of other images than those in {root}: give another --runs"
+                f"{home} holds runs on other images than those in {root}; give another --runs"
             )
         return
 
@@ -241,7 +241,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         return jobs.setdefault(folder, job).folder
 
     def baseline(t: str, s: str, seed: int) -> None:
-        """The student alone, which can be trained beside those that have a teacher."""
+        """The student alone, which can be trained together with those that have a teacher."""
         job = jobs[base(s, seed)]
         smooth = published.PROTOCOLS[table.protocol].label_smoothing
         if job.group is None and t and not smooth:  # which train_base.py alone has

@@ -18,8 +18,8 @@ VALIDATED = " (best chosen on a validation set)"  # of a setting: never in one m
 CHECKS = {
     "a name": lambda x: isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable(),
     "a name or nothing": lambda x: x == "" or CHECKS["a name"](x),
-    "a whole number of at least 0": lambda x: type(x) is int and 0 <= x <= 2**53,
-    "a whole number of at least 1": lambda x: type(x) is int and 1 <= x <= 2**53,
+    "an int >= 0": lambda x: type(x) is int and 0 <= x <= 2**53,
+    "an int >= 1": lambda x: type(x) is int and 1 <= x <= 2**53,
     "a number from 0 to 100": lambda x: type(x) in (int, float) and 0 <= x <= 100,
     "a number of at least 0": lambda x: type(x) in (int, float) and 0 <= x <= 1e15,
 }
@@ -38,7 +38,7 @@ FIELDS = dict.fromkeys(RECORD.split(), NAME) | dict(
 def checked(key: str, value):
     """`value`, or a ValueError that says what a record's `key` has to be."""
     if not CHECKS[FIELDS[key]](value):
-        raise ValueError(f"its {key} is {reprlib.repr(value)}, {FIELDS[key]} is wanted")
+        raise ValueError(f"its {key} is {reprlib.repr(value)}, expected {FIELDS[key]}")
     return value
 
 
@@ -134,7 +134,7 @@ def records_of(folder: Path, home: Path) -> list[dict]:
     root = recipe.get("save_root")
     inner = place.parent.parts
     if not inner:
-        raise ValueError("it is in no folder of a setting")
+        raise ValueError("it is not in the folder of a setting")
     if isinstance(root, str) and Path(root).parts[-len(inner) :] != inner:
         raise ValueError(f"args.json says its save_root is {reprlib.repr(root)}: a copy?")
     common["seconds"] = round(common["seconds"])
@@ -165,7 +165,7 @@ def remembered(path: Path) -> tuple[list[str], list[dict]]:
             columns.pop()
         lacks = [key for key in RECORD.split() if key not in columns]
         if lacks:
-            raise ValueError(f"there is no column {', '.join(lacks)}")
+            raise ValueError(f"column {', '.join(lacks)} not found")
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have one name")
         for row in reader:
@@ -178,7 +178,7 @@ def remembered(path: Path) -> tuple[list[str], list[dict]]:
             records.append(row | {key: parsed(key, row[key], cut) for key in RECORD.split()})
     except (ValueError, csv.Error) as error:
         where = f"{shown(path)}{f', line {line}' if line else ''}"
-        raise UserError(f"{where}: {error}: mend or remove it, it is left as it is") from error
+        raise UserError(f"{where}: {error}; repair or remove it (it was not changed)") from error
     return columns, records
 
 

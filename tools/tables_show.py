@@ -1,4 +1,4 @@
-"""A table as it is shown: ours beside what is published, as rows, Markdown and a figure."""
+"""A table as it is shown: ours next to what is published, as rows, Markdown and a figure."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def summarise(name: str, records: list[dict]) -> list[dict]:
-    """The table's rows, a block for every setting and pair: ours beside what is published. What was
+    """The table's rows, a block per setting and pair: ours next to what is published. What was
     not run under the published setting stands there alone."""
     table, figures = TABLES[name], figures_of(name)
     full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
@@ -96,7 +96,7 @@ def roles(item: dict, t: str, s: str) -> list[str]:
 
 
 def beside(same: list[dict]) -> dict:
-    """One row's published figures: the first source's, and the others' beside it."""
+    """One row's published figures: the first source's, and the others' next to it."""
     first, *others = same
     also = "; ".join(f"{f['value']} ({f['method']}, {f['source']})" for f in others)
     return dict(

@@ -65,7 +65,7 @@ class Team:
 
 
 class _Ended(BaseException):
-    """A signal wants the job to end."""
+    """A signal asks the job to end."""
 
 
 def _end(number: int, frame) -> None:
@@ -75,7 +75,7 @@ def _end(number: int, frame) -> None:
 
 def queue_again() -> None:
     """Put this job into the queue again, where it is to be preempted. SLURM itself does so only for
-    jobs that are still at work at the end of the grace time. A job that was cancelled, queued again
+    jobs that are still running at the end of the grace time. A job that was cancelled, queued again
     or out of time has another state by now, and is left to SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if job:
@@ -124,7 +124,7 @@ def check(args) -> None:
                 raise UserError(f"--{flag} has no effect without --launcher slurm")
         return
     if args.jobs != 1:
-        raise UserError(f"--jobs {args.jobs} is for this machine: give --max_parallel for SLURM")
+        raise UserError(f"--jobs {args.jobs} is for this machine; give --max_parallel for SLURM")
     for flag in ("out", "into"):
         if getattr(args, flag):
             raise UserError(
@@ -132,7 +132,7 @@ def check(args) -> None:
             )
     import_submitit()
     if CLUSTER == "slurm" and not shutil.which("sbatch"):
-        raise UserError("--launcher slurm: there is no sbatch on this machine: is SLURM installed?")
+        raise UserError("--launcher slurm: no sbatch on this machine; is SLURM installed?")
 
 
 def submit(args, todo: list[Job], jobs: list[Job]) -> list:
@@ -244,7 +244,7 @@ def add_flags(parser, filled, number) -> None:
         "shows them",
     )
     add("--partition", type=filled, metavar="NAME", help="of SLURM (default: the cluster's)")
-    add("--gpus", type=number(int, 0, 64), metavar="N", help="GPUs of a job (default: none)")
+    add("--gpus", type=number(int, 0, 64), metavar="N", help="GPUs per job (default: no GPU)")
     add("--cpus", type=number(int, 1, 1024), metavar="N", help="CPUs of a job (default 1)")
     add(
         "--time",

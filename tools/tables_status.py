@@ -51,7 +51,7 @@ def remembered(runs: Path, table: str) -> dict[str, dict]:
             if type(about["epochs"]) is not int or not isinstance(about.get("job", ""), str):
                 raise ValueError(f"{path.name} is damaged")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{shown(path)}: {error}: remove it, it is written again") from error
+        raise UserError(f"{shown(path)}: {error}; remove it, and it is written again") from error
     return known
 
 
@@ -110,12 +110,12 @@ def state_of(folder: Path, about: dict, there: dict | None) -> tuple[str, str]:
         return "running", progress(folder, about["epochs"])
     job = about.get("job")
     if job and there is not None and job in there:
-        if there[job] == "RUNNING":  # another of its trainings is at work
+        if there[job] == "RUNNING":  # another training of this job is running
             return "queued", f"in a running job, {progress(folder, about['epochs'])}"
         return "queued", progress(folder, about["epochs"]) if folder.exists() else ""
     last = last_line(folder)
     if job and there is not None or last.startswith("error: "):
-        return "failed", last or "it left no line"
+        return "failed", last or "its log is empty"
     if not folder.exists():
         return "waiting", ""
     return "stopped", f"{progress(folder, about['epochs'])}: {last}"
@@ -130,7 +130,7 @@ def at_work(folder: Path) -> bool:
 
 
 def progress(folder: Path, epochs: int) -> str:
-    """The epoch at work, and how long the rest takes by the seconds of the last epochs."""
+    """The current epoch, and how long the rest takes by the seconds of the last epochs."""
     try:
         with open(folder / "timing.csv", encoding="utf-8") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]

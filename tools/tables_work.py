@@ -25,7 +25,7 @@ AGAIN = 2.0  # seconds after which to look again at what another process trains
 
 @dataclass
 class Process:
-    """A process at work, the trainings in it, and the files that say so (locked); the first is what
+    """A running process, the trainings in it, and the files that say so (locked); the first is what
     it prints into."""
 
     jobs: list[Job]
@@ -43,7 +43,7 @@ def work(
     running: list[Process] | None = None,
 ) -> list[Job]:
     """Run the jobs, some side by side; with `grouped`, those of a group in one process. Returns
-    those that failed. running: a list that always holds the processes at work."""
+    those that failed. running: a list that always holds the running processes."""
     gpus = torch.cuda.device_count() if cuda != 0 else 0
     running = [] if running is None else running
     waiting, failed = list(todo), []
@@ -120,10 +120,10 @@ def work(
 
 
 def team(ready: list[Job], single: set[Path]) -> list[Job]:
-    """The first job, and those that one process can train beside it; none of `single`."""
+    """The first job, and those that one process can train together with it; none of `single`."""
 
     def fits(job: Job) -> bool:
-        """Whether its run is a new one, or one that can continue beside others."""
+        """Whether its run is a new one, or one that can continue together with others."""
         if job.group is None or job.folder in single:
             return False
         return not job.folder.exists() or made_by(job).startswith("train_kd.py")
@@ -207,7 +207,7 @@ def launch(
     if len(jobs) > 1:
         script, argv = "train_kd.py", together(jobs)
     elif jobs[0].student and made_by(jobs[0]).startswith("train_kd.py"):
-        script, argv = "train_kd.py", jobs[0].student  # begun beside others
+        script, argv = "train_kd.py", jobs[0].student  # was begun together with others
     # whatever state a folder is in, --resume continues it or says what is wrong
     more = ["--resume"] if any(job.folder.exists() for job in jobs) else []
     files[0].truncate(0)
@@ -252,7 +252,7 @@ def check_command(job: Job) -> None:
     if without_place(made, recipe) not in [
         without_place(" ".join(x), dict(zip(x[1:], x[2:]))) for x in commands
     ]:
-        raise UserError(f"made by another command: {made}; remove it or give another --runs")
+        raise UserError(f"written by another command: {made}; remove it or give another --runs")
 
 
 def without_place(command: str, flags) -> str:

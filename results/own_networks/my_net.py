@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Two convolutions around a shortcut; one in-place ReLU serves twice."""
+    """Two convolutions around a shortcut; one in-place ReLU is called twice."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()

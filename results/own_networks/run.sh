@@ -13,7 +13,7 @@ $PY train_base.py --net_name torchvision/resnet18 $AT64 --epochs 6 $COMMON --not
 $PY train_base.py --net_name $MINE:small_vit $AT64 --epochs 6 $COMMON --note vit
 $PY train_base.py --net_name $MINE:build $AT64 --epochs 4 $COMMON --note baseline
 
-# torchvision's ResNet-18 teaches a network of one's own
+# torchvision's ResNet-18 teaches a network of your own
 for flags in "at --lambda_kd 50" ofd crd reviewkd; do
     $PY train_kd.py --kd_mode $flags --t_name torchvision/resnet18 --t_model runs/own/resnet18/model_best.pth.tar \
         --s_name $MINE:build --epochs 4 $COMMON --note resnet18-${flags%% *}

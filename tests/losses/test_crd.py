@@ -283,7 +283,7 @@ def test_a_bank_on_the_host_serves_the_device(way):
 
 
 def a_process(rank, folder):
-    """Two steps with features of one's own, each way and each place."""
+    """Two steps with features of your own, each way and each place."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}

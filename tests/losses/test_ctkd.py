@@ -67,7 +67,7 @@ def test_naive(b, k, t_start, t_end, theta):
     out_s, out_t = 3 * torch.randn(b, k).double(), 3 * torch.randn(b, k).double()
     ctkd = CTKD(t_start, t_end)
     with torch.no_grad():
-        ctkd.theta.fill_(theta)  # float32 beside logits of float64
+        ctkd.theta.fill_(theta)  # float32 next to logits of float64
     value = ctkd(out_s, out_t, 3)
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(naive(out_s, out_t, theta, t_start, t_end), rel=1e-9)

@@ -7,7 +7,7 @@ from reference import TwoConv, agree, cases
 
 
 class Net(TwoConv):
-    """Its map beside the logits."""
+    """Its map next to the logits."""
 
     def forward(self, img):
         fm = self.bottom(img)
@@ -83,7 +83,7 @@ def attention(net, img, target, cam):
 
 @pytest.mark.parametrize("cam", ["gradient", "activation"])
 def test_the_larger_attention_is_averaged(cam):
-    """2x3 entries of the finer network's map stand beside one of the other's, whichever it is."""
+    """2x3 entries of the finer network's map stand next to one of the other's, whichever it is."""
     fine, coarse = small()
     img, target = torch.randn(2, 2, 4, 6).double(), torch.tensor([2, 0])
     img_coarse = img[..., :2, :2]

@@ -52,7 +52,7 @@ def test_torch_s_parametrisation(s, t, map):
     theirs = layer.parametrizations.weight
     vkd = VKD(s, t, map).double()
     x = torch.randn(max(s, t), min(s, t)).double()
-    x.diagonal().sign_()  # as torch's Householder map wants it
+    x.diagonal().sign_()  # as torch's Householder map needs it
     with torch.no_grad():
         vkd.weight.copy_(x)
         theirs.original.copy_(x.T if t < s else x)

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def mine(tmp_path):
-    """A network of one's own, and a bare checkpoint of it."""
+    """A network of your own, and a bare checkpoint of it."""
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     name = f"{file}:tiny"

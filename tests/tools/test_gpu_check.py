@@ -33,7 +33,7 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
         JOBS="2",
         TEST_JOBS="1",
         PARTS="steps runs epoch students rows",
-        SECONDS_RUNS="200",  # a machine that runs other tests beside this one
+        SECONDS_RUNS="200",  # a machine that runs other tests at the same time
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )

@@ -301,7 +301,7 @@ def detector(tmp_path_factory):
 
 @pytest.mark.slow
 def test_boxes(detector, out):
-    """The annotated ones beside those found, image by image; a score of 0 lets all through."""
+    """The annotated ones next to those found, image by image; a score of 0 lets all through."""
     argv = ["boxes", str(detector), "--images", "0,2", "--score", "0", "--labels", "mine", *PLAIN]
     axes = draw(out, *argv)
     assert [axis.get_title() for axis in axes] == ["annotated", "mine", "", ""]

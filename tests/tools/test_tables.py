@@ -50,31 +50,31 @@ def test_a_teacher_that_is_another_network(tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         tables.main(["run", "small", *DIGITS, "--teacher", teacher])
-    assert "is a resnet14, the table wants resnet20" in capsys.readouterr().err
+    assert "is a resnet14, the table needs resnet20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["show", "run"])
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--out", "{file}"], "--out {file}: {file} is a file, a folder is wanted"),
+        (["--out", "{file}"], "--out {file}: expected a folder"),
         (["--out", "{file}/x"], "{file} is a file"),
         (["--out", "{link}"], "{link} is a file"),
         (["--out", "{tmp}/" + LONG], "File name too long"),
-        (["--out", "a\0b"], "--out: a name is wanted"),
-        (["--out", ""], "--out: a name is wanted"),
+        (["--out", "a\0b"], "--out: expected a name"),
+        (["--out", ""], "--out: expected a name"),
         (["--out", "/proc/none"], "cannot be written"),
         (["--out", "{taken}"], "small.md is a folder"),
-        (["--runs", "{file}"], "--runs {file}: {file} is a file, a folder is wanted"),
+        (["--runs", "{file}"], "--runs {file}: expected a folder"),
         (["--runs", "{file}/x"], "{file} is a file"),
         (["--runs", "{tmp}/" + LONG], "File name too long"),
-        (["--runs", "a\0b"], "--runs: a name is wanted"),
+        (["--runs", "a\0b"], "--runs: expected a name"),
         (["--into", "{tmp}/none.md"], "none.md has no place for the table"),
         (["--into", "{file}"], "has no place for the table"),
         (["--into", "{tmp}"], "has no place for the table"),
         (["--into", "{latin}"], "has no place for the table"),
         (["--into", "{tmp}/" + LONG], "has no place for the table"),
-        (["--into", "a\0b"], "--into: a name is wanted"),
+        (["--into", "a\0b"], "--into: expected a name"),
     ],
 )
 def test_a_bad_place_is_found_before_anything_is_trained(

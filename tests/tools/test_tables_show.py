@@ -79,7 +79,7 @@ def test_show_prints_every_published_figure(name, tmp_path, capsys):
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
-# --- ours beside it -------------------------------------------------------------------------------
+# --- ours next to it ------------------------------------------------------------------------------
 
 
 def test_means_deviations_and_differences():

@@ -372,7 +372,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     assert "7 trainings are in the queue already" in capsys.readouterr().out
     teacher, one, two = (job_of(name) for name in ("base-resnet20-1", "/st-1", "/st-2"))
     wait(lambda: states(tmp_path)["digits-12px-2ep/base-resnet20-1"] == "running")
-    note("the teacher is at work, its students are queued: " + str(states(tmp_path)))
+    note("the teacher is running, its students are queued: " + str(states(tmp_path)))
     wait(lambda: (home / "base-resnet20-1" / "metrics.csv").exists())
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 2")
     wait(lambda: restarts(teacher) == 1)
@@ -381,7 +381,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     assert b"stopped by SIGTERM" in said
     wait(lambda: (home / "resnet20-resnet8" / "st-1" / "log.txt").exists())
     assert (home / "base-resnet20-1" / "result.json").exists()
-    note("its students are at work: " + str(tables_status.status(tmp_path, "small")))
+    note("its students are running: " + str(tables_status.status(tmp_path, "small")))
     tables.main(["show", "small", "--runs", str(tmp_path)])
     wait(lambda: (home / "resnet20-resnet8" / "st-1" / "metrics.csv").exists())
     slurm("scancel", "--signal=USR2", one)  # as SLURM does before the end of a job's time

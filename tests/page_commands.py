@@ -1,0 +1,93 @@
+"""The commands that pages show with their output: found, run in a folder of their own, compared.
+
+    $ python train_base.py --net_name resnet8 --data_name digits --epochs 1
+    ...
+    last 45.60  best 45.60 (row 2, chosen on the test set)  6 s  runs/teacher
+
+in a block of a page means: the command is run from the root of the repository, and its output has
+these lines. `...` stands for any number of lines, and any number equals any other. A page's
+commands are run in order, in one folder; what they write is there for the next ones.
+
+    python tests/page_commands.py docs/evaluate.md      # write the page with today's output
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "    $ "
+
+
+def blocks(text: str) -> list[tuple[str, list[str]]]:
+    """[(command, the lines of output below it)] of a page."""
+    found = []
+    for line in text.replace("\\\n", "").splitlines():
+        if line.startswith(PROMPT):
+            found.append((line.removeprefix(PROMPT).split("  #")[0].strip(), []))
+            inside = True
+        elif found and inside and line.startswith("    "):
+            found[-1][1].append(line[4:])
+        else:
+            inside = False
+    return found
+
+
+def workplace(folder: Path) -> Path:
+    """A folder that has what the repository's root has, by links, and where runs may be written."""
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "datasets", ".git"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def run(command: str, folder: Path) -> list[str]:
+    """The lines that a command prints, as on a terminal. `python` is this Python."""
+    words = re.sub(r"^python ", f"{sys.executable} ", command)
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", COLUMNS="100")
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+    )
+    return (done.stdout + done.stderr).rstrip("\n").split("\n")
+
+
+def without_numbers(line: str) -> str:
+    """The words of a line: every number is one, and of spaces it matters only where they are."""
+    line = re.sub(r"\d[\d,]*(\.\d+)?(e[-+]\d+)?", "0", line)
+    return " ".join(line.split())
+
+
+def agree(shown: list[str], printed: list[str]) -> bool:
+    """Whether the printed lines are the shown ones, `...` being any lines."""
+    parts, printed = [[]], [without_numbers(x) for x in printed]
+    for line in shown:
+        if line.strip() == "...":
+            parts.append([])
+        else:
+            parts[-1].append(without_numbers(line))
+    pattern = [re.escape("\n".join(part) + "\n") if part else "" for part in parts]
+    return re.fullmatch("(?:.*\n)*".join(pattern), "\n".join([*printed, ""])) is not None
+
+
+def main(path: Path) -> None:
+    """Write the page with the output that its commands print now, but where `...` says less."""
+    text = path.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        workplace(Path(folder))
+        for command, shown in blocks(text):
+            printed = run(command, Path(folder))
+            if not agree(shown, printed):
+                old, new = (
+                    "\n".join([PROMPT + command, *("    " + x for x in lines)])
+                    for lines in (shown, printed)
+                )
+                assert text.count(old) == 1, f"{command}: not found as one line"
+                text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

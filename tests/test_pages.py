@@ -1,0 +1,87 @@
+"""Links of the pages, and the commands that they show with their output."""
+
+import re
+from pathlib import Path
+
+import page_commands
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("examples/*.md")),
+    *sorted(ROOT.glob("results/**/*.md")),
+]
+SHOWN = [page for page in PAGES if page_commands.blocks(page.read_text(encoding="utf-8"))]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return "\n".join("" if line.startswith("    ") else line for line in text.splitlines())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of its headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    words = (re.sub(r"[^\w\- ]", "", x.replace("\\_", "_").lower()) for x in found)
+    return {x.replace(" ", "-") for x in words}
+
+
+def dead_links(page: Path) -> list[str]:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        if not path.exists() or not path.is_relative_to(ROOT):
+            dead.append(link)
+        elif anchor and anchor not in anchors(path):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_link_is_dead(page):
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_pages.ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("# One two\n[a](gone.md) [b](#one-two) [c](#three) [d](https://x.org)\n")
+    assert dead_links(page) == ["gone.md", "#three"]
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert {link for link in re.findall(r"\]\((\w+\.md)\)", index)} == pages
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_what_agrees():
+    printed = ["a  12 s", "b", "c 1e-3", "d"]
+    assert page_commands.agree(["a 3.5 s", "...", "d"], printed)
+    assert page_commands.agree(["...", "c 2"], printed[:3])
+    assert not page_commands.agree(["a 3.5 s", "d"], printed)
+    assert not page_commands.agree(["...", "c 2"], printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SHOWN, ids=name)
+def test_shown_output_is_what_is_printed(page, tmp_path):
+    folder = page_commands.workplace(tmp_path)
+    for command, shown in page_commands.blocks(page.read_text(encoding="utf-8")):
+        printed = page_commands.run(command, folder)
+        assert page_commands.agree(shown, printed), "\n".join([command, *printed])
