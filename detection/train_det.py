@@ -1,12 +1,12 @@
 """Distil an object detector into another on COCO: ReviewKD on the levels of the feature pyramid,
 DKD on the class logits of the regions, or both.
 
-    python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --s_pretrained --note
-    r101 python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
+    python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --note r101
+    python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
                                   --s_name fasterrcnn_resnet18 --s_pretrained
 
-The first trains a teacher, or a baseline. The detectors are torchvision's. What a checkpoint knows
-need not be said again. `--kd_mode MODE --help` lists the flags of a mode.
+The first command trains a teacher or a baseline. The detectors are torchvision's. Network and
+normalisation are read from checkpoints. `--kd_mode MODE --help` lists the flags of a mode.
 """
 
 import sys
@@ -413,20 +413,24 @@ def parse(argv: list[str]):
     name = dict(type=cli.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
     add("--t_model", **file, help="the teacher's checkpoint")
     add("--t_name", **name)
-    add("--t_pretrained", action="store_true", help="the teacher is torchvision's, trained on COCO")
-    add("--s_init", **file, help="the student's first weights (default: fresh)")
+    add(
+        "--t_pretrained",
+        action="store_true",
+        help="use torchvision's detector, trained on COCO, as the teacher",
+    )
+    add("--s_init", **file, help="initial weights of the student (default: random)")
     add("--s_name", **name)
     add(
         "--s_pretrained",
         action="store_true",
-        help="its backbone has torchvision's ImageNet weights",
+        help="load torchvision's ImageNet weights into its backbone",
     )
     weight = cli.comma(cli.number(float, 0))
     add(
         "--lambda_kd",
         type=weight,
         metavar="X[,X]",
-        help="weight of each part (default: the pair's)",
+        help="weight of each loss term (default: by the pair of networks)",
     )
     for part, row in parts.items():
         add = parser.add_argument_group(f"--kd_mode {part}").add_argument
@@ -439,18 +443,28 @@ def parse(argv: list[str]):
         "--img_root",
         type=cli.filled,
         metavar="DIR",
-        help="train2017, val2017 and annotations in it",
+        help="folder with train2017, val2017 and annotations",
     )
     size = cli.number(int, *SIDE)
-    add("--min_size", type=cli.comma(size), metavar="N[,N]", help="the shorter side: one is drawn")
-    add("--max_size", type=size, metavar="N", help="the longer side at most")
-    add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help="smallest anchor's side")
-    add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions an image (512)")
+    add(
+        "--min_size",
+        type=cli.comma(size),
+        metavar="N[,N]",
+        help="size of the shorter side; one of several is drawn",
+    )
+    add("--max_size", type=size, metavar="N", help="maximum size of the longer side")
+    add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help="size of the smallest anchor")
+    add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions per image (default 512)")
     add = parser.add_argument_group("training").add_argument
     count = dict(type=cli.number(int, 1), metavar="N")
     add("--iters", **count, help="steps; the schedule scales with them (default 180000)")
-    add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help="lr falls after these")
-    add("--warmup", type=cli.number(int, 0), metavar="N", help="steps in which lr grows")
+    add(
+        "--milestones",
+        type=cli.comma(count["type"]),
+        metavar="I,I",
+        help="learning rate is multiplied by 0.1 after these steps",
+    )
+    add("--warmup", type=cli.number(int, 0), metavar="N", help="steps of learning rate warm-up")
     add("--eval_every", **count, help="steps between evaluations (default: --iters / 10)")
     cli.add_optimizer_flags(add)
     cli.add_device_flags(parser)

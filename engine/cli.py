@@ -251,12 +251,17 @@ def add_optimizer_flags(add, defaults: dict | None = None) -> None:
         metavar="X",
         help="initial learning rate" + default("lr"),
     )
-    add("--momentum", type=number(float, 0, 1), metavar="X", help="of SGD" + default("momentum"))
+    add(
+        "--momentum",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="momentum of SGD" + default("momentum"),
+    )
     add(
         "--weight_decay",
         type=number(float, 0),
         metavar="X",
-        help="of SGD" + default("weight_decay"),
+        help="weight decay" + default("weight_decay"),
     )
     add(
         "--on_nan",
@@ -276,7 +281,13 @@ def add_optimizer_flags(add, defaults: dict | None = None) -> None:
 def add_run_flags(parser: Parser) -> None:
     """The flags of a run's folder."""
     add = parser.add_argument_group("run directory").add_argument
-    add("--save_root", type=filled, default="./runs", metavar="DIR", help="(default ./runs)")
+    add(
+        "--save_root",
+        type=filled,
+        default="./runs",
+        metavar="DIR",
+        help="folder of all runs (default ./runs)",
+    )
     add("--note", type=one_folder, metavar="NAME", help="name of the run directory in save_root")
     add(
         "--print_freq",
@@ -294,7 +305,7 @@ def add_run_flags(parser: Parser) -> None:
         "--wandb",
         type=wandb_project,
         metavar="PROJECT",
-        help="also send config, metrics and curves to this project of W&B (WANDB_MODE=offline: "
+        help="also send config, metrics and curves to this W&B project (WANDB_MODE=offline: "
         "only write them)",
     )
     add("--resume", action="store_true", help="continue the run in the run directory")
@@ -356,8 +367,9 @@ def add_data_flags(parser: Parser, training: bool = False) -> None:
             "--channels",
             type=int,
             choices=(1, 3),
-            help="1: the network that is trained takes grey images of one channel (default: as the "
-            "network is made, or as its checkpoint says)",
+            help="1: convert the trained network to one channel, for grey images (default: the "
+            "channels "
+            "of the network or its checkpoint)",
         )
         add(
             "--val",
@@ -397,7 +409,7 @@ def add_device_flags(parser: Parser) -> None:
         "--amp",
         choices=utils.AMP,
         default="auto",
-        help="autocast: bfloat16, float16 with a scaled loss, or off (default auto: bf16 where the "
+        help="autocast: bfloat16, float16 with loss scaling, or off (default auto: bf16 if the "
         "hardware has it, else fp16 on a GPU)",
     )
     add(

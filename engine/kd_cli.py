@@ -259,47 +259,47 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
     add(
         "--ensemble",
         choices=KINDS,
-        help="what methods of logits learn from several teachers: the mean of their probabilities "
-        "(default probs), of their logits, or the logits weighted by each teacher's cross-entropy; "
-        "other methods sum their loss over the teachers",
+        help="several teachers, methods that read logits: mean of the teachers' probabilities "
+        "(default probs), mean of their logits, or logits weighted by each teacher's "
+        "cross-entropy; other methods sum their loss over the teachers",
     )
     add(
         "--t_classes",
         type=cli.class_lines,
         metavar="FILE",
-        help="which outputs of the teacher are the dataset's classes: a line for each class, with "
-        "the teacher's name or index of it",
+        help="text file that maps the teacher's outputs to the dataset's classes: one line per "
+        "class, with the name or index of the teacher's class",
     )
     for side, who in (("t", "teacher"), ("s", "student")):
         add(
             f"--{side}_key",
             type=cli.filled,
             metavar="KEY",
-            help=f"entry of the checkpoint that holds the {who}, like model_ema (default: found)",
+            help=f"entry of the checkpoint with the {who}, such as model_ema (default: detected)",
         )
         add(
             f"--{side}_pretrained",
             action="store_true",
-            help=f"{who} with the weights of its library (torchvision/, timm/ and hf/NAME)",
+            help=f"load the library's weights into the {who} (torchvision/, timm/ and hf/NAME)",
         )
         add(
             f"--{side}_taps",
             type=cli.comma(cli.filled),
             metavar="M[,M]",
-            help=f"modules that give the {who}'s feature maps, shallow to deep (default: found)"
-            + "; those of several teachers are separated by +" * (side == "t"),
+            help=f"modules that give the {who}'s feature maps, shallow to deep (default: detected)"
+            + "; separate several teachers by +" * (side == "t"),
         )
     add(
         "--unlabeled",
         type=cli.filled,
         metavar="DIR",
-        help="also train on the images in DIR and the folders in it, without labels; without a "
-        "train folder, or with --lambda_ce 0, on no labels at all (methods that read none)",
+        help="also train on the images in DIR and its subfolders, without labels (methods that do "
+        "not read labels); no labels are needed at all with --lambda_ce 0",
     )
     add(
         "--gather",
         action="store_true",
-        help="with several processes: relational methods compare the images of all processes",
+        help="several processes: relational methods compare the images of all processes",
     )
     add(
         "--logit_stand",
@@ -310,9 +310,9 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         "--teacher_cache",
         type=cli.filled,
         metavar="DIR",
-        help="keep the teacher's logits and pooled features of every view of the training images "
-        "there, and read them instead of computing them again (small images, logit methods and "
-        "those of pooled features)",
+        help="store the teacher's logits and pooled features of each augmented image there, and "
+        "read them instead of running the teacher again (images up to 96 pixels, methods that "
+        "read only logits or pooled features)",
     )
     weight = cli.number(float, 0)
     text = _default_text(defaults, modes[0], "lambda_kd") if modes else ""
@@ -335,7 +335,7 @@ def _add_distillation_flags(parser: cli.Parser, modes: list[str], defaults: dict
         reduce=dict(
             choices=("mean", "sum"), help="combine the losses of the stages by mean or sum"
         ),
-        adapter=dict(choices=ADAPTERS, help="how the student's maps are fitted to the teacher's"),
+        adapter=dict(choices=ADAPTERS, help="layer that fits the student's maps to the teacher's"),
     )
     for name, fields in shared.items():
         owners = _owners(name, modes)

@@ -85,3 +85,49 @@ def test_shown_output_is_what_is_printed(page, tmp_path):
     for command, shown in page_commands.blocks(page.read_text(encoding="utf-8")):
         printed = page_commands.run(command, folder)
         assert page_commands.agree(shown, printed), "\n".join([command, *printed])
+
+
+# --- the page in Chinese --------------------------------------------------------------------------
+
+BOTH = ROOT / "README.md", ROOT / "README.zh-CN.md"
+
+
+def parts(page: Path) -> list[tuple[str, str]]:
+    """[(level of the heading, its text with what is below it)]"""
+    found = re.split(r"^(#+) (?=\S)", page.read_text(encoding="utf-8"), flags=re.M)
+    return list(zip(found[1::2], found[2::2]))
+
+
+def code(text: str) -> list[str]:
+    """The lines of code and their output, without comments and without the layout's words."""
+    lines = [x for x in text.splitlines() if x.startswith("    ")]
+    return [
+        re.split(r" {2,}# ", x)[0].rstrip() for x in lines if not re.match(r" +\w+(\.py|/) ", x)
+    ]
+
+
+def numbers(text: str) -> list[str]:
+    return sorted(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+def test_both_have_the_same_headings_commands_and_numbers():
+    english, chinese = map(parts, BOTH)
+    assert [level for level, _ in english] == [level for level, _ in chinese]
+    for (_, one), (_, other) in zip(english, chinese):
+        heading = one.splitlines()[0]
+        assert code(one) == code(other), heading
+        assert numbers(one) == numbers(other), heading
+
+
+def test_each_links_to_the_other_in_its_first_lines():
+    for page, other in (BOTH, BOTH[::-1]):
+        first = page.read_text(encoding="utf-8").splitlines()[:3]
+        assert any(f"]({other.name})" in line for line in first)
+
+
+def test_links_and_tables_are_the_same():
+    links = [set(re.findall(r"\]\((\S+?)\)", page.read_text(encoding="utf-8"))) for page in BOTH]
+    assert links[0] ^ links[1] == {page.name for page in BOTH}
+    results = [page.read_text(encoding="utf-8").split("<!-- tables.py")[1] for page in BOTH]
+    tables = [text.split("<!-- end of the table -->")[0] for text in results]
+    assert tables[0] == tables[1]

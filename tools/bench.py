@@ -1,13 +1,11 @@
-"""What a method costs: its training step, its loss alone, the images' way to the device, \
-and what an
+"""What a method costs: its training step, its loss, data loading, and what an
 epoch is besides its steps.
 
     python tools/bench.py step                            # every method's step over a bare one
     python tools/bench.py step --modes at,crd --json step.json
     python tools/bench.py step --profile crd              # where that step spends its time
     python tools/bench.py loss --size imagenet            # time and memory of every loss alone
-    python tools/bench.py loss --modes crd --crd_paths    # crd by gathered rows \
-and by the whole bank
+    python tools/bench.py loss --modes crd --crd_paths    # crd: gathered rows, whole bank
     python tools/bench.py data --workers 2                # loaders, ours against plain ones
     python tools/bench.py together                        # K students in one process over K alone
     python tools/bench.py cache --modes st,dkd            # steps that read the teacher from a cache

@@ -1,11 +1,9 @@
-"""The main job in about three minutes, offline: a teacher, a baseline and several ways to distil.
+"""A demo of about three minutes, offline: a teacher, a baseline and six ways to distil.
 
-    python tools/demo.py            (or `make demo`, which installs what is needed first)
+    python tools/demo.py            (or `make demo`, which installs the packages first)
 
-On scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and the same \
-resnet8 from
-the same initial weights distilled with several methods. Prints the comparison and the path \
-of a figure.
+On scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and resnet8 from the
+same initial weights, distilled with several methods. Prints a table and the path of a figure.
 """
 
 import argparse

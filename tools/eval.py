@@ -1,12 +1,10 @@
-"""What a checkpoint is worth on the test images: accuracy, loss, size, speed, \
-agreement with a teacher.
+"""Evaluate a checkpoint on the test images: accuracy, loss, size, speed, agreement with a teacher.
 
-    python tools/eval.py runs/at-c10-r20/model_best.pth.tar --teacher \
-runs/base-c10/model_best.pth.tar
+    python tools/eval.py runs/at/model_best.pth.tar --teacher runs/base/model_best.pth.tar
     python tools/eval.py runs/t1/model_best.pth.tar runs/t2/model_best.pth.tar --ensemble probs
 
-Top-1, top-5 and loss are those that training printed: the same function, images and precision. What
-the checkpoint knows (network, dataset, normalisation) need not be said again.
+Top-1, top-5 and loss equal those of the training: the same function, images and precision. Network,
+dataset and normalisation are read from the checkpoint.
 """
 
 import argparse
@@ -54,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "checkpoint",
         metavar="CHECKPOINT",
         nargs="+",
-        help="ours, a .safetensors file, or a public one; several are evaluated as an ensemble",
+        help="checkpoint or .safetensors file; several are evaluated as an ensemble",
     )
     add(
         "--ensemble",
@@ -82,15 +80,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--classes",
         **classes,
-        help="which outputs are the dataset's classes: a line for each class, with the network's "
-        "name or index of it",
+        help="text file that maps the outputs to the dataset's classes: one line per class, with "
+        "the name or index of the network's class",
     )
-    add("--teacher", metavar="CHECKPOINT", help="how far do the two agree?")
-    add("--t_key", type=cli.filled, metavar="KEY", help="of the teacher, as --key")
-    add("--t_classes", **classes, help="of the teacher, as --classes")
-    add("--teacher_net", metavar="NAME", help="the teacher's network, as --net")
+    add(
+        "--teacher",
+        metavar="CHECKPOINT",
+        help="also print how often the two predict the same class",
+    )
+    add("--t_key", type=cli.filled, metavar="KEY", help="--key of the teacher")
+    add("--t_classes", **classes, help="--classes of the teacher")
+    add("--teacher_net", metavar="NAME", help="--net of the teacher")
     add("--batch_size", type=cli.number(int, 1), metavar="N", help="(default: as in training)")
-    add("--json", action="store_true", help="one JSON object instead of lines")
+    add("--json", action="store_true", help="print one JSON object")
     cli.add_data_flags(parser)
     cli.add_device_flags(parser)
     parser.set_defaults(flip=None)  # of training images

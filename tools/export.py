@@ -1,13 +1,12 @@
-"""The bare network of a checkpoint, for other programs: safetensors, ONNX or torch.export.
+"""Export the network of a checkpoint for other programs: safetensors, ONNX or torch.export.
 
     python tools/export.py runs/at-c10-r20/model_best.pth.tar --format onnx
     python tools/export.py runs/at-c10-r20/model_best.pth.tar --out student.safetensors
 
-Of a distilled checkpoint it is the student, without adapters. The file is read back and its logits
-are compared with the checkpoint's before it gets its name. Images are normalised before they enter:
-mean and std are printed, and stand with classes and image size in the file's metadata \
-('meta', JSON).
-`train_kd.py --t_model` and `tools/eval.py` take a .safetensors file as it is.
+For a distilled checkpoint this is the student, without adapters. The file is read back, and its
+logits are compared with the checkpoint's before the file is renamed. Images must be normalised
+first: mean and std are printed, and are in the file's metadata with classes and image size ('meta',
+JSON). `train_kd.py --t_model` and `tools/eval.py` read .safetensors files.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
     checkpoint = dict(type=cli.filled, metavar="CHECKPOINT")
-    add("checkpoint", **checkpoint, help="ours, a .safetensors file, or a public one")
+    add("checkpoint", **checkpoint, help="checkpoint or .safetensors file")
     add("--format", choices=SUFFIXES, help="(default: from the suffix of --out)")
     suffixes = ", ".join(SUFFIXES.values())
     add(
@@ -70,14 +69,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="KEY",
         help="entry of the checkpoint that holds the weights",
     )
-    add("--num_class", type=cli.number(int, *dataset.CLASSES), metavar="N", help="the same")
+    add(
+        "--num_class",
+        type=cli.number(int, *dataset.CLASSES),
+        metavar="N",
+        help="classes, if the checkpoint does not say it",
+    )
     size = cli.number(int, 4, dataset.SIZES[1])
-    add("--img_size", type=size, metavar="N", help="the same: NxN pixels")
+    add(
+        "--img_size",
+        type=size,
+        metavar="N",
+        help="image size: NxN pixels, if the checkpoint does not say it",
+    )
     add(
         "--batch",
         type=cli.number(int, 1),
         metavar="N",
-        help="onnx, torch: exactly N images a call (default: any number)",
+        help="onnx and torch: fixed batch of N images (default: any number)",
     )
     return parser.parse_args(argv)
 

@@ -1,17 +1,15 @@
-"""What the day with a GPU is for: captured against plain steps, their times, an epoch, \
-rows of a table.
+"""Check and measure the code on a GPU: captured and plain steps, their times, an epoch, table rows.
 
     tools/gpu_check.sh                              # all parts, at most six minutes, with a summary
-    python tools/gpu_check.py steps --seconds 100   # every method: plain against captured step
+    python tools/gpu_check.py steps --seconds 100   # every method: plain and captured step
     python tools/gpu_check.py runs                  # every method trains two epochs on digits
-    python tools/gpu_check.py epoch --img_root DIR  # an epoch of ours next to a plain \
-public-style loop
+    python tools/gpu_check.py epoch --img_root DIR  # an epoch, and one of a plain public-style loop
     python tools/gpu_check.py students              # K students: a graph, a stream for each
     python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
-    python tools/gpu_check.py summary               # what the parts wrote, as Markdown
+    python tools/gpu_check.py summary               # the results of the parts, as Markdown
 
-Each part writes its figures into --out as soon as it has them, so that a part that is cut off is
-still of use. `--tiny`: small sizes, for a machine without a GPU.
+Each part writes its figures into --out immediately, so the results of a part that is cut off are
+kept. `--tiny`: small sizes, for a machine without a GPU.
 """
 
 import argparse
@@ -420,13 +418,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--modes", type=bench_flags.some(METHODS), default=tuple(METHODS), metavar="M,M")
     add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
     add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help="(default 100)")
-    add("--steps", type=cli.number(int, 1), default=10, metavar="N", help="a block (default 10)")
+    add(
+        "--steps",
+        type=cli.number(int, 1),
+        default=10,
+        metavar="N",
+        help="steps per block (default 10)",
+    )
     add("--pairs", type=cli.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
     add(
-        "--jobs", type=cli.number(int, 1), default=4, metavar="N", help="rows at a time (default 4)"
+        "--jobs",
+        type=cli.number(int, 1),
+        default=4,
+        metavar="N",
+        help="rows at the same time (default 4)",
     )
     add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
-    add("--tiny", action="store_true", help="small sizes, to try the script")
+    add("--tiny", action="store_true", help="small sizes, also without a GPU")
     bench_flags.add_amp(parser)
     args = parser.parse_args(argv)
     if args.tiny:

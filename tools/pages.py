@@ -30,6 +30,23 @@ from tools import bench_steps  # noqa: E402
 
 MARKS = "<!-- methods -->", "<!-- end of methods -->"
 PAGES = ("README.md", "README.zh-CN.md", "docs/methods.md")
+CHINESE = {  # in this order: the longer ones first
+    "feature maps before the ReLU": "ReLU 之前的特征图",
+    "last feature map": "最后的特征图",
+    "pooled features": "池化特征",
+    "feature maps": "特征图",
+    "feature map": "特征图",
+    "stem map": "stem 特征图",
+    " and their gradients": "及其梯度",
+    "logits of two views": "两个视图的 logits",
+    "classifiers": "分类器",
+    "labels": "标签",
+    "sample index": "样本序号",
+    " and ": " 和 ",
+    ", ": "、",
+    "; CE": "；交叉熵",
+    "、>10 classes": "；超过 10 类时",
+}
 READS = dict(
     out="logits",
     stem="stem map",
@@ -54,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         if not path.exists():
             continue
         old = path.read_text(encoding="utf-8")
-        new = between_marks(old, sections() if name == "docs/methods.md" else table())
+        text = sections() if name == "docs/methods.md" else table(chinese="zh" in name)
+        new = between_marks(old, text)
         if new != old:
             stale += 1
             print(f"{name}: {'not up to date' if args.check else 'written'}")
@@ -75,16 +93,19 @@ def between_marks(page: str, text: str) -> str:
 # --- README.md ------------------------------------------------------------------------------------
 
 
-def table() -> str:
+def table(chinese: bool = False) -> str:
     """The method table in four columns."""
-    lines = ["| `--kd_mode` | paper | inputs | weight |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *map(row, METHODS)])
+    head = "论文 | 输入 | 权重" if chinese else "paper | inputs | weight"
+    lines = [f"| `--kd_mode` | {head} |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *(row(mode, chinese) for mode in METHODS)])
 
 
-def row(mode: str) -> str:
+def row(mode: str, chinese: bool = False) -> str:
     method, source = METHODS[mode], Source(mode)
-    paper = f"[{source.short}]({source.link})"
-    return f"| [`{mode}`](kd_losses/{mode}.py) | {paper} | {inputs(method)} | {weight(method)} |"
+    paper, words, number = f"[{source.short}]({source.link})", inputs(method), weight(method)
+    for english, other in CHINESE.items() if chinese else ():
+        words, number = words.replace(english, other), number.replace(english, other)
+    return f"| [`{mode}`](kd_losses/{mode}.py) | {paper} | {words} | {number} |"
 
 
 def inputs(method: Method) -> str:

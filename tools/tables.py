@@ -1,17 +1,16 @@
-"""The published tables, each a command: train what it needs, then show it next to \
-the published figures.
+"""Reproduce a published table with one command, and show it with the published figures.
 
     python tools/tables.py list
     python tools/tables.py run kdzoo-r20-r20 --data cifar10 --methods baseline,st,at --seeds 3
     python tools/tables.py show kdzoo-r20-r20
     python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed. It skips what is finished, resumes
-what was interrupted and continues after a failure; it waits for what another process trains.
+`run` trains the missing teacher, then every method and seed. It skips finished trainings, resumes
+interrupted ones and continues after a failure; it waits for trainings of other processes.
 `--launcher slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and
-their recipes. `status` says what is finished, running, queued or failed. `show` gives last and best
-epoch, mean and deviation over the seeds, next to the published figures of published.csv. Runs of
-other data, epochs or precision are shown apart, never in one mean.
+their recipes. `status` lists finished, running, queued and failed trainings. `show` prints last and
+best epoch, mean and standard deviation over the seeds, next to the figures of published.csv. Runs
+with other data, epochs or precision are in separate tables.
 """
 
 import argparse
@@ -188,7 +187,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             type=cli.number(int, 1, 1000),
             default=1,
             metavar="N",
-            help="1 to N (default 1)",
+            help="number of seeds: 1 to N (default 1)",
         )
         add("--epochs", type=cli.number(int, 1), metavar="N", help="(default: the protocol's)")
         add(
@@ -197,18 +196,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
             metavar="NAME",
             help="(default: the table's) " + cli.DATA_NAMES,
         )
-        add("--img_root", **folder, help="where the images are (default ./datasets)")
-        add("--img_size", type=cli.number(int, *dataset.SIZES), metavar="N", help="in pixels")
-        add("--teacher", **page, help="a trained teacher (default: trained first)")
-        add("--jobs", type=cli.number(int, 1, 256), default=1, metavar="J", help="side by side")
+        add("--img_root", **folder, help="folder of the images (default ./datasets)")
+        add(
+            "--img_size",
+            type=cli.number(int, *dataset.SIZES),
+            metavar="N",
+            help="resize images to NxN pixels",
+        )
+        add("--teacher", **page, help="trained teacher (default: train it first)")
+        add(
+            "--jobs",
+            type=cli.number(int, 1, 256),
+            default=1,
+            metavar="J",
+            help="trainings at the same time (default 1)",
+        )
         ways = parser.add_mutually_exclusive_group()
         ways.add_argument(
             "--together",
             action="store_true",
             help="methods of a pair and seed in one process, with one teacher pass (default)",
         )
-        ways.add_argument("--apart", action="store_true", help="a process for each training")
-        add("--dry_run", action="store_true", help="say the commands and recipes, run nothing")
+        ways.add_argument("--apart", action="store_true", help="one process per training")
+        add("--dry_run", action="store_true", help="print the commands and recipes; run nothing")
         tables_slurm.add_flags(parser, cli.filled, cli.number)
         cli.add_device_flags(parser)
     return parser.parse_args(argv[1:])

@@ -243,17 +243,22 @@ def add_flags(parser, filled, number) -> None:
         help="local: on this machine (default); slurm: a job for each pair and seed, and `status` "
         "shows them",
     )
-    add("--partition", type=filled, metavar="NAME", help="of SLURM (default: the cluster's)")
+    add("--partition", type=filled, metavar="NAME", help="SLURM partition (default: the cluster's)")
     add("--gpus", type=number(int, 0, 64), metavar="N", help="GPUs per job (default: no GPU)")
-    add("--cpus", type=number(int, 1, 1024), metavar="N", help="CPUs of a job (default 1)")
+    add("--cpus", type=number(int, 1, 1024), metavar="N", help="CPUs per job (default 1)")
     add(
         "--time",
         type=minutes_of,
         metavar="T",
-        help="of a job: minutes, H:MM:SS or D-HH:MM:SS; a training that needs longer continues in "
+        help="time limit of a job: minutes, H:MM:SS or D-HH:MM:SS; a longer training continues in "
         "the next one (default 1 day)",
     )
-    add("--max_parallel", type=number(int, 1, 10_000), metavar="N", help="jobs at once")
+    add(
+        "--max_parallel",
+        type=number(int, 1, 10_000),
+        metavar="N",
+        help="maximum number of jobs at the same time",
+    )
     add(
         "--slurm_args",
         type=sbatch_flags,
