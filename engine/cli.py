@@ -71,7 +71,7 @@ def usable_folder(path: Path, flag: str, write: bool = True) -> None:
             if there.is_dir():
                 break
             if there.exists() or there.is_symlink():
-                raise UserError(f"{flag} {path}: {there} expected a folder, but this is a file")
+                raise UserError(f"{flag} {path}: expected a folder, but {there} is a file")
     except OSError as error:
         raise UserError(f"{flag} {str(path)[:200]} cannot be used ({error.strerror})") from error
     if write and not os.access(there, os.W_OK | os.X_OK):

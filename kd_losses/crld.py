@@ -18,8 +18,8 @@ class CRLD(nn.Module):
     wv, cv: weights (2 and 0.5); T: temperature, above 0 (4); tau_w, tau_s: minimum confidence of
     the teacher on the weak and on the strong view, at temperature 1 (0.9 and 0.2). If the teacher
     is not confident on any sample, the loss is 0.
-    Differs from the paper: unknown. We did not find the authors' code; this is what a third-party
-    port computes, with its masks.
+    Differs from the paper: unknown. This is what a third-party port of the authors' code computes,
+    with its masks, weights and thresholds.
     """
 
     def __init__(

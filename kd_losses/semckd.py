@@ -1,5 +1,5 @@
-"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen, Mei, Zhang, Wang, Feng, Chen,
-AAAI 2021), https://arxiv.org/abs/2012.03236
+"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen, Mei, Zhang, Wang, Wang, Feng,
+Chen, AAAI 2021), https://arxiv.org/abs/2012.03236
 """
 
 import torch

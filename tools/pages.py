@@ -155,7 +155,8 @@ class Source:
             )
         title, self.paper, link, rest = found.groups()
         self.link = link + rest.strip() * link.endswith("/")  # an address on two lines
-        self.name, _, self.title = title.partition(": ")
+        self.name, _, title = title.partition(": ")
+        self.title = re.sub(r"^[a-z ]+\. ", "", title)  # what the name stands for
         self.short = short(self.paper)
         classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != "_"]
         loss = METHODS[mode].loss

@@ -291,5 +291,5 @@ def test_another_imagenet_is_refused(tmp_path):
     data = folders.folder_identity(one, folders.VALIDATED)
     (folder / "args.json").write_text(json.dumps(dict(sources=dict(data=data))))
     tables_plan.same_images(tmp_path / "runs", str(one))
-    with pytest.raises(utils.UserError, match="holds runs of other images than those in"):
+    with pytest.raises(utils.UserError, match="holds runs on other images than those in"):
         tables_plan.same_images(tmp_path / "runs", str(other))

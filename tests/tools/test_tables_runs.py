@@ -104,7 +104,7 @@ def twice(folder, finished):
 
 def outside(folder, finished):
     shutil.copytree(folder, folder.parents[2] / "st-1")
-    return "it is in no folder of a setting"
+    return "it is not in the folder of a setting"
 
 
 def without_args(folder, finished):
@@ -249,9 +249,9 @@ def test_records_that_a_spreadsheet_saved(text, last, finished, tmp_path, capsys
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("", "there is no column protocol, setting"),
-        (f"{HEAD}\n{ROW}".replace("last,", ""), "there is no column last"),
-        (f"{HEAD}\n{ROW}\n{ROW}".replace("70.5", "many"), "line 2: its last is 'many', a number"),
+        ("", "column protocol, setting"),
+        (f"{HEAD}\n{ROW}".replace("last,", ""), "column last not found"),
+        (f"{HEAD}\n{ROW}\n{ROW}".replace("70.5", "many"), "line 2: its last is 'many', expected a number"),
         (f"{HEAD}\n{ROW}".replace("70.5", "705"), "line 2: its last is 705"),
         (f"{HEAD}\n{ROW}".replace("70.5", "nan"), "line 2: its last is 'nan'"),
         (f"{HEAD}\n{ROW}".replace("70.5", ""), "line 2: its last is ''"),

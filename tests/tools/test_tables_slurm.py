@@ -183,7 +183,7 @@ def test_what_a_training_does(tmp_path):
         return tables_status.state_of(folder, about, there)
 
     assert state({"7_1": "PENDING"}) == ("queued", "")
-    assert state({}) == ("failed", "it left no line")
+    assert state({}) == ("failed", "its log is empty")
     assert state(None) == ("waiting", "") and state({}, dict(epochs=4)) == ("waiting", "")
     folder.mkdir()
     (folder / "timing.csv").write_text("row,seconds,train_img_per_s\n1,60,9\n2,80,9\n")
