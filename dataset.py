@@ -193,7 +193,7 @@ def load(
     `mean_std`: normalisation; None: measured on the training split. `img_size`: side to which
     images are resized and cropped, files streamed by `workers` processes above RESIDENT; None: what
     they have, and the images of a folder must have one size. `flip`: mirror in training; None: what
-    suits the dataset. Raises UserError where the data are missing.
+    suits the dataset. Raises UserError if the data are missing.
     """
     read = read or named(DATASETS, name, "dataset")
     img_size = img_size or IMG_SIZE.get(name)

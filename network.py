@@ -549,7 +549,7 @@ def build(name: str, num_class: int) -> nn.Module:
     """The network `name` of NETWORKS with `num_class` outputs and fresh weights from torch's
     generator.
 
-    Raises UserError where there is no such network, with the similar names. Networks of
+    Raises UserError if there is no such network, with the similar names. Networks of
     other libraries and files: engine/foreign.py.
     """
     return named(NETWORKS, name, "network")(num_class)

@@ -55,8 +55,8 @@ def train_step(
 
         loss = lambda_ce * CE(student) + sum over methods of weights[method] * KD(student, teacher)
 
-    for what the phase has of these; a method of weight 0 is not computed. Where both networks are
-    trained, or see two views, CE is the sum over these. Returns {name: 0-dim tensor on the device}:
+    Only the terms of the phase are computed, and no method of weight 0. If both networks are
+    trained, or with two views, CE is the sum over them. Returns {name: 0-dim tensor on the device}:
     the unweighted terms and the training accuracy.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -83,7 +83,7 @@ def train_step(
                 if micro.labelled is None:
                     ce = [F.cross_entropy(float32(out), micro.target) for out in logits]
                     known = dict(ce=ce[0], train_top1=utils.top1(s.out.detach(), micro.target))
-                else:  # of the labelled images alone
+                else:  # only over the labelled images
                     ce, known = label_terms([float32(out) for out in logits], micro)
             weighted += [(distiller.lambda_ce, x) for x in ce if phase.ce]
             terms = {"ce": known.pop("ce"), **terms, **known}
@@ -98,9 +98,9 @@ def train_step(
 
 
 def train_epoch(students: list[Student], group: Group, teacher: SharedTeacher | None) -> None:
-    """One epoch of the students, on the same batches: train, evaluate, record, save.
+    """One epoch of the students on the same batches: train, evaluate, record, save.
 
-    teacher: the pass that they share; None where each has its own.
+    teacher: the teacher pass that they share; None if each student has its own.
     """
     for student in students:
         with group.alone(student):
@@ -138,7 +138,7 @@ def train_epoch(students: list[Student], group: Group, teacher: SharedTeacher | 
 
 
 def train_batch(student: Student, i: int, tensors, teacher: SharedTeacher | None) -> None:
-    """Step `i` of the epoch on (img, target, index) and perhaps a second view of the images."""
+    """Step `i` of the epoch. tensors: img, target, index, and a second view if it is used."""
     run, distiller, phase, cfg = student.run, student.distiller, student.phase, student.cfg
     done = (student.epoch - 1 + (i - 1) / student.steps) / student.epochs
     student.weights = weights = loss_weights(distiller, phase, done, cfg)
@@ -184,7 +184,7 @@ def float32(x: Tensor) -> Tensor:
 
 
 def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, now: dict) -> None:
-    """Warn where a method's loss is so large that the cross-entropy means nothing."""
+    """Warn if a method's loss is so large that the cross-entropy has no effect."""
     ce = distiller.lambda_ce * now.get("ce", 0.0)
     for name, weight in weights.items():
         if phase.ce and weight * now.get(name, 0.0) > 1000 * ce > 0:
@@ -196,7 +196,7 @@ def warn_of_imbalance(run, distiller: Distiller, phase: Phase, weights: dict, no
 
 @console.command
 def main(argv: list[str] | None = None) -> dict:
-    """The result of the run; of several students, {student: its result}."""
+    """Returns the result of the run, or {student: result} for several students."""
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = kd_cli.command_lines(argv)
     group = Group(list(commands))
@@ -232,9 +232,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
-    """A student, all of it checked, from its own command line. Nothing is written.
+    """Build and check a student from its command line. Nothing is written.
 
-    others: the students before it in the same command, which have the data and the teacher.
+    others: the students before it in the same command, whose data and teacher it can share.
     """
     args = kd_cli.parse(argv, __doc__)
     modes = kd_cli.modes_of(args.kd_mode)
@@ -247,7 +247,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
     names = [foreign.file_name(found.name) for found in (found_t, found_s) if found]
     note = args.note or "-".join([args.kd_mode, foreign.file_name(cfg.data_name), *names])
     if group.several and not (Path(cfg.save_root) / note).exists():
-        cfg.resume = False  # it had not begun when the others were stopped
+        cfg.resume = False  # it had not started when the others were stopped
     command, label = ["train_kd.py", *argv], group.label(args.kd_mode)
     run = Run(cfg, note, command, label=label, signals=group.signals)
     data = shared_data(args, cfg, others)
@@ -271,7 +271,7 @@ def plan(argv: list[str], group: Group, others: list[Student]) -> Student:
 
 
 def start(student: Student, runs: ExitStack, together: list[str]) -> None:
-    """Begin its run directory. together: the names of several students."""
+    """Start the run directory. together: the names of several students."""
     run, distiller, cfg = student.run, student.distiller, student.cfg
     found_t, found_s = student.found
     notes = recorded_settings(distiller)
@@ -288,8 +288,8 @@ def start(student: Student, runs: ExitStack, together: list[str]) -> None:
 
 
 def find_networks(args, modes: list[str], group: Group):
-    """Teacher and student (checkpoint.Weights, or teachers.SeveralWeights), as flags and
-    checkpoints name them; no teacher without a method."""
+    """Teacher and student (checkpoint.Weights or teachers.SeveralWeights) from flags and
+    checkpoints. Without a method there is no teacher."""
 
     def find(*what):
         return copy(group.once(what, lambda: find_weights(*what)))
@@ -318,11 +318,11 @@ def find_networks(args, modes: list[str], group: Group):
 
 
 def check_flags(args, modes: list[str], device: torch.device) -> None:
-    """Raise UserError for flags that the methods or the device do not allow."""
+    """Raise UserError for flags that the methods or the device do not support."""
     for mode in modes:
         method = METHODS[mode]
         if args.logit_stand and not method.inputs.logits_only:
-            raise UserError(f"--logit_stand: {mode} compares more than logits")
+            raise UserError(f"--logit_stand: {mode} does not only compare logits")
         if args.gather and not method.relational:
             raise UserError(f"--gather: {mode} does not compare the images of a batch")
         if args.unlabeled and method.reads_labels:
@@ -333,12 +333,12 @@ def check_flags(args, modes: list[str], device: torch.device) -> None:
 
 
 def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
-    """The settings of each method; and the taps that a protocol has for these networks."""
+    """The settings of each method. Also sets the taps that a protocol has for the networks."""
     processes = 1 if args.gather else utils.world()
     micro_batch = cfg.batch_size // cfg.accumulate // processes
     num_class = data.train.num_class
     names = {found.name for found in teachers.each(found_t)}
-    teacher = names.pop() if len(names) == 1 else ""  # different ones are no pair of a table
+    teacher = names.pop() if len(names) == 1 else ""  # different teachers are not a pair of a table
     chosen = kd_cli.settings_of(args, teacher, found_s.name, num_class, micro_batch)
     chosen = list(chosen.values())
     for found in (*teachers.each(found_t), found_s):
@@ -348,7 +348,7 @@ def choose_settings(args, found_t, found_s, data, cfg) -> list[Settings]:
 
 
 def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> Distiller:
-    """Both networks and what is between them. others: students that may have the teacher."""
+    """The distiller: networks, criteria, adapters. others: students with the same teacher."""
     num_class, size = data.train.num_class, data.train.size
     pair.match_outputs(args, found_t, found_s, data)
     teacher = shared_teacher(chosen, found_t, others, size)
@@ -370,8 +370,8 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
     distiller = Distiller(student, teacher, chosen, data.train)
     if distiller.two_views and isinstance(data.train, dataset.Files):
         raise UserError(
-            f"--kd_mode {args.kd_mode}: a second view is made of images up to {dataset.RESIDENT} "
-            "pixels, or enlarged from such, not of files read one by one"
+            f"--kd_mode {args.kd_mode}: needs a second view, which works with images of up to "
+            f"{dataset.RESIDENT} pixels on the device, but not with images read from files"
         )
     if distiller.labels == "none" and distiller.lambda_ce and any(p.ce for p in distiller.phases):
         raise UserError("--unlabeled: no training image has a label; give --lambda_ce 0")
@@ -383,7 +383,7 @@ def build(args, chosen: list[Settings], found_t, found_s, data, cfg, others) -> 
 
 
 def shared_teacher(chosen: list[Settings], found_t, others: list[Student], size: int):
-    """The teacher of another student, where this one may use it, too; or None."""
+    """The teacher of another student if this student can share it, else None."""
     changed = any(x.method.teacher == "trained" or x.teacher_bn == "batch" for x in chosen)
     for other in others if found_t and not changed else ():
         pairs = list(zip(teachers.each(found_t), teachers.each(other.found[0])))
@@ -397,7 +397,7 @@ def shared_teacher(chosen: list[Settings], found_t, others: list[Student], size:
 
 
 def prepare(student: Student, group: Group) -> None:
-    """What happens once before the first step."""
+    """Done once before the first step: compile, precompute, evaluate the teacher, seed."""
     run, distiller, cfg, data = student.run, student.distiller, student.cfg, student.data
     if cfg.compile:
         run.log(distiller.compile())
@@ -427,7 +427,7 @@ def prepare(student: Student, group: Group) -> None:
 
 
 def finish(student: Student) -> dict:
-    """The result of its run."""
+    """Evaluate the networks and return the result of the run."""
     distiller = student.distiller
     nets = dict(snet=distiller.deployed)
     if any(phase.teacher_learns for phase, _ in student.phases):

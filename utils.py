@@ -182,7 +182,7 @@ class Precision:
         return {} if self.scaler is None else dict(scaler=self.scaler.state_dict())
 
     def load(self, saved: dict) -> None:
-        """Restore what `state` gave. Raises ValueError where it was not saved."""
+        """Restore what `state` gave. Raises ValueError if it was not saved."""
         if self.scaler is not None:
             if "scaler" not in saved:
                 raise ValueError("the checkpoint has no loss scaler state")
@@ -343,7 +343,7 @@ def _start_momentum(optimizer: torch.optim.SGD, *args) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load `state`. Raises ValueError where it belongs to other parameters or another recipe."""
+    """Load `state`. Raises ValueError if it belongs to other parameters or another recipe."""
     for own, group in zip(optimizer.param_groups, state["param_groups"]):
         for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize"):
             if group[key] != own[key]:
@@ -355,7 +355,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`. Raises ValueError where it has entries that are not finite, and the module has
+    """Load `state`. Raises ValueError if it has entries that are not finite, and the module has
     not."""
     for key, own in module.state_dict().items():
         if key in state and own.isfinite().all() and not state[key].isfinite().all():

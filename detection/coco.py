@@ -338,7 +338,7 @@ def _draws(images: np.ndarray, seed: int, place: int):
 
 
 def check_shares(batch_size: int, world: int) -> None:
-    """Raise UserError where `world` processes cannot have equal shares of a batch."""
+    """Raise UserError if `world` processes cannot have equal shares of a batch."""
     if batch_size < 1 or batch_size % world:
         raise UserError(
             f"--batch_size {batch_size}: {world} process(es) need a multiple of {world}"
@@ -362,7 +362,7 @@ def train_batches(
     imgs: list of float32 (3, H, W) in 0..1 and targets: list of dicts as in `Coco`, on `device`;
     half of them mirrored. Pass after pass over the images with boxes (`empty`: over all); a batch
     may end one and begin the next, none is smaller. `workers`: processes that read, from the first
-    batch to the last. Raises UserError where the processes cannot have equal shares.
+    batch to the last. Raises UserError if the processes cannot have equal shares.
     """
     rank, world = share
     check_shares(batch_size, world)

@@ -82,7 +82,7 @@ def build(
 
     num_class: with the background, number 0. weights: 'fresh', 'backbone' (torchvision's of
     ImageNet; of a ResNet the stem and the first stage stay as they are) or 'detector'
-    (torchvision's of COCO). norm: 'batch', or 'frozen' batch norms. Raises UserError where the
+    (torchvision's of COCO). norm: 'batch', or 'frozen' batch norms. Raises UserError if the
     weights are missing.
     """
     kind, backbone = utils.named(DETECTORS, name, "detector")
@@ -168,7 +168,7 @@ class Found:
 
     @property
     def num_class(self) -> int | None:
-        """How many it tells apart, the background one of them; None where that is open."""
+        """How many it tells apart, the background one of them; None if that is open."""
         return 91 if self.weights == "detector" else self.meta.get("num_class")
 
     @property
@@ -301,7 +301,7 @@ class Distiller:
 
     @torch.no_grad()
     def _levels(self) -> list[list[Tensor]]:
-        """The levels of both for an image of 128 pixels. Raises UserError where they are not
+        """The levels of both for an image of 128 pixels. Raises UserError if they are not
         alike."""
         x = torch.zeros(1, 3, 128, 128)
         both = [list(net.eval().backbone(x).values()) for net in (self.student, self.teacher)]

@@ -27,7 +27,7 @@ def give_one_channel(net: nn.Module) -> nn.Module:
 
 def make_one_channel(net: nn.Module, name: str) -> nn.Module:
     """Let the first convolution of `net` take one channel instead of three: its weights are summed,
-    which makes the same of grey images. Returns `net`. Raises UserError where it has none that
+    which makes the same of grey images. Returns `net`. Raises UserError if it has none that
     takes three."""
     path, first = first_convolution(net)
     if first is not None and first.in_channels == 3 and first.groups == 1:
@@ -50,7 +50,7 @@ def one_channel_in(state: dict[str, torch.Tensor], net: nn.Module) -> bool:
 
 
 def check_channels(net: nn.Module, name: str, wanted: int | None) -> None:
-    """Raises UserError where --channels says otherwise than the network."""
+    """Raises UserError if --channels says otherwise than the network."""
     if wanted not in (None, channels_of(net)):
         raise UserError(f"--channels {wanted}: {name} takes {channels_of(net)}")
 
@@ -72,7 +72,7 @@ def bare(net: nn.Module) -> nn.Module:
 
 
 def check_grey(net: nn.Module, name: str, images: Images | Files) -> list[str]:
-    """What to say of a network that takes one channel. Raises UserError where the images, of which
+    """What to say of a network that takes one channel. Raises UserError if the images, of which
     some are looked at, have colours."""
     if channels_of(net) == 3:
         return []

@@ -46,7 +46,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
 def read_checkpoint(path: str | Path) -> dict:
     """The dict in a checkpoint, on the CPU, read without running any code that it may hold.
 
-    A `.safetensors` file gives {'net': tensors, 'meta': ...}. Raises UserError where the file is
+    A `.safetensors` file gives {'net': tensors, 'meta': ...}. Raises UserError if the file is
     missing, damaged, holds code, or holds no dict.
     """
     path = Path(path)
@@ -147,7 +147,7 @@ UNPACKED = 4  # times its size that a file may unpack to; torch does not compres
 
 
 def _check_unpacked(path: Path) -> None:
-    """Raise UserError where the records of a zip archive say that they unpack to far more than the
+    """Raise UserError if the records of a zip archive say that they unpack to far more than the
     file."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -224,7 +224,7 @@ class Weights:
     trained for, as its file says; notes: lines about it; key_flag: the flag that chooses among the
     networks of a file; outputs: which of its outputs are the dataset's classes, None: all;
     channels: of the images that a network without a file takes, None: as it is made; make: what
-    `constructor` gives for the name. Raises UserError where there is no such network.
+    `constructor` gives for the name. Raises UserError if there is no such network.
     """
 
     name: str
@@ -337,7 +337,7 @@ def read_meta(checkpoint: dict, path: str) -> dict:
 
 
 def check_meta(meta: dict, path: str, **tests) -> None:
-    """Raises UserError where a value that is there does not pass the test of its name."""
+    """Raises UserError if a value that is there does not pass the test of its name."""
     for key, fits in tests.items():
         if meta.get(key) is not None and not fits(meta[key]):
             raise UserError(f"{path} is damaged: its {key} cannot be {shown(meta[key])}")
@@ -375,7 +375,7 @@ def find_weights(
 ):
     """The network that `--{flag} name` and the checkpoint at `path` agree on, as a `kind`.
 
-    key: of `--{key_flag}`, the entry of the file that holds the weights. Raises UserError where
+    key: of `--{key_flag}`, the entry of the file that holds the weights. Raises UserError if
     they do not agree, or where neither says which network it is.
     """
     if path is None:
@@ -425,7 +425,7 @@ def find_weights(
 
 
 def _check_simkd(name: str, state: dict[str, Tensor], path: str) -> None:
-    """Raises UserError where the widths in a Reusing's name are not those of its weights: a name
+    """Raises UserError if the widths in a Reusing's name are not those of its weights: a name
     must not decide how much memory is taken."""
     if not name.startswith("simkd:"):
         return

@@ -64,7 +64,7 @@ def number(kind, low=None, high=None, open_low=False):
 
 
 def usable_folder(path: Path, flag: str, write: bool = True) -> None:
-    """Raise UserError where `path` is no folder and could be none, or not be written into. Nothing
+    """Raise UserError if `path` is no folder and could be none, or not be written into. Nothing
     is written."""
     try:
         for there in (path, *path.absolute().parents):
@@ -79,7 +79,7 @@ def usable_folder(path: Path, flag: str, write: bool = True) -> None:
 
 
 def writable_file(path: Path, force: bool) -> None:
-    """Raise UserError where there is no place for a new file, or without `force` one is there."""
+    """Raise UserError if there is no place for a new file, or without `force` one is there."""
     try:
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: it is a folder, or in none that is there")
@@ -520,7 +520,7 @@ def resolve_data(cfg: argparse.Namespace, knows: dict, protocol: Protocol) -> No
 
 
 def load_data(cfg: argparse.Namespace, batch_size: int | None = None):
-    """The dataset of a resolved cfg. Raises UserError where --num_class contradicts it, or it is
+    """The dataset of a resolved cfg. Raises UserError if --num_class contradicts it, or it is
     smaller than the `batch_size` that was given."""
 
     data = stream.load(

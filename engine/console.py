@@ -164,7 +164,7 @@ def _mute() -> None:
 
 
 def _check_stdout() -> None:
-    """Raise UserError where what was printed cannot be written. Nobody reading it is fine."""
+    """Raise UserError if what was printed cannot be written. Nobody reading it is fine."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -26,7 +26,7 @@ def choose_step(
 
 
 def check_cuda_graph(cfg, device: torch.device, modes: dict[str, bool], tensors=()) -> str:
-    """Why a step cannot be captured, or ''. Raises UserError where --cuda_graph asks for it all the
+    """Why a step cannot be captured, or ''. Raises UserError if --cuda_graph asks for it all the
     same. modes: {method: whether its row says that it can be}; tensors: of the methods."""
     reason = _why_not(cfg, device, modes, tensors)
     if cfg.cuda_graph and reason:

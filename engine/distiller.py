@@ -24,7 +24,7 @@ class Batch:
     second, strongly augmented view of the images, or None; epoch, epochs: 0-dim tensors on the
     device, the epoch from 1 and the number of epochs, both in the protocol's number; teacher: the
     teacher's features of each micro-batch, where several students share its forward pass (of
-    several teachers a tuple); labelled: 0-dim, the share of its images that have labels, None where
+    several teachers a tuple); labelled: 0-dim, the share of its images that have labels, None if
     all the training images have."""
 
     img: Tensor

@@ -74,7 +74,7 @@ def ensure_taps(
     `stages`: taps to use as stages, from the shallowest. The dry pass takes two images in eval
     mode. A stage is the last output at each size of the map, the blocks of a transformer four
     evenly spaced ones; before the activation is the input of the activation module whose output the
-    stage is, or the stage itself where it has negative values. Raises UserError where nothing is
+    stage is, or the stage itself where it has negative values. Raises UserError if nothing is
     found.
     """
     if hasattr(net, "taps") and stages is None:
@@ -96,7 +96,7 @@ def dry_pass(net: nn.Module, name: str, num_class: int | None, img_size: int) ->
     last.
 
     From here on `net` gives its logits alone. num_class: None for a network that need not give any.
-    Raises UserError where it does not take such images or gives no logits (2, num_class).
+    Raises UserError if it does not take such images or gives no logits (2, num_class).
     """
     ended, open_calls, times = [], [], Counter()
     root = _Call("", net, None, 0)
@@ -149,7 +149,7 @@ def dry_pass(net: nn.Module, name: str, num_class: int | None, img_size: int) ->
 
 def check_trainable(net: nn.Module, name: str, num_class: int, img_size: int) -> list[str]:
     """Let `net` learn from two images, and leave it as it was, but that it gives its logits alone.
-    Returns notes on what else it returns. Raises UserError where it cannot learn."""
+    Returns notes on what else it returns. Raises UserError if it cannot learn."""
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError(f"{name} has no parameters that learn (requires_grad)")
     modes = {module: module.training for module in net.modules()}

@@ -23,7 +23,7 @@ def build(
     `path/to/file.py:function`, called as `function(num_class)`. `img_size`: for networks that
     must know it. `pretrained`: with the library's own weights; their classifier is replaced where
     it has another number of classes.
-    Raises UserError where there is no such network, with the similar names.
+    Raises UserError if there is no such network, with the similar names.
     """
     return constructor(name)(num_class, img_size, pretrained)
 
@@ -126,7 +126,7 @@ def file_name(name: str) -> str:
 
 
 def library_classes(name: str) -> tuple[int | None, list[str] | None]:
-    """How many classes the weights of a library's network know, and their names; None where the
+    """How many classes the weights of a library's network know, and their names; None if the
     library does not say it."""
     library, _, model = name.partition("/")
     if ".py:" in name or not model:

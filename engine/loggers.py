@@ -212,7 +212,7 @@ def _known_id(path: Path, name: str) -> str | None:
 
 
 def check_wandb() -> None:
-    """Raise UserError where the package is missing or nobody is logged in."""
+    """Raise UserError if the package is missing or nobody is logged in."""
     wandb = import_wandb()
     try:
         ready = wandb.setup().settings.mode not in ("online", "run", "shared")

@@ -70,7 +70,7 @@ def logits_of(net: nn.Module, name: str, output, num_class: int, training: bool 
     """The logits in what `net` returned in training or eval mode. Where it returned more, `net`
     gives the logits alone from now on.
 
-    A tensor is returned as it is, whatever its shape. Raises UserError where there are no logits
+    A tensor is returned as it is, whatever its shape. Raises UserError if there are no logits
     (B, num_class), or several and no name that tells.
     """
     if torch.is_tensor(output):
@@ -242,7 +242,7 @@ def match_classes(
     The same names in another order are mapped. classes, data_name: of the dataset; flag: which
     names the file; lines: for each class of the dataset the network's, by name or index, of the
     flag `lines_flag`; needed: why the classes have to be the same, '' where they need not; advice:
-    what else to do. Raises UserError where they have to and are not.
+    what else to do. Raises UserError if they have to and are not.
     """
     n, (count, names) = len(classes), found.classes(len(classes), img_size)
     what = f"{flag} {found.path or found.name}".strip()

@@ -19,7 +19,7 @@ def known_data(args: Namespace, found_t, found_s) -> dict:
 
     Where the teacher's classes need not be the dataset's, because no method reads them or
     --t_classes maps them, flags have precedence over the teacher's checkpoint. How many classes the
-    teacher has is compared later, by `match_classes`. Raises UserError where --data_name
+    teacher has is compared later, by `match_classes`. Raises UserError if --data_name
     contradicts a checkpoint.
     """
     several = [x for x in each(found_t) if set(x.meta) - {"num_class"}]
@@ -103,7 +103,7 @@ def take_over(found_t, first, teacher, img_size: int) -> None:
     """Let a student have the teacher that was built for another student.
 
     found_t, first: the teacher (checkpoint.Weights) as this student and as the other one found it;
-    teacher: the network. Raises UserError where it lacks what this student's methods read.
+    teacher: the network. Raises UserError if it lacks what this student's methods read.
     """
     found_t.notes = first.notes
     if not found_t.outputs.needed:

@@ -225,7 +225,7 @@ class Run:
         Meter().load(meter)
 
     def fits(self, rows: list[dict], steps: int) -> None:
-        """Raise ValueError where the epochs of the checkpoint are not the first of `rows`, which
+        """Raise ValueError if the epochs of the checkpoint are not the first of `rows`, which
         say something of each, or the current epoch has more than `steps` or none is left."""
         for i, row in enumerate(self.history):
             if i >= len(rows) or any(row.get(key) != value for key, value in rows[i].items()):
@@ -234,7 +234,7 @@ class Run:
             raise ValueError(f"step {self.inside['step']} of an epoch of {steps}")
 
     def _recorded(self, what: str):
-        """What args.json remembers; None where it remembers nothing."""
+        """What args.json remembers; None if it remembers nothing."""
         try:
             args = self._args()
             found = args.get(what)

@@ -34,7 +34,7 @@ def load(
     flip: bool | None = None,
     workers: int = 0,
 ) -> Data:
-    """The data of the shards that `pattern` names. Raises UserError where they are missing or
+    """The data of the shards that `pattern` names. Raises UserError if they are missing or
     damaged. The normalisation is 0 and 1 where none is given."""
     size = img_size or IMG_SIZE[NAME]
     if size <= RESIDENT:
@@ -67,7 +67,7 @@ def identity(pattern: str) -> dict:
 
 
 def paths_of(pattern: str) -> tuple[list[Path], list[Path]]:
-    """The files of both splits. Raises UserError where one is missing."""
+    """The files of both splits. Raises UserError if one is missing."""
     folder, name = os.path.split(pattern)
     if not name.endswith(".tar") or "train" not in name:
         raise UserError(

@@ -60,7 +60,7 @@ def read_weights(
 
 
 def _chosen(checkpoint: dict, path: str, flag: str | None) -> dict:
-    """The dict of a checkpoint that holds the weights. Raises UserError where several may."""
+    """The dict of a checkpoint that holds the weights. Raises UserError if several may."""
     for _ in range(4):  # one in another
         checkpoint = plain_dict(checkpoint)
         inner = next((checkpoint[k] for k in WRAPPERS if isinstance(checkpoint.get(k), dict)), None)
@@ -80,7 +80,7 @@ def _chosen(checkpoint: dict, path: str, flag: str | None) -> dict:
 
 
 def _keyed(checkpoint: dict, path: str, key: str, flag: str | None) -> dict:
-    """What a checkpoint has under `key`. Raises UserError where that is nothing with tensors."""
+    """What a checkpoint has under `key`. Raises UserError if that is nothing with tensors."""
     found, rest = plain_dict(checkpoint), key
     while rest and isinstance(found, dict):
         found = plain_dict(found)
@@ -138,7 +138,7 @@ def inner_states(state: dict[str, Tensor], least: int) -> dict[str, dict[str, Te
 
 
 def _the_one(prefixes: list[str], path: str, flag: str | None) -> str | None:
-    """Of the places in a file where a whole network is, the one to take. Raises UserError where
+    """Of the places in a file where a whole network is, the one to take. Raises UserError if
     there are several."""
     plain = [p for p in prefixes if not any("ema" in part for part in p.split("."))] or prefixes
     if len(plain) > 1:
@@ -269,7 +269,7 @@ def load_weights(
 
 
 def check_weights(net: nn.Module, path: str) -> None:
-    """Raises UserError where weights that were loaded from `path`, to train with, are not
+    """Raises UserError if weights that were loaded from `path`, to train with, are not
     finite."""
     spoilt = [key for key, x in net.state_dict().items() if not x.isfinite().all()]
     if spoilt:

@@ -36,8 +36,7 @@ def summary(
         lines.append(f"{criterion.label}: " + ", ".join(parts))
         if cfg.protocol != "kdzoo" and not published.settings_of(mode, cfg.protocol):
             lines.append(
-                f"{mode}: protocol {cfg.protocol} has no settings for it; using the method's "
-                "defaults"
+                f"protocol {cfg.protocol} has no settings for {mode}; using the method's defaults"
             )
         lines += [f"{criterion.label}: adapter, {note}" for note in criterion.adapter.notes]
     for criterion in distiller.criteria.values():

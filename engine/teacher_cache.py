@@ -35,7 +35,7 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path, key: dict, images: int, widths: dict[str, tuple]):
         """key: what the values depend on, a part of the files' names. images: their number; widths:
-        {kind: (values in a row, dtype)}. Raises UserError where the disk has no room."""
+        {kind: (values in a row, dtype)}. Raises UserError if the disk has no room."""
         self.folder, self.views = Path(folder), view_count()
         text = json.dumps(key, sort_keys=True, indent=1)
         name = f"{key['network']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

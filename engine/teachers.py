@@ -54,7 +54,7 @@ def each(found: Weights | SeveralWeights | None) -> list[Weights]:
 
 
 def named_by(args: Namespace, modes: list[str]) -> list[tuple]:
-    """(--t_name, --t_model, --t_taps) of each teacher. Raises UserError where they are not as many,
+    """(--t_name, --t_model, --t_taps) of each teacher. Raises UserError if they are not as many,
     the methods cannot have several, or --ensemble has no effect."""
     files, names = args.t_model, args.t_name
     several = files if files or not args.t_pretrained else names
@@ -77,7 +77,7 @@ def named_by(args: Namespace, modes: list[str]) -> list[tuple]:
 
 
 def _check_files(files: str) -> None:
-    """Raise UserError where the name of one file has a comma, or a file is given twice."""
+    """Raise UserError if the name of one file has a comma, or a file is given twice."""
     if os.path.exists(files):
         raise UserError(
             f"--t_model {files}: a comma separates several teachers, so the name of a file cannot "
@@ -135,7 +135,7 @@ def takes_ensemble(mode: str) -> bool:
 
 def agreed(known: list[tuple[str, dict]], args: Namespace) -> dict:
     """What several checkpoints know of the data, of the first that knows it. known: (name of the
-    file, what it knows). Raises UserError where they contradict each other and no flag decides."""
+    file, what it knows). Raises UserError if they contradict each other and no flag decides."""
     for key in ("data_name", "img_root", "img_size"):
         says = {path: meta[key] for path, meta in known if key in meta}
         first = next(iter(says), None)

@@ -36,8 +36,8 @@ class SharedTeacher:
 
     @classmethod
     def of(cls, students: list, data: dataset.Data) -> "SharedTeacher | None":
-        """The teacher of those students that only read its forward pass; None where fewer than two
-        do and none has a cache. Opens the cache. Raises UserError where that cannot be."""
+        """The teacher of those students that only read its forward pass; None if fewer than two
+        do and none has a cache. Opens the cache. Raises UserError if that cannot be."""
         only_read = [x for x in students if can_share(x.distiller)]
         cached = [x for x in only_read if x.cfg.teacher_cache and not why_not_cached(x.distiller)]
         if len(only_read) < 2 and not cached:
@@ -128,7 +128,7 @@ def _as_for(tapped: network.Tapped | Teachers, x):
 
 
 def check_together(students: list) -> None:
-    """Raise UserError where students cannot see the same batches, or none can use the cache."""
+    """Raise UserError if students cannot see the same batches, or none can use the cache."""
     first = students[0]
     reasons = {x.name: why_not_cached(x.distiller) for x in students if x.distiller.teacher}
     if any(x.cfg.teacher_cache for x in students) and all(reasons.values()):
@@ -149,7 +149,7 @@ SEEN = ("data_name", "img_root", "img_size", "flip", "fit", "val", "unlabeled")
 def shared_data(args, cfg, others: list) -> dataset.Data:
     """The data of a student, and of the others, which were checked before it: loaded once.
 
-    Raises UserError where they would see different images.
+    Raises UserError if they would see different images.
     """
     if not others:
         return cli.load_data(cfg, args.batch_size)

@@ -34,7 +34,7 @@ def held_out(read: Callable, amount: int | float, seed: int) -> Callable:
 
 
 def drawn(labels: np.ndarray, amount: int | float, seed: int) -> np.ndarray:
-    """Places of the `amount` images that are held out, in order. Raises UserError where no class
+    """Places of the `amount` images that are held out, in order. Raises UserError if no class
     would be left."""
     n = len(labels)
     count = max(1, round(amount * n)) if isinstance(amount, float) else amount

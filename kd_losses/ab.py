@@ -29,7 +29,7 @@ class AB(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s, fm_t: (B, C, H, W) before the activation, or any one shape. Returns a scalar.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         if fm_s.shape != fm_t.shape:
             raise ValueError(

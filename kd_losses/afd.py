@@ -58,7 +58,7 @@ class AFD(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s, fm_t: (B, in_channels, H, W). Returns a scalar.
 
-        Raises ValueError where the shapes differ, or are not those of the constructor.
+        Raises ValueError if the shapes differ, or are not those of the constructor.
         """
         if fm_s.shape != fm_t.shape or fm_t.shape[1] != self.in_channels:
             raise ValueError(

@@ -32,7 +32,7 @@ class BSS(nn.Module):
         """attacked_out_s, attacked_out_t: logits (B, K) of the attacked images; weight: (B,), bool
         or at least 0, for a weighted mean, which is 0 where all weights are. Returns a scalar.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         if attacked_out_s.shape != attacked_out_t.shape:
             raise ValueError(
@@ -89,7 +89,7 @@ class BSSAttacker:
         images, detached.
 
         Works in float32 (float64 at float64 images) without autocast, also under no_grad, and waits
-        for the device once a step. Raises ValueError where the batches differ.
+        for the device once a step. Raises ValueError if the batches differ.
         """
         if not len(img) == len(target) == len(attack_class):
             raise ValueError("BSS: expected one target and one attack class per image")
@@ -130,7 +130,7 @@ def select(
     has 32); generator: of the device, for the draw. Returns index, attack_class, valid, all (n,)
     with n = min(attack_size, B): places in the batch, classes, and whether the sample qualifies.
 
-    Raises ValueError where the shapes do not fit or there are fewer than two classes.
+    Raises ValueError if the shapes do not fit or there are fewer than two classes.
     """
     if out_s.shape != out_t.shape or len(target) != len(out_t):
         raise ValueError(

@@ -42,7 +42,7 @@ class CATKD(nn.Module):
         """fm_s (B, C_s, H, W), weight_s (K, C_s), fm_t (B, C_t, H', W'), weight_t (K, C_t): last
         maps and classifiers' weights; the student's weight gets a gradient. Returns a scalar.
 
-        Raises ValueError where batch, classes or channels do not fit.
+        Raises ValueError if batch, classes or channels do not fit.
         """
         for fm, weight in ((fm_s, weight_s), (fm_t, weight_t)):
             if fm.ndim != 4 or weight.ndim != 2 or fm.shape[1] != weight.shape[1]:

@@ -34,7 +34,7 @@ class CC(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         """feat_s (B, D_s), feat_t (B, D_t): vectors; the widths may differ. Returns a scalar.
 
-        Raises ValueError where the batches differ.
+        Raises ValueError if the batches differ.
         """
         if feat_s.shape[0] != feat_t.shape[0]:
             raise ValueError(
@@ -80,7 +80,7 @@ class NeighbourCC(nn.Module):
         """feat_s (B, in_dim_s), feat_t (B, in_dim_t), or maps of as many entries a sample. Returns
         a scalar.
 
-        Raises ValueError where the batches differ.
+        Raises ValueError if the batches differ.
         """
         with torch.autocast(feat_s.device.type, enabled=False):
             return self.neighbours(
@@ -94,7 +94,7 @@ class NeighbourCC(nn.Module):
     def neighbours(e_s: Tensor, e_t: Tensor) -> Tensor:
         """The loss of given embeddings (B, feat_dim), a gradient to both.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         if e_s.shape != e_t.shape:
             raise ValueError(

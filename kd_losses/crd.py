@@ -79,7 +79,7 @@ class CRD(nn.Module):
         training set; sample_idx: int64 (B, 1 + nce_n), places of the positive and the negatives,
         drawn here where it is None. Returns a scalar. In eval mode banks and Z stay as they are.
 
-        Raises ValueError where sample_idx is None and there are no labels to draw from.
+        Raises ValueError if sample_idx is None and there are no labels to draw from.
         """
         if sample_idx is None:
             sample_idx = self.draw(idx)

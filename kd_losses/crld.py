@@ -39,7 +39,7 @@ class CRLD(nn.Module):
 
     def forward(self, out_s_w: Tensor, out_s_s: Tensor, out_t_w: Tensor, out_t_s: Tensor) -> Tensor:
         """Logits (B, K): the student's on the weak and the strong view, the teacher's on the same.
-        Returns a scalar. Raises ValueError where the shapes differ.
+        Returns a scalar. Raises ValueError if the shapes differ.
         """
         outs = out_s_w, out_s_s, out_t_w.detach(), out_t_s.detach()
         if len({x.shape for x in outs}) > 1:

@@ -61,7 +61,7 @@ class CTKD(nn.Module):
         """out_s, out_t: logits (B, K); epoch: a number or a scalar tensor, from 1. Returns a
         scalar.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         if out_s.shape != out_t.shape:
             raise ValueError(

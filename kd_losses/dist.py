@@ -32,7 +32,7 @@ class DIST(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit, for fewer than two classes, and unless gamma
+        Raises ValueError if the shapes do not fit, for fewer than two classes, and unless gamma
         is 0 for a single sample.
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2:

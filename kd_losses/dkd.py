@@ -29,7 +29,7 @@ class DKD(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K); target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit or there are fewer than two classes.
+        Raises ValueError if the shapes do not fit or there are fewer than two classes.
         """
         if out_s.shape != out_t.shape or target.shape != out_s.shape[:1]:
             raise ValueError(

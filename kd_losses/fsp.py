@@ -24,7 +24,7 @@ class FSP(nn.Module):
         """fm_s1, fm_t1 (B, C_1, *, *) and fm_s2, fm_t2 (B, C_2, *, *): maps of an earlier and a
         later layer; sizes may differ, channels not. Returns a scalar.
 
-        Raises ValueError where batch or channels of the networks differ.
+        Raises ValueError if batch or channels of the networks differ.
         """
         shapes = [(x.shape[0], x.shape[1]) for x in (fm_s1, fm_s2, fm_t1, fm_t2)]
         if shapes[:2] != shapes[2:]:

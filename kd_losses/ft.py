@@ -39,7 +39,7 @@ class FT(nn.Module):
     def forward(self, factor_s: Tensor, factor_t: Tensor) -> Tensor:
         """factor_s, factor_t: (B, C, H, W). Returns a scalar.
 
-        Raises ValueError where the shapes differ, for 'spatial' only where the batches do.
+        Raises ValueError if the shapes differ, for 'spatial' only if the batches do.
         """
         spatial = self.factor == "spatial"
         axes = slice(0, 1) if spatial else slice(None)

@@ -27,7 +27,7 @@ class ICKD(nn.Module):
         """fm_s (B, s_dim, H_s, W_s), fm_t (B, t_dim, H_t, W_t): the sizes may differ. Returns a
         scalar.
 
-        Raises ValueError where batch or channels are not the expected ones, and in training mode
+        Raises ValueError if batch or channels are not the expected ones, and in training mode
         where a channel holds a single value.
         """
         s_dim, t_dim = self.embed[0].in_channels, self.embed[0].out_channels

@@ -45,7 +45,7 @@ class ITRD(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         """feat_s (B, s_dim), feat_t (B, t_dim). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit or the batch holds one sample.
+        Raises ValueError if the shapes do not fit or the batch holds one sample.
         """
         s_dim, t_dim = self.embed.in_features, self.embed.out_features
         if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (t_dim,):
@@ -85,7 +85,7 @@ def _cosines(x: Tensor) -> Tensor:
 
 
 def _square(g: Tensor) -> Tensor:
-    # the trace counts the rows that are not zero: only where all are is it below 1
+    # the trace counts the rows that are not zero: only if all are is it below 1
     # (diagonal().sum(): the backward of trace() waits for the device)
     return g.square().sum() / g.diagonal().sum().clamp(min=1).square()
 

@@ -41,7 +41,7 @@ class KDSVD(nn.Module):
         """fms_s, fms_t: maps (B, C, H, W), from shallow to deep, at least two. Of a stage's two
         maps only W has to agree, for 'space' only C. Returns a scalar.
 
-        Raises ValueError where number, batch or that size differ.
+        Raises ValueError if number, batch or that size differ.
         """
         if len(fms_s) != len(fms_t) or len(fms_s) < 2:
             raise ValueError(

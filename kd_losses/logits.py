@@ -18,7 +18,7 @@ class Logits(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K). Returns a scalar.
 
-        Raises ValueError where the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         if out_s.shape != out_t.shape:
             raise ValueError(

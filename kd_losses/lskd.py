@@ -16,7 +16,7 @@ def standardise(out: Tensor) -> Tensor:
     out: logits (B, K), half types in float32 afterwards. Its gradient in a row is orthogonal to the
     row and to shifts of it. With two classes every row becomes (a, -a), a = 1 / sqrt(2) or its
     negative: nothing but the order is left, and the gradient all but vanishes.
-    Raises ValueError where out is no matrix or has fewer than two classes.
+    Raises ValueError if out is no matrix or has fewer than two classes.
     """
     if out.dim() != 2 or out.shape[1] < 2:
         raise ValueError(
@@ -53,7 +53,7 @@ class LSKD(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor, *rest) -> Tensor:
         """out_s, out_t: logits (B, K); rest: what `inner` takes after them. Returns a scalar.
 
-        Raises ValueError where the shapes differ, for fewer than two classes, and where there is a
+        Raises ValueError if the shapes differ, for fewer than two classes, and where there is a
         rest without `inner`.
         """
         if out_s.shape != out_t.shape:

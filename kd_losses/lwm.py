@@ -36,7 +36,7 @@ class LwM(nn.Module):
         """out_s, out_t: logits (B, K), computed from fm_s (B, C_s, *, *) and fm_t (B, C_t, *, *),
         which require grad; target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where the batches differ or a graph is missing.
+        Raises ValueError if the batches differ or a graph is missing.
         """
         if not len(out_s) == len(out_t) == len(target) == len(fm_s) == len(fm_t):
             raise ValueError("LwM: expected maps, logits and targets of one batch")

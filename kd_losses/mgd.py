@@ -10,7 +10,7 @@ class MGD(nn.Module):
     """Squared distance of the teacher's map to one generated from the student's masked map.
 
         m    = 1 where a uniform draw is at least lam, else 0      (B, t_dim, 1, 1), drawn each call
-        x    = m * align(fm_s)          1x1 convolution with bias, only where the channels differ
+        x    = m * align(fm_s)          1x1 convolution with bias, only if the channels differ
         loss = 1 / B * sum over B, C, H, W of (W_2 relu(W_1 x) - fm_t)^2       3x3 convolutions
 
     s_dim, t_dim: channels of the student's and the teacher's map; lam: share of the channels that
@@ -37,7 +37,7 @@ class MGD(nn.Module):
         """fm_s (B, s_dim, H, W), fm_t (B, t_dim, H, W), the last maps; rand: the uniform draws
         (B, t_dim, 1, 1), or None for fresh ones. Returns a scalar.
 
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError if the shapes do not fit.
         """
         b, _, *size = fm_s.shape
         expected = [(b, self.s_dim, *size), (b, self.t_dim, *size)]

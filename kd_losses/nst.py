@@ -29,7 +29,7 @@ class NST(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s (B, C_s, H, W), fm_t (B, C_t, H, W). Returns a scalar.
 
-        Raises ValueError where batch or spatial size differ.
+        Raises ValueError if batch or spatial size differ.
         """
         if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
             raise ValueError(

@@ -56,7 +56,7 @@ class OFA(nn.Module):
         """stages_s: the student's maps (B, C, H, W), from shallow to deep; out_s, out_t: logits
         (B, K); target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where the shapes are not the expected ones, and in training mode for a
+        Raises ValueError if the shapes are not the expected ones, and in training mode for a
         batch of one whose map a block makes 1x1.
         """
         # before anything runs: a batch norm that has moved cannot be taken back
@@ -94,7 +94,7 @@ def ofa_loss(
 
     p = softmax(out / T); y: 1 at the target, else 0. eps: 1 for plain cross-entropy, in
     which the target plays no part; above 1 it raises the target's weight and lowers the others'.
-    out_s, out_t: logits (B, K); target: int64 (B,). Returns a scalar. Raises ValueError where the
+    out_s, out_t: logits (B, K); target: int64 (B,). Returns a scalar. Raises ValueError if the
     shapes do not fit.
     """
     if out_s.shape != out_t.shape or target.shape != out_s.shape[:1]:

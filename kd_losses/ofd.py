@@ -36,7 +36,7 @@ class OFD(nn.Module):
         """fm_s (B, in_channels, H, W), fm_t (B, out_channels, H, W), both before the activation.
         Returns a scalar.
 
-        Raises ValueError where batch or spatial size differ or fm_t has not out_channels, and in
+        Raises ValueError if batch or spatial size differ or fm_t has not out_channels, and in
         training mode where a channel holds a single value: batch norm needs more.
         """
         expected = (fm_s.shape[0], self.connector[1].num_features, *fm_s.shape[2:])
@@ -69,7 +69,7 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
         m_c = E[x | x < 0] = b - |w| phi(b / |w|) / Phi(-b / |w|)       phi, Phi: standard normal
         m_c = -3 |w|                                                    where Phi(-b / |w|) <= 0.001
 
-    Raises ValueError where the batch norm has no weight and bias.
+    Raises ValueError if the batch norm has no weight and bias.
     """
     if bn.weight is None:
         raise ValueError("bn_margin needs a batch norm with weight and bias")

@@ -30,7 +30,7 @@ class PEFD(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         """feat_s (B, s_dim), feat_t (B, t_dim). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError if the shapes do not fit.
         """
         s_dim = self.projectors.in_features
         if feat_s.shape != (len(feat_t), s_dim) or feat_t.shape[1:] != (self.t_dim,):

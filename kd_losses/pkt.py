@@ -24,7 +24,7 @@ class PKTCosSim(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         """feat_s (B, D_s), feat_t (B, D_t): vectors; the widths may differ. Returns a scalar.
 
-        Raises ValueError where the batches differ.
+        Raises ValueError if the batches differ.
         """
         if feat_s.shape[0] != feat_t.shape[0]:
             raise ValueError(

@@ -46,7 +46,7 @@ class ReviewKD(nn.Module):
         (B, C, 1, 1); the teacher's maps are those before the activation. The networks' sizes may
         differ. Returns a scalar.
 
-        Raises ValueError where number, batch or channels are not the expected ones, and in training
+        Raises ValueError if number, batch or channels are not the expected ones, and in training
         mode for a batch of one with a 1x1 map, as the pooled feature is.
         """
         fms_s, fms_t = [_as_map(x) for x in fms_s], [_as_map(x) for x in fms_t]
@@ -132,7 +132,7 @@ def hcl(fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
     pool_0 keeps the size; the next ones average to 4x4, 2x2 and 1x1, those below the height.
 
     fms_s, fms_t: maps (B, C, H, W) from shallow to deep, the pooled feature last, (B, C) or
-    (B, C, 1, 1). Returns a scalar. Raises ValueError where number or shapes differ.
+    (B, C, 1, 1). Returns a scalar. Raises ValueError if number or shapes differ.
     """
     fms_s, fms_t = [_as_map(x) for x in fms_s], [_as_map(x.detach()) for x in fms_t]
     shapes_s, shapes_t = [(*x.shape,) for x in fms_s], [(*x.shape,) for x in fms_t]

@@ -49,7 +49,7 @@ class SDD(nn.Module):
         the networks, with a weight (K, C) and a bias (K,) or None, the student's gets gradients;
         target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit or inner does not return one loss a row.
+        Raises ValueError if the shapes do not fit or inner does not return one loss a row.
         """
         if len(fm_s) != len(fm_t) or target.shape != fm_s.shape[:1]:
             raise ValueError(

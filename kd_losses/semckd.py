@@ -44,7 +44,7 @@ class SemCKD(nn.Module):
     def forward(self, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
         """fms_s, fms_t: maps (B, C, H, W) from shallow to deep. Returns a scalar.
 
-        Raises ValueError where numbers, channels or the batch are not those of the constructor.
+        Raises ValueError if numbers, channels or the batch are not those of the constructor.
         """
         for name, fms, dims in (("student", fms_s, self.s_dims), ("teacher", fms_t, self.t_dims)):
             if [fm.shape[1] for fm in fms] != dims:

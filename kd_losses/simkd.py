@@ -17,7 +17,7 @@ class SimKD(nn.Module):
 
     s_dim, t_dim: channels of the student's and the teacher's last map; factor: by which P is
     narrower inside (2; the authors also show 4 and 8); t_size: side of the teacher's map, or (H,
-    W), to which `predict` pools a larger one of the student; None where the student's is not
+    W), to which `predict` pools a larger one of the student; None if the student's is not
     larger. P is trained with the student. `spec` holds these numbers, from which the module can be
     built again. The trained network is the student without its classifier, P, and the teacher's
     classifier: `predict` gives its logits. There is no cross-entropy, so labels are not needed.
@@ -45,7 +45,7 @@ class SimKD(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s (B, s_dim, H_s, W_s), fm_t (B, t_dim, H_t, W_t). Returns a scalar.
 
-        Raises ValueError where batch or channels are not the expected ones, fm_t has not t_size,
+        Raises ValueError if batch or channels are not the expected ones, fm_t has not t_size,
         and in training mode where a channel holds a single value.
         """
         t_dim, size_t = self.projector[-2].num_features, fm_t.shape[2:]

@@ -22,7 +22,7 @@ class Sobolev(nn.Module):
         """out_s, out_t: logits (B, K), both computed from img (B, C, H, W), a leaf that requires
         grad; target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where img does not require grad or the teacher's graph is missing.
+        Raises ValueError if img does not require grad or the teacher's graph is missing.
         """
         if not (img.requires_grad and out_s.requires_grad and out_t.requires_grad):
             raise ValueError(

@@ -19,7 +19,7 @@ class SP(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s (B, ...), fm_t (B, ...): feature maps or vectors of any sizes. Returns a scalar.
 
-        Raises ValueError where the batches differ.
+        Raises ValueError if the batches differ.
         """
         if fm_s.shape[0] != fm_t.shape[0]:
             raise ValueError(

@@ -42,7 +42,7 @@ class SRRL(nn.Module):
         of the teacher's map; out_t: its logits (B, K); classifier: its last layer, from (B, t_dim)
         to (B, K): it stays as it is, and the gradient passes through it. Returns a scalar.
 
-        Raises ValueError where the shapes do not fit, and in training mode where a channel holds a
+        Raises ValueError if the shapes do not fit, and in training mode where a channel holds a
         single value.
         """
         s_dim, t_dim = self.projector[0].in_channels, self.projector[0].out_channels

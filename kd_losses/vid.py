@@ -56,7 +56,7 @@ class VID(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s (B, in_channels, H, W), fm_t (B, out_channels, H, W). Returns a scalar.
 
-        Raises ValueError where batch or spatial size differ.
+        Raises ValueError if batch or spatial size differ.
         """
         if fm_s.shape[0] != fm_t.shape[0] or fm_s.shape[2:] != fm_t.shape[2:]:
             raise ValueError(

@@ -40,7 +40,7 @@ class VKD(nn.Module):
     def forward(self, feat_s: Tensor, feat_t: Tensor) -> Tensor:
         """feat_s (B, s_dim), feat_t (B, t_dim). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError if the shapes do not fit.
         """
         if feat_s.shape != (len(feat_t), self.s_dim) or feat_t.shape[1:] != (self.t_dim,):
             raise ValueError(

@@ -41,7 +41,7 @@ class WKDF(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         """fm_s, fm_t: (B, *s_shape), (B, *t_shape), the last maps. Returns a scalar.
 
-        Raises ValueError where the shapes are not those of the constructor, and in training mode
+        Raises ValueError if the shapes are not those of the constructor, and in training mode
         for a batch of one whose projected map is 1x1.
         """
         if fm_s.shape[1:] != self.s_shape or fm_t.shape != (len(fm_s), *self.t_shape):
@@ -81,7 +81,7 @@ def regressor(s_shape: tuple[int, int, int], t_shape: tuple[int, int, int]) -> n
     with stride 2 from twice the size, transposed 4x4 with stride 2 from half the size, and else
     without padding, as large as the difference asks: 1x1 from the same size.
 
-    Raises ValueError where the student's map is smaller in another ratio.
+    Raises ValueError if the student's map is smaller in another ratio.
     """
     (c_s, *size_s), (c_t, *size_t) = s_shape, t_shape
     if size_s == [2 * n for n in size_t]:

@@ -50,7 +50,7 @@ class WKDL(nn.Module):
         self, out_s: Tensor, out_t: Tensor, target: Tensor, decay: float | Tensor = 1.0
     ) -> Tensor:
         """out_s, out_t: logits (B, K); target: int64 (B,); decay: a number or a scalar tensor.
-        Returns a scalar. Raises ValueError where the shapes do not fit.
+        Returns a scalar. Raises ValueError if the shapes do not fit.
         """
         shape = target.shape[:1] + self.cost.shape[:1]
         if target.dim() != 1 or out_s.shape != shape or out_t.shape != shape:

@@ -29,7 +29,7 @@ class WSLD(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor, target: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K); target: int64 (B,). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError if the shapes do not fit.
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2 or target.shape != out_s.shape[:1]:
             raise ValueError(

@@ -28,7 +28,7 @@ class WTTM(nn.Module):
     def forward(self, out_s: Tensor, out_t: Tensor) -> Tensor:
         """out_s, out_t: logits (B, K). Returns a scalar.
 
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError if the shapes do not fit.
         """
         if out_s.shape != out_t.shape or out_s.dim() != 2:
             raise ValueError(

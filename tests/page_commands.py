@@ -55,7 +55,7 @@ def run(command: str, folder: Path) -> list[str]:
 
 
 def without_numbers(line: str) -> str:
-    """The words of a line: every number is one, and of spaces it matters only where they are."""
+    """The words of a line: every number is one, and of spaces it matters only if they are."""
     line = re.sub(r"\d[\d,]*(\.\d+)?(e[-+]\d+)?", "0", line)
     return " ".join(line.split())
 

@@ -253,7 +253,7 @@ def test_a_backbone_teaches_features(kind, tmp_path, capsys):
     train_kd.main(["--kd_mode", "at", *argv])
     out = capsys.readouterr().out
     assert "teacher test_top1" not in out
-    assert any(names(line, name, "logits", "alone") for line in out.splitlines())
+    assert any(names(line, name, "logits", "feature maps") for line in out.splitlines())
     with ends(capsys, name, "logits"):
         train_kd.main(["--kd_mode", "st", *argv, "--note", "st"])
     if kind == "Pooled":  # whose output is what others feed their classifier

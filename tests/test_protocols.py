@@ -168,6 +168,6 @@ def test_a_dry_run_of_reviewkd_s_imagenet(distil, capsys):
         "reviewkd: lambda_kd 1.0 (reviewkd-imagenet), lambda_ce 1.0, stages [-3, -2, -1], "
         "reduce mean, mid_channel 512 (reviewkd-imagenet), s_preact True (reviewkd-imagenet)",
         "phases: distil 100 epoch(s)",
-        "st: reviewkd-imagenet has no settings for it",
+        "protocol reviewkd-imagenet has no settings for st",
     ):
         assert line in out, line

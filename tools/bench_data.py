@@ -103,7 +103,7 @@ def data(args: argparse.Namespace, device: torch.device, precision: utils.Precis
 
 def throughput(batches, workers: int, count: int, device: torch.device) -> float:
     """Images a second of the first `count` batches, on the device, from the arrival of each
-    worker's first one on. Raises UserError where nothing is left to measure."""
+    worker's first one on. Raises UserError if nothing is left to measure."""
     skip, images, began = max(1, workers), 0, time.perf_counter()
     for i, (img, *_) in enumerate(itertools.islice(batches, count), 1):
         img.to(device, non_blocking=True)

@@ -141,7 +141,7 @@ def build(
     found: Weights, data, device, classes: tuple[str, ...] | None = None, flag: str = ""
 ) -> nn.Module:
     """The network with its weights as training evaluates it. classes: the lines of `--{flag}`.
-    Raises UserError where they do not fit."""
+    Raises UserError if they do not fit."""
     num_class, size = data.train.num_class, data.train.size
     found.outputs = match_classes(
         *(found, data.train.classes, data.name, size, ""),

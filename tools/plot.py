@@ -316,7 +316,7 @@ def attention(args: argparse.Namespace):
 
 
 def check_places(args: argparse.Namespace, count: int) -> None:
-    """Raise UserError where --images names one that is not there."""
+    """Raise UserError if --images names one that is not there."""
     for i in args.images:
         if i >= count:
             raise UserError(f"--images {i}: expected 0 to {count - 1}")

@@ -31,7 +31,7 @@ NUM_CLASS = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "ti
 
 @dataclass(frozen=True)
 class Table:
-    """protocol: None where its recipe is not there. teacher: the epoch of the teacher that teaches,
+    """protocol: None if its recipe is not there. teacher: the epoch of the teacher that teaches,
     'best' or 'last', as its authors have it, or 'library': its weights are those of its library.
     rows: what it consists of, (teacher, student, mode), where nothing is published; else they are
     those of published.csv. names: networks of published.csv that have another name here. budget:
@@ -200,7 +200,7 @@ def setting(args, table: Table) -> str:
 
 
 def same_images(home: Path, root: str | None) -> None:
-    """Raise UserError where the runs of a setting are of another imagenet than that in `root`."""
+    """Raise UserError if the runs of a setting are of another imagenet than that in `root`."""
     root, now = Path(root or "./datasets"), None
     for path in sorted(home.glob("**/args.json")):
         try:

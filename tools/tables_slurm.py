@@ -116,7 +116,7 @@ def _pair(job: Job) -> tuple[str, str]:
 
 
 def check(args) -> None:
-    """Raise UserError where the flags do not fit the launcher or no job can be submitted. Nothing
+    """Raise UserError if the flags do not fit the launcher or no job can be submitted. Nothing
     is written."""
     if args.launcher == "local":
         for flag in FLAGS:

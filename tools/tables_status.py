@@ -56,7 +56,7 @@ def remembered(runs: Path, table: str) -> dict[str, dict]:
 
 
 def queue(jobs: set[str]) -> dict[str, str] | None:
-    """SLURM's state of those jobs that have not ended; None where SLURM cannot be asked."""
+    """SLURM's state of those jobs that have not ended; None if SLURM cannot be asked."""
     if not jobs:
         return {}
     ids = ",".join(sorted({job.partition("_")[0] for job in jobs}))

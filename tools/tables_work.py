@@ -156,7 +156,7 @@ def end(entry: Process, fail, tell) -> list[Job]:
 
 
 def claim(job: Job):
-    """The file that a training prints into, locked for this process; None where another has just
+    """The file that a training prints into, locked for this process; None if another has just
     finished the training. Nothing is removed.
 
     The file is locked as long as the training lives, also where this process is killed, so of
@@ -201,7 +201,7 @@ def hold(job: Job):
 def launch(
     jobs: list[Job], files: list, slot: int, side_by_side: int, gpus: int
 ) -> subprocess.Popen:
-    """The process that trains the jobs and prints into the first file. Raises UserError where it
+    """The process that trains the jobs and prints into the first file. Raises UserError if it
     cannot be begun."""
     script, argv = jobs[0].script, jobs[0].argv
     if len(jobs) > 1:
@@ -241,7 +241,7 @@ def made_by(job: Job) -> str:
 
 
 def check_command(job: Job) -> None:
-    """Raise UserError where the run in the folder was made by another command than the job's."""
+    """Raise UserError if the run in the folder was made by another command than the job's."""
     made = made_by(job)
     if not made:
         return

@@ -251,7 +251,10 @@ def test_records_that_a_spreadsheet_saved(text, last, finished, tmp_path, capsys
     [
         ("", "column protocol, setting"),
         (f"{HEAD}\n{ROW}".replace("last,", ""), "column last not found"),
-        (f"{HEAD}\n{ROW}\n{ROW}".replace("70.5", "many"), "line 2: its last is 'many', expected a number"),
+        (
+            f"{HEAD}\n{ROW}\n{ROW}".replace("70.5", "many"),
+            "line 2: its last is 'many', expected a number",
+        ),
         (f"{HEAD}\n{ROW}".replace("70.5", "705"), "line 2: its last is 705"),
         (f"{HEAD}\n{ROW}".replace("70.5", "nan"), "line 2: its last is 'nan'"),
         (f"{HEAD}\n{ROW}".replace("70.5", ""), "line 2: its last is ''"),
