@@ -413,11 +413,7 @@ def parse(argv: list[str]):
     name = dict(type=cli.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
     add("--t_model", **file, help="the teacher's checkpoint")
     add("--t_name", **name)
-    add(
-        "--t_pretrained",
-        action="store_true",
-        help="use torchvision's detector, trained on COCO, as the teacher",
-    )
+    add("--t_pretrained", action="store_true", help="torchvision's detector, trained on COCO")
     add("--s_init", **file, help="initial weights of the student (default: random)")
     add("--s_name", **name)
     add(
@@ -446,24 +442,14 @@ def parse(argv: list[str]):
         help="folder with train2017, val2017 and annotations",
     )
     size = cli.number(int, *SIDE)
-    add(
-        "--min_size",
-        type=cli.comma(size),
-        metavar="N[,N]",
-        help="size of the shorter side; one of several is drawn",
-    )
+    add("--min_size", type=cli.comma(size), metavar="N[,N]", help="shorter side; one is drawn")
     add("--max_size", type=size, metavar="N", help="maximum size of the longer side")
     add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help="size of the smallest anchor")
     add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions per image (default 512)")
     add = parser.add_argument_group("training").add_argument
     count = dict(type=cli.number(int, 1), metavar="N")
     add("--iters", **count, help="steps; the schedule scales with them (default 180000)")
-    add(
-        "--milestones",
-        type=cli.comma(count["type"]),
-        metavar="I,I",
-        help="learning rate is multiplied by 0.1 after these steps",
-    )
+    add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help="--lr x 0.1 after these")
     add("--warmup", type=cli.number(int, 0), metavar="N", help="steps of learning rate warm-up")
     add("--eval_every", **count, help="steps between evaluations (default: --iters / 10)")
     cli.add_optimizer_flags(add)
@@ -471,9 +457,7 @@ def parse(argv: list[str]):
     cli.add_run_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
     if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
-        raise UserError(
-            f"--lambda_kd: expected {len(parts)} weight(s), one for each part of {mode}"
-        )
+        raise UserError(f"--lambda_kd: expected {len(parts)} weight(s), one per part of {mode}")
     if not parts and (args.t_model or args.t_name or args.t_pretrained):
         raise UserError("--kd_mode none has no teacher; leave it out, or choose another mode")
     flags = {p: {flag: getattr(args, flag) for flag in row.flags} for p, row in parts.items()}
