@@ -50,7 +50,7 @@ def test_the_same_training_without_a_teacher(teacher, tmp_path, passes, capsys):
     train_kd.main(command("dkd", teacher, tmp_path, "filled", *cache))
     assert [x.passes for x in passes] == [22, 0]
     # 1297 images, 162 views, 10 classes in float32 or bfloat16; 2 epochs
-    assert "1.2 % of the views are there" in capsys.readouterr().out
+    assert "1.2 % of the views are filled" in capsys.readouterr().out
     assert_same(result(tmp_path / "filling"), result(tmp_path / "filled"))
     plain, cached = (read_metrics(tmp_path / x) for x in ("plain", "filled"))
     assert plain[0] == cached[0]  # nothing was there: whole batches
