@@ -72,20 +72,38 @@ def agree(shown: list[str], printed: list[str]) -> bool:
     return re.fullmatch("(?:.*\n)*".join(pattern), "\n".join([*printed, ""])) is not None
 
 
+def fill(shown: list[str], printed: list[str]) -> list[str]:
+    """The shown lines as they were printed this time: their numbers are this run's."""
+    if not agree(shown, printed):
+        return printed
+    found, at = [], 0
+    for k, line in enumerate(shown):
+        if line.strip() == "...":
+            found.append(line)
+            rest = shown[k + 1 :]
+            if "..." not in [x.strip() for x in rest]:
+                at = len(printed) - len(rest)  # what follows the last dots is the end
+        else:
+            while without_numbers(printed[at]) != without_numbers(line):
+                at += 1
+            found.append(printed[at])
+            at += 1
+    return found
+
+
 def main(path: Path) -> None:
     """Write the page with the output that its commands print now, but where `...` says less."""
     text = path.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         workplace(Path(folder))
         for command, shown in blocks(text):
-            printed = run(command, Path(folder))
-            if not agree(shown, printed):
-                old, new = (
-                    "\n".join([PROMPT + command, *("    " + x for x in lines)])
-                    for lines in (shown, printed)
-                )
-                assert text.count(old) == 1, f"{command}: not found as one line"
-                text = text.replace(old, new)
+            lines = fill(shown, run(command, Path(folder)))
+            old, new = (
+                "\n".join([PROMPT + command, *("    " + x for x in part)])
+                for part in (shown, lines)
+            )
+            assert text.count(old) == 1, f"{command}: not found as one line"
+            text = text.replace(old, new)
     path.write_text(text, encoding="utf-8")
 
 

@@ -78,6 +78,12 @@ def test_what_agrees():
     assert not page_commands.agree(["...", "c 2"], printed)
 
 
+def test_the_numbers_of_this_run_are_filled_in():
+    shown, printed = ["a 0", "...", "last 0"], ["a 3", "b 4", "last 5", "last 6"]
+    assert page_commands.fill(shown, printed) == ["a 3", "...", "last 6"]
+    assert page_commands.fill(["-"], printed) == printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHOWN, ids=name)
 def test_shown_output_is_what_is_printed(page, tmp_path):
