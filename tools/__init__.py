@@ -1,1 +1,1 @@
-"""Scripts that are run as they are, `python tools/NAME.py`, and what they share."""
+"""Scripts, run as `python tools/NAME.py`, and their shared code."""

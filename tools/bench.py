@@ -1,18 +1,18 @@
-"""What a method costs: its training step, its loss, data loading, and what an
-epoch is besides its steps.
+"""Measure the cost of each method: training step, loss, data loading, and the rest of an epoch.
 
-    python tools/bench.py step                            # every method's step over a bare one
+    python tools/bench.py step                            # each method's step / a bare step
     python tools/bench.py step --modes at,crd --json step.json
-    python tools/bench.py step --profile crd              # where that step spends its time
-    python tools/bench.py loss --size imagenet            # time and memory of every loss alone
+    python tools/bench.py step --profile crd              # the slowest operators of that step
+    python tools/bench.py loss --size imagenet            # only the losses: time and memory
     python tools/bench.py loss --modes crd --crd_paths    # crd: gathered rows, whole bank
-    python tools/bench.py data --workers 2                # loaders, ours against plain ones
-    python tools/bench.py together                        # K students in one process over K alone
+    python tools/bench.py data --workers 2                # our data loaders / plain DataLoaders
+    python tools/bench.py together                        # K students in one process / K processes
     python tools/bench.py cache --modes st,dkd            # steps that read the teacher from a cache
     python tools/bench.py epoch                           # loader, evaluation, files of an epoch
 
-A Markdown table on stdout, what it means below it; --json FILE writes the same figures ('-': to
-stdout, the table to stderr). What is compared takes turns in one process, on the same machine.
+Prints a Markdown table and explains its columns below it. --json FILE also writes the figures as
+JSON ('-': JSON to stdout, table to stderr). Compared variants alternate in one process, on the
+same machine.
 """
 
 import argparse
@@ -29,12 +29,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages, read at the import
+# hides the profiler's messages; the profiler reads this variable when torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402  before torch: how its threads wait
+import utils  # noqa: E402  before torch: it sets how torch's threads wait
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
@@ -44,7 +45,7 @@ from engine import cli, console, stream  # noqa: E402
 from engine.run import Run  # noqa: E402
 from kd_losses import METHODS  # noqa: E402
 from tools.bench_data import data, data_flags  # noqa: E402
-from tools.bench_flags import add_networks, some  # noqa: E402
+from tools.bench_flags import MODES_HELP, add_networks, some  # noqa: E402
 from tools.bench_loss import loss, loss_flags  # noqa: E402
 from tools.bench_meter import seconds, spread, take_turns  # noqa: E402
 from tools.bench_together import CACHE, TOGETHER, cache, together, together_flags  # noqa: E402
@@ -60,7 +61,7 @@ from tools.bench_steps import (  # noqa: E402
 )
 from utils import UserError  # noqa: E402
 
-BUDGET = {  # of a step, as a multiple of the bare one
+BUDGET = {  # largest time of a step, as a multiple of the bare step
     mode: limit
     for limit, modes in {
         1.10: "logits st dkd pkt cc fitnet",
@@ -69,13 +70,13 @@ BUDGET = {  # of a step, as a multiple of the bare one
         1.35: "vid ft ofd srrl simkd ickd catkd wkd_f sdd mgd semckd ofa",
         1.7: "reviewkd",
         2.0: "lwm crd",
-        2.2: "dml mlkd crld",  # the latter forward two views
+        2.2: "dml mlkd crld",  # mlkd and crld: forward passes of two views
         3.0: "bss kdsvd wkd_l",
         7.0: "sobolev",
     }.items()
     for mode in modes.split()
 }
-SPARE = 0.05  # of a budget, to be sure of it
+SPARE = 0.05  # "yes" needs a ratio this far below its budget; closer is "just"
 
 
 # --- bench.py step --------------------------------------------------------------------------------
@@ -85,13 +86,13 @@ def step_flags(parser: cli.Parser) -> None:
     """The flags of `step`."""
     add = parser.add_argument
     everything = (BASE, *METHODS)
-    add("--modes", type=some(everything), default=everything, metavar="M,M", help="(default all)")
-    add("--profile", metavar="MODE", help="print the operators in that method's step instead")
+    add("--modes", type=some(everything), default=everything, metavar="M,M", help=MODES_HELP)
+    add("--profile", metavar="MODE", help="print the slowest operators in the step of this method")
     add_networks(parser)
 
 
 def step(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
-    """Yield a row for each mode: its step against the bare one, in turns."""
+    """Yield a row for each mode: its step and the bare step, measured alternately."""
     images = random_images(args.samples, args.num_class)
     nets = pair(args, images)
     bare = {
@@ -104,7 +105,7 @@ def step(args: argparse.Namespace, device: torch.device, precision: utils.Precis
 
 
 def step_row(mode: str, phase: str, bare: list[float], own: list[float], batch_size: int) -> dict:
-    """The row of `mode` from the seconds of the bare step and of its own, round by round."""
+    """The row of `mode`. bare, own: seconds of the bare step and of its step, per round."""
     ratios = [b / a for a, b in zip(bare, own)]
     ratio, budget = median(ratios), BUDGET.get(mode)
     return dict(
@@ -120,14 +121,14 @@ def step_row(mode: str, phase: str, bare: list[float], own: list[float], batch_s
 
 
 def verdict(ratio: float, budget: float | None) -> str | None:
-    """Whether a budget is met: 'yes' with SPARE to spare, 'just', or 'no'."""
+    """Whether a budget is met: 'yes' if `ratio` is at least SPARE below it, 'just', or 'no'."""
     if budget is None:
         return None
     return "yes" if ratio <= budget - SPARE else "just" if ratio <= budget else "no"
 
 
 def operators(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
-    """Yield the operators of a mode's step that take the most time, their callees left out."""
+    """Yield the slowest operators of a mode's step; their time excludes called operators."""
     images = random_images(args.samples, args.num_class)
     call, _ = full_step(args.profile, args, device, precision, images, *pair(args, images))
     steps, cuda = args.steps, device.type == "cuda"
@@ -139,7 +140,7 @@ def operators(args: argparse.Namespace, device: torch.device, precision: utils.P
     found = [
         (getattr(event, own), event)
         for event in profiler.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CPU  # not a GPU's kernels once more
+        if event.device_type == torch.autograd.DeviceType.CPU  # GPU kernels would count twice
     ]
     total = sum(own_us for own_us, _ in found)
     for own_us, event in sorted(found, key=lambda x: -x[0])[:20]:
@@ -157,7 +158,7 @@ def operators(args: argparse.Namespace, device: torch.device, precision: utils.P
 
 
 def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
-    """Yield a row for each of what surrounds the steps: loader, evaluation, files."""
+    """Yield a row for each part of an epoch apart from its steps: loader, evaluation, files."""
     images = random_images(args.samples, args.num_class)
     nets, rounds = pair(args, images), args.rounds
     steps = [
@@ -165,13 +166,13 @@ def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Preci
     ]
     one, loaded = take_turns(steps, rounds, args.steps, device)
     shares = [100 * (b / a - 1) for a, b in zip(one, loaded)]
-    yield share_row("loader, of a step on one batch", loaded, one, shares, "at most 3")
+    yield share_row("loader, extra time of a step", loaded, one, shares, "at most 3")
 
-    test = random_images(max(8, args.samples // 5), args.num_class)  # as CIFAR has them
+    test = random_images(max(8, args.samples // 5), args.num_class)  # as many as CIFAR has
     evaluations = evaluation(copy.deepcopy(nets[0]), test, device, precision)
     bare, own = take_turns(evaluations, rounds, 1, device)
     shares = [100 * a / b for a, b in zip(bare, own)]
-    yield share_row("evaluation, rate of bare inference", own, bare, shares, "at least 90")
+    yield share_row("evaluation, speed of bare inference", own, bare, shares, "at least 90")
 
     call, _ = full_step("st", args, device, precision, images, *nets)
     count = len(dataset.batch_bounds(args.samples, args.batch_size))
@@ -180,11 +181,11 @@ def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Preci
         step_s, files = take_turns(calls, rounds, args.steps, device)
     whole = [count * a + b + median(own) for a, b in zip(step_s, files)]
     shares = [100 * b / a for a, b in zip(whole, files)]
-    yield share_row("log, CSV, checkpoints, of an epoch", files, whole, shares, "at most 2")
+    yield share_row("log, CSV, checkpoints, share of an epoch", files, whole, shares, "at most 2")
 
 
 def share_row(what: str, own: list[float], other: list[float], shares: list, budget: str) -> dict:
-    """A row from seconds and percentages round by round."""
+    """A row. own, other: seconds per round; shares: percent per round."""
     share, limit = median(shares), float(budget.split()[-1])
     met = share >= limit if "least" in budget else share <= limit
     return dict(
@@ -200,8 +201,8 @@ def share_row(what: str, own: list[float], other: list[float], shares: list, bud
 def evaluation(
     net: nn.Module, test: dataset.Images, device: torch.device, precision: utils.Precision
 ) -> list:
-    """Two functions that run all of `test`: the network alone on batches that lie ready, and
-    utils.evaluate, meter and accuracies included."""
+    """Two functions that run all of `test`: only the network, on prepared batches; and
+    utils.evaluate, with meter and accuracies."""
     net.to(device, memory_format=torch.channels_last).eval()
     test, sizes = test.to(device), set()
     hook = net.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
@@ -219,8 +220,8 @@ def evaluation(
 
 
 def writing(args, device, precision, images, nets, root: str, steps: int):
-    """A function that writes what a late epoch of `steps` does: log lines, CSV files and both
-    checkpoints, each epoch being the best. The optimizer's state is that after a step."""
+    """A function that writes the files of a late epoch with `steps` steps: log lines, CSV files and
+    both checkpoints, since each epoch is the best one. The optimizer has taken one step."""
     flags = flags_of("st")
     run = Run(argparse.Namespace(**vars(flags) | dict(save_root=root)), "run", ["bench.py"])
     run.start(utils.describe_device(device, precision), {})
@@ -281,7 +282,7 @@ LOSS = dict(
     faster=("times faster", ".1f"),
     difference=("difference", ".1e"),
     memory_mb=("memory MB", ".2f"),
-    state_mb=("of it state", ".2f"),
+    state_mb=("state MB", ".2f"),
     inputs_mb=("inputs MB", ".2f"),
     multiple=("times the inputs", ".2f"),
     budget=("budget", ""),
@@ -298,12 +299,12 @@ DATA = dict(
     ratio_max=("max", ".2f"),
     met=("met", ""),
     step_ms=("step ms", ".1f"),
-    share=("share of it %", ".2f"),
+    share=("share of step %", ".2f"),
 )
 EPOCH = dict(
     what=("what", ""),
     own_ms=("ms", ".1f"),
-    other_ms=("ms of the other", ".1f"),
+    other_ms=("reference ms", ".1f"),
     share=("%", ".2f"),
     share_min=("min", ".2f"),
     share_max=("max", ".2f"),
@@ -312,52 +313,53 @@ EPOCH = dict(
 )
 NOTES = dict(
     step=(
-        "bare: student forward, backward and SGD step and the teacher's forward, cross-entropy, "
-        "one batch, no hooks, no loader; for train_base the student alone",
-        "step: as train_kd.py takes it, loader and meter included; ratio: a round's step over its "
-        "bare step, the median of the rounds",
-        f"met: 'yes' with {SPARE} to spare, 'just' without",
-        "the method's weight is that of the middle of the phase; the learning rate is 0, so that "
-        "networks stay as they are; bss: all images that it may attack, for all its steps; wkd_l: "
-        "without its look at all the images, its costs 0: that changes the values, not the work",
+        "bare: the student's forward, backward and SGD step with cross-entropy, and the teacher's "
+        "forward; one batch, no hooks, no loader; train_base: without the teacher",
+        "step: the step of train_kd.py with loader and meter; ratio: step / bare step of the same "
+        "round, median over rounds",
+        f"met: 'yes' if the ratio is at least {SPARE} below the budget, 'just' if it is closer",
+        "the loss weight is that in the middle of the phase; the learning rate is 0, so the "
+        "networks do not change; bss: attacks as many images as it may, with all attack steps; "
+        "wkd_l: without its pass over all training images, its costs are 0, which changes the "
+        "values, not the work",
     ),
-    profile=("self: an operator's own time, without that of the operators it calls",),
+    profile=("self: time of the operator, without the operators that it calls",),
     loss=(
-        "float32, forward and backward, on random features; times faster, difference: of the "
-        "broadcast version at its own batch, which is smaller where it would not fit; wkd_l's "
-        "costs are 0",
-        "CPU ms, of --crd_paths: the processor's time of all threads, where other work takes its "
-        "turn",
-        "memory: peak of torch's allocator above the inputs, gradients of inputs and parameters "
-        "included, and what the method holds all the time (state: parameters, banks)",
-        "budget: an adapter's layers count as a network of the method's own; crd: its banks and "
-        "labels twice and five float32 matrices (batch, samples)",
+        "float32, forward and backward, on random features; times faster, difference: compared "
+        "with the broadcast version at its batch size ('at batch'), which is smaller if the "
+        "version would not fit into memory; wkd_l's costs are 0",
+        "CPU ms (only with --crd_paths): CPU time of all threads, less affected by other programs",
+        "memory: peak of torch's allocator above the inputs, with the gradients of inputs and "
+        "parameters, plus the state (parameters and banks, which the method keeps)",
+        "budget: layers of an adapter count as layers of the method; crd: 2 x banks and labels, "
+        "and 5 float32 matrices (batch, samples)",
     ),
     data=(
-        "plain: torchvision's own dataset and transforms, of PIL's images one by one, normalised "
-        "by the workers",
-        "times plain: ours over the plain one's images a second, round by round, the median; met: "
-        "at least 1",
-        "share: of the student's bare step, resnet20",
+        "plain: torchvision's dataset and transforms on PIL images one by one, normalised by the "
+        "workers",
+        "times plain: images/s of our loader / images/s of the plain loader in the same round, "
+        "median over rounds; met: at least 1",
+        "share: time per batch / bare step of the student, resnet20",
     ),
     together=(
-        "alone: the sum of the steps of as many processes, one after another, loader included; "
-        "ratio: a round's step together over it, the median",
-        "p: the time of the teacher's forward pass over the mean step alone; bound: "
-        "(p + K (1 - p)) / K of K students",
+        "alone: sum of the steps of K separate processes, one after another, with loader; ratio: "
+        "step together / alone in the same round, median over rounds",
+        "p: time of the teacher's forward pass / mean step alone; bound for K students: "
+        "(p + K (1 - p)) / K",
     ),
     cache=(
-        "times are over the student's own training step without a teacher, round by round, the "
-        "median",
-        "difference: between logits computed in batches of 5 and of the whole batch, over the "
-        "largest",
+        "times are relative to the student's training step without a teacher in the same round, "
+        "median over rounds",
+        "difference: largest difference between logits computed in batches of 5 and in whole "
+        "batches, relative to the largest logit",
     ),
     epoch=(
-        "loader: what a step of train_base costs more than the same on one batch",
-        "evaluation: of a fifth as many images, over the network's eval mode under inference_mode "
-        "on batches of the same size that lie ready",
-        "files: of the last of 200 epochs, the best so far, over an epoch: --samples images at the "
-        "measured step of st, the evaluation and the files themselves",
+        "loader: extra time of a train_base step with the loader, compared with a step on one "
+        "fixed batch",
+        "evaluation: of one fifth as many images, compared with forward passes in eval mode under "
+        "inference_mode on prepared batches of the same size",
+        "files: written after the last of 200 epochs, which is the best one, as a share of an "
+        "epoch: --samples images at the measured step of st, the evaluation and these files",
     ),
 )
 COMMANDS = dict(
@@ -389,7 +391,7 @@ def short(row: dict) -> dict:
 
 
 def about(device: torch.device, precision: utils.Precision) -> dict:
-    """The machine as it is before the run."""
+    """Machine, versions and load, as they are before the run."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return dict(
         machine=utils.describe_device(device, precision),
@@ -429,10 +431,11 @@ def main(argv: list[str] | None = None) -> dict:
     path = Path(args.json or "-")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(
-            f"--json {path} cannot be written: it is a folder, or its folder does not exist"
+            f"--json {path} cannot be written: it is a folder, or its folder does not exist; "
+            "give another file"
         )
     if args.profile and args.profile != BASE:
-        # an unknown mode is an error at once
+        # raises UserError for an unknown mode before anything is measured
         settings_of(args.profile, args.num_class, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -444,7 +447,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.profile:
         run, columns = operators, OPERATORS
     out = sys.stderr if args.json == "-" else sys.stdout
-    silent = ("command", "modes", "cuda", "amp", "threads", "json")  # or said otherwise
+    silent = ("command", "modes", "cuda", "amp", "threads", "json")  # not printed, or elsewhere
     flags = {k: v for k, v in vars(args).items() if k not in silent and v}
     result = dict(command=" ".join(["bench.py", *argv]), **about(device, precision), flags=flags)
     lines = [f"bench.py {args.command}: {utils.describe_device(device, precision)}"]
@@ -452,7 +455,7 @@ def main(argv: list[str] | None = None) -> dict:
     lines += [", ".join(f"{key} {value}" for key, value in flags.items())]
     load = result["load_average"]
     if load is not None:
-        busy = ": something else ran in the last minute, which spoils the times"
+        busy = ": other programs ran in the last minute, so the times are not reliable"
         lines += [f"load average before the run {load:.2f}{busy if load > 0.5 else ''}"]
     print(*lines, "", *head(columns), sep="\n", file=out)
     result["rows"] = []

@@ -1,4 +1,4 @@
-"""`bench.py data`: the images' way to the device, ours next to plain loaders."""
+"""`bench.py data`: our data loaders next to plain DataLoaders, up to images on the device."""
 
 import argparse
 import itertools
@@ -27,12 +27,12 @@ def data_flags(parser: cli.Parser) -> None:
     """The flags of `data`."""
     add_numbers(
         parser,
-        batch_size=(2, 128, ""),
-        samples=(2, 50_000, "of 32 pixels "),
-        images=(2, 1024, "JPEG files "),
-        img_size=(97, 224, ""),
-        batches=(2, 40, "of each epoch "),
-        workers=(0, 2, "reading processes "),
+        batch_size=(2, 128, "batch size "),
+        samples=(2, 50_000, "number of images of 32x32 pixels "),
+        images=(2, 1024, "number of JPEG files "),
+        img_size=(97, 224, "image size of the larger images: NxN pixels "),
+        batches=(2, 40, "batches per epoch "),
+        workers=(0, 2, "worker processes that read images "),
     )
     parser.set_defaults(student="resnet20", teacher="resnet20", num_class=100)
     add_rounds(parser)
@@ -40,7 +40,7 @@ def data_flags(parser: cli.Parser) -> None:
 
 
 def data(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
-    """Yield two rows for each way in which images come: ours and a plain DataLoader, in turns."""
+    """Yield two rows for each kind of data: our loader and a plain DataLoader, run alternately."""
     images = random_images(args.samples, args.num_class)
     bare = bare_step(args, device, precision, images, *pair(args, images), alone=True)
     step_s = median(take_turns([bare], args.rounds, 5, device)[0])
@@ -51,7 +51,7 @@ def data(args: argparse.Namespace, device: torch.device, precision: utils.Precis
         folder = stream.load(
             "imagefolder", root, published.IMAGENET, args.img_size, workers=args.workers
         )
-        turns = (  # name, images and processes of ours; name and images of the plain loader
+        turns = (  # our loader: name, images, processes; the plain loader: name, images
             ("resident", resident, 0, "plain DataLoader", InMemory(images)),
             (
                 "resident, 32 enlarged, AutoAugment",
@@ -102,8 +102,8 @@ def data(args: argparse.Namespace, device: torch.device, precision: utils.Precis
 
 
 def throughput(batches, workers: int, count: int, device: torch.device) -> float:
-    """Images a second of the first `count` batches, on the device, from the arrival of each
-    worker's first one on. Raises UserError if nothing is left to measure."""
+    """Images per second of the first `count` batches, on the device. The first batch of each
+    worker is warm-up and not counted. Raises UserError if no batches are left to measure."""
     skip, images, began = max(1, workers), 0, time.perf_counter()
     for i, (img, *_) in enumerate(itertools.islice(batches, count), 1):
         img.to(device, non_blocking=True)
@@ -117,16 +117,17 @@ def throughput(batches, workers: int, count: int, device: torch.device) -> float
             spent = now - began
     if not images:
         raise UserError(
-            f"{skip} batch(es) warm the loader up, and no batches are left; give more --images N"
+            f"--images: too few, the first {skip} batch(es) are warm-up and no others are left; "
+            "give a larger N"
         )
     return images / spent
 
 
 def write_jpegs(root: Path, count: int) -> float:
-    """Write `count` pictures of 500x375 pixels into root/train and two into root/test. Returns the
-    kilobytes of one, on average.
+    """Write `count` images of 500x375 pixels into root/train and two into root/test. Returns the
+    mean size of a file in kilobytes.
 
-    Soft patches and some noise: their files are as large as those of photographs.
+    The images are soft patches with noise, so the files are as large as those of photographs.
     """
     from PIL import Image
 
@@ -146,12 +147,12 @@ def write_jpegs(root: Path, count: int) -> float:
 
 
 def shorter_side(args: argparse.Namespace) -> int:
-    """That to which the test images are resized, as ImageNet's: 256 for crops of 224."""
+    """Shorter side of the resized test images, as usual for ImageNet: 256 for crops of 224."""
     return round(args.img_size * 256 / 224)
 
 
 def in_shards(root: str, side: int | None, args: argparse.Namespace) -> dataset.Files:
-    """The training images in the folder `root`, packed by tools/pack.py."""
+    """The training images of the folder `root`, packed into a shard by tools/pack.py."""
     out = f"{root}/shards{side or ''}"
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
         pack.main([root, out, *(["--max_side", str(side)] if side else [])])
@@ -160,7 +161,7 @@ def in_shards(root: str, side: int | None, args: argparse.Namespace) -> dataset.
 
 
 class InMemory(torch.utils.data.Dataset):
-    """Small images one by one through PIL, as torchvision's CIFAR does it."""
+    """Small images, transformed one by one with PIL, as torchvision's CIFAR does."""
 
     def __init__(self, images: dataset.Images):
         from torchvision import transforms
@@ -187,7 +188,7 @@ class InMemory(torch.utils.data.Dataset):
 
 
 def on_disk(root: str, size: int):
-    """torchvision's own folder of images, with ImageNet's usual augmentation."""
+    """torchvision's ImageFolder with the usual ImageNet augmentation."""
     from torchvision import datasets, transforms
 
     steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]

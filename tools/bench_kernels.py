@@ -1,6 +1,6 @@
-"""Count what the host launches in a training step, for every method: kernels and library calls of
-the plain step, and of the step as a CUDA graph. Counted under a stand-in for the CUDA runtime that
-runs no kernel, so no GPU is needed: FAKE_CUDA names its start script.
+"""Count the kernels and library calls that the host launches in a training step, for every method:
+in the plain step, and in the step as a CUDA graph. No GPU is needed: a stand-in for the CUDA
+runtime counts kernels and does not run them. FAKE_CUDA names its start script.
 
     FAKE_CUDA=path/to/run python tools/bench_kernels.py
     FAKE_CUDA=path/to/run python tools/bench_kernels.py at dkd
@@ -30,21 +30,21 @@ PAIR = argparse.Namespace(student="resnet8", teacher="resnet14", num_class=10, b
 
 
 def counts() -> dict[str, int]:
-    """The stand-in's counters."""
+    """{name: value} of the stand-in's counters."""
     library = ctypes.CDLL(None)
     library.fake_count.restype = ctypes.c_long
     return {name: library.fake_count(i) for i, name in enumerate(COUNTERS)}
 
 
 def decide() -> None:
-    """Answer what the values of a tensor would, as kernels write none here: eigenvectors are found,
-    all of bss's images are attacked, and none gets away."""
+    """Replace decisions that read values of tensors, since no kernel writes values here:
+    eigenvectors are always found, and bss attacks all its images for all its steps."""
     eigh, any_of = torch.linalg.eigh, torch.Tensor.any
 
     def found(x):
         try:
             return eigh(x)
-        except RuntimeError:  # its answer holds whatever the memory held
+        except RuntimeError:  # the result has arbitrary values
             return x[..., 0], x
 
     def some(x, *args, **kwargs):
@@ -61,8 +61,8 @@ def decide() -> None:
 
 
 def count(mode: str, captured: bool) -> int:
-    """Kernels and library calls of a step of `mode`; captured: those outside the graph, copies
-    into its inputs included, and its replay."""
+    """Number of kernels and library calls in a step of `mode`. captured: of the step as a CUDA
+    graph: its replay, copies into its inputs, and calls outside the graph."""
     import train_base
     import train_kd
     import utils
@@ -85,7 +85,8 @@ def count(mode: str, captured: bool) -> int:
 
 
 def table(rows: dict[str, tuple]) -> str:
-    """rows: {mode: (before, plain, captured)}, None for what there is not."""
+    """The Markdown table and a line of medians. rows: {mode: (before, plain, captured)}; None: not
+    counted."""
     lines = ["| mode | before | plain | captured |", "| --- | --- | --- | --- |"]
     for mode, row in rows.items():
         lines.append(f"| `{mode}` | " + " | ".join("" if x is None else str(x) for x in row) + " |")
@@ -94,7 +95,7 @@ def table(rows: dict[str, tuple]) -> str:
     default = statistics.median(row[1] if row[2] is None else row[2] for row in methods)
     return "\n".join(lines) + (
         f"\n\nMedians of the methods: before {before:g}, plain {plain:g} ({plain / before:.2f} of "
-        f"before), by default (captured where the method can be) {default:g} "
+        f"before), by default (captured if the method can be captured) {default:g} "
         f"({default / before:.2f}).\n"
     )
 
@@ -104,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("modes", nargs="*", metavar="MODE", help="methods (default: all)")
     args = parser.parse_args(argv)
     if not hasattr(ctypes.CDLL(None), "fake_count"):
-        start = os.environ.get("FAKE_CUDA") or parser.error("FAKE_CUDA: not set")
+        start = os.environ.get("FAKE_CUDA") or parser.error(
+            "FAKE_CUDA is not set; set it to the start script of the stand-in for CUDA"
+        )
         sys.exit(subprocess.call([start, sys.executable, __file__, *args.modes]))
     from kd_losses import METHODS
 

@@ -1,4 +1,4 @@
-"""`bench.py loss`: time and memory of every loss alone, between random features."""
+"""`bench.py loss`: time and memory of every loss without networks, on random features."""
 
 import argparse
 import copy
@@ -19,7 +19,7 @@ from engine.adapter import align
 from engine.checkpoint import Weights
 from engine.distiller import Batch, Criterion
 from kd_losses import METHODS, crd
-from tools.bench_flags import add_rounds, some
+from tools.bench_flags import MODES_HELP, add_rounds, some
 from tools.bench_meter import peak_bytes, quick_or_slow
 from tools.bench_steps import longest, settings_of
 from tools.plain_losses import BROADCAST
@@ -32,29 +32,31 @@ PAIRS = dict(  # teacher, student, batch
 SIZES = dict(
     cifar=(32, 100, 50_000), imagenet=(224, 1000, 200_000)
 )  # pixels, classes, crd's samples
-READS = dict(  # what a comparison reads of student and teacher, if not all that it needs
+READS = dict(  # features of student and teacher that a loss is fed, if fewer than its inputs
     reviewkd=(("stages", "feat"), ("preacts", "feat")),
     srrl=(("last",), ("feat", "out")),
     catkd=(("last",), ("last",)),
     sdd=(("last",), ("last",)),
     ofa=(("stages", "out"), ("out",)),
 )
-HEADS = "srrl catkd sdd".split()  # read classifiers too
+HEADS = "srrl catkd sdd".split()  # also read the classifiers
 MAPS = {"stem", "stages", "preacts", "last"}
-FIT = 1.1e9  # bytes: a broadcast version whose largest tensor would be larger gets fewer samples
+FIT = 1.1e9  # bytes: if a tensor of a broadcast version would be larger, it gets fewer samples
 MB = 1e6
 VECTORS, BARE_MAPS, NET_MAPS = 64 * MB, 2, 6  # budgets: bytes, multiples of the inputs
-PATHS = {"rows gathered": 0, "whole bank": math.inf}  # crd's ways to its scores: what GATHER says
+PATHS = {"rows gathered": 0, "whole bank": math.inf}  # values of crd.GATHER for its two ways
 
 
 def loss_flags(parser: cli.Parser) -> None:
     """The flags of `loss`."""
     add = parser.add_argument
-    add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help="(default all)")
-    add("--size", choices=PAIRS, default="cifar", help="whose feature maps (default cifar)")
-    add("--student", metavar="NAME", help="feature shapes of another pair of networks")
-    add("--teacher", metavar="NAME", help="the same")
-    add("--batch_size", type=cli.number(int, 3), metavar="N", help="(default: the size's)")
+    add("--modes", type=some(METHODS), default=tuple(METHODS), metavar="M,M", help=MODES_HELP)
+    size = "pairs of networks and image size that give the feature shapes (default cifar)"
+    add("--size", choices=PAIRS, default="cifar", help=size)
+    add("--student", metavar="NAME", help="student of another pair of networks; needs --teacher")
+    add("--teacher", metavar="NAME", help="teacher of that pair; needs --student")
+    batch = "batch size (default: 128 or 64, by the pair)"
+    add("--batch_size", type=cli.number(int, 3), metavar="N", help=batch)
     add(
         "--n_data",
         type=cli.number(int, 4),
@@ -65,32 +67,33 @@ def loss_flags(parser: cli.Parser) -> None:
         "--layout",
         choices=("channels_last", "contiguous"),
         default="channels_last",
-        help="of the maps (default channels_last, as training has them)",
+        help="memory layout of the feature maps (default channels_last, as in training)",
     )
     add(
         "--crd_paths",
         action="store_true",
-        help="measure crd with gathered rows of the banks and with whole banks, in turns",
+        help="measure crd twice, alternately: with gathered rows of the banks and with whole banks",
     )
-    add("--memory", action="store_true", help="only memory, no times")
+    add("--memory", action="store_true", help="measure only memory, no times")
     add_rounds(parser)
     parser.set_defaults(amp="off")
 
 
 def loss(args: argparse.Namespace, device: torch.device, precision: utils.Precision):
-    """Yield a row for each mode and pair of networks: its loss alone, forward and backward."""
+    """Yield a row for each mode and pair of networks: forward and backward of only the loss."""
     size, num_class, n_data = SIZES[args.size]
     pairs = PAIRS[args.size]
     if args.student or args.teacher:
         if not (args.student and args.teacher):
-            raise UserError("--student and --teacher go together")
+            given, other = ("student", "teacher") if args.student else ("teacher", "student")
+            raise UserError(f"--{given} {getattr(args, given)}: needs --{other} NAME too")
         pairs = [(args.teacher, args.student, pairs[0][2])]
     for teacher, student, batch_size in pairs:
         nets = [Weights(x).build(num_class, 0, size).eval() for x in (student, teacher)]
         for mode in args.modes:
             how = args.batch_size or batch_size, 0 if args.memory else args.rounds, device
             bench = Loss(mode, nets, size, num_class, args.n_data or n_data, args.layout, how[0])
-            # a name's last part tells torchvision's networks apart
+            # names without the library: torchvision/resnet50 is shown as resnet50
             names = " -> ".join(x.split("/")[-1] for x in (teacher, student))
             if mode == "crd" and args.crd_paths:
                 measured = {f"crd, {path}": found for path, found in bench.paths(*how).items()}
@@ -101,7 +104,7 @@ def loss(args: argparse.Namespace, device: torch.device, precision: utils.Precis
 
 
 class Loss:
-    """One mode between random features of the networks' shapes."""
+    """The loss of one mode, on random features with the shapes of the networks' features."""
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class Loss:
                 module.train().requires_grad_(True)
 
     def features(self, batch_size: int, device: torch.device):
-        """Random features of both networks and a batch of the training set."""
+        """(student's, teacher's) random features and a random batch of the training set."""
         generator = torch.Generator().manual_seed(1)
         learn = (True, "teacher" in self.phase.trainable)
         both = []
@@ -178,8 +181,7 @@ class Loss:
         return [x for value in values for x in ([value] if torch.is_tensor(value) else value)]
 
     def broadcast(self) -> Criterion:
-        """The same criterion with the straightforward version of its loss in the place of its
-        own."""
+        """The same criterion with the broadcast version of its loss."""
         f, criterion = BROADCAST[self.mode][0], copy.deepcopy(self.criterion)
         many = isinstance(criterion.loss, nn.ModuleList)
         criterion.loss = (
@@ -188,7 +190,7 @@ class Loss:
         return criterion
 
     def call(self, criterion: Criterion, s, t, batch):
-        """A function that computes loss and gradients afresh and returns the loss."""
+        """A function that computes the loss and new gradients, and returns the loss."""
         heads = [p for x in (s, t) if x.net is not None for p in x.net.parameters()]
         leaves = [
             x for x in (*self.inputs(s, t), *criterion.parameters(), *heads) if x.requires_grad
@@ -204,7 +206,7 @@ class Loss:
         return run
 
     def budget(self, inputs: list[Tensor], batch_size: int) -> tuple[str, float]:
-        """What the memory is allowed to be, in words and in bytes."""
+        """The memory budget, in words and in bytes."""
         if isinstance(self.criterion.loss, crd.CRD):
             bank = sum(x.nbytes for x in self.criterion.loss.buffers())
             board = 4 * batch_size * self.n_data
@@ -216,8 +218,8 @@ class Loss:
         return f"{factor} x inputs", factor * sum(x.nbytes for x in inputs)
 
     def measure(self, batch_size: int, rounds: int, device: torch.device) -> dict:
-        """Time, memory, and both against the broadcast version where there is one; without rounds
-        memory alone."""
+        """Time and memory, and if a broadcast version exists, a comparison with it. With 0 rounds
+        only the memory."""
         if not self.alone:
             return dict(budget="needs networks: see step")
         criterion = copy.deepcopy(self.criterion).to(device)
@@ -230,11 +232,11 @@ class Loss:
             (own,) = quick_or_slow([run], rounds, device)
             found["ms"] = 1000 * median(own)
         else:
-            run()  # what is made at the first call alone is not counted
+            run()  # tensors that only the first call makes are not counted
         return found | self.memory(run, criterion, inputs, batch_size, device)
 
     def paths(self, batch_size: int, rounds: int, device: torch.device) -> dict[str, dict]:
-        """For each of PATHS what `measure` says of crd, without the broadcast version."""
+        """{path: result of `measure`} of crd for each of PATHS, without the broadcast version."""
         criterion = copy.deepcopy(self.criterion).to(device)
         features = self.features(batch_size, device)
         run, inputs = self.call(criterion, *features), self.inputs(*features[:2])
@@ -262,7 +264,7 @@ class Loss:
         return dict(zip(PATHS, found))
 
     def memory(self, run, criterion, inputs: list[Tensor], batch_size: int, device) -> dict:
-        """What a call of `run` needs and what `criterion` holds, against the budget."""
+        """Memory of a call of `run` and of the state of `criterion`, compared with the budget."""
         for x in (*inputs, *criterion.parameters()):
             x.grad = None
         memory = peak_bytes(run, device)
@@ -280,13 +282,14 @@ class Loss:
         )
 
     def against_broadcast(self, batch_size: int, rounds: int, device: torch.device) -> dict:
-        """Loss and broadcast version in turns, and how far their values are apart, relatively."""
+        """Times of the loss and its broadcast version, run alternately, and the relative difference
+        of their values."""
         fewer = self.fitting(batch_size)
         features = self.features(fewer, device)
         parts = copy.deepcopy(self.criterion).to(device), self.broadcast().to(device)
         calls, values = [self.call(criterion, *features) for criterion in parts], []
         for call in calls:
-            torch.manual_seed(0)  # of crd's draws
+            torch.manual_seed(0)  # for the negatives that crd draws
             values.append(call().item())
         fast, slow = quick_or_slow(calls, rounds, device)
         return dict(
@@ -297,7 +300,7 @@ class Loss:
         )
 
     def fitting(self, batch_size: int) -> int:
-        """`batch_size`, or fewer where the broadcast version would have a tensor above FIT."""
+        """`batch_size`, or less if the broadcast version would have a tensor above FIT bytes."""
         largest = BROADCAST[self.mode][1]
         while largest and batch_size > 3 and 4 * largest(self, batch_size) > FIT:
             batch_size = max(3, batch_size * 3 // 4)
@@ -305,7 +308,7 @@ class Loss:
 
 
 class Head(nn.Module):
-    """What is left of a network whose classifier alone is read."""
+    """A stand-in for a network of which a loss reads only the classifier."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -313,7 +316,7 @@ class Head(nn.Module):
 
 
 class Plain(nn.Module):
-    """A loss computed by `f(loss, ...)`, with the settings and the parameters of `loss`."""
+    """The loss `f(loss, ...)`: another formula with the settings and parameters of `loss`."""
 
     def __init__(self, loss: nn.Module, f):
         super().__init__()

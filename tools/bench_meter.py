@@ -1,4 +1,4 @@
-"""The clock and the memory meter of bench.py."""
+"""Measuring time and memory, for bench.py."""
 
 import gc
 import itertools
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def seconds(call, times: int, device: torch.device) -> float:
-    """Seconds of `times` calls, the device's work included."""
+    """Seconds that `times` calls take together, with their work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -22,10 +22,10 @@ def seconds(call, times: int, device: torch.device) -> float:
 
 
 def take_turns(calls: list, rounds: int, steps: int, device: torch.device) -> list[list[float]]:
-    """For each of `calls` its seconds a call in every round, after two calls to warm up.
+    """Seconds per call in each round, for each of `calls`, after two warm-up calls.
 
-    A round has `steps` calls of each: a b a b ..., on a GPU a whole block of a, then one of b,
-    since each change waits for the device.
+    A round has `steps` calls of each, alternating: a b a b ... On a GPU a round is a block of a,
+    then a block of b, since each change waits for the device.
     """
     block = steps if device.type == "cuda" else 1
     for call in calls:
@@ -42,20 +42,21 @@ def take_turns(calls: list, rounds: int, steps: int, device: torch.device) -> li
 
 
 def quick_or_slow(calls: list, rounds: int, device: torch.device) -> list[list[float]]:
-    """`take_turns` with as many calls a round as fill a twentieth of a second, at most 50, and with
-    fewer than `rounds` rounds, but three, where all would take more than a minute."""
+    """`take_turns` with a number of calls and rounds that suits their speed: as many calls per
+    round as fit into 0.05 seconds, from 1 to 50; fewer rounds than `rounds`, but at least three, if
+    all rounds would take more than a minute."""
     once = sum(seconds(call, 1, device) for call in calls)
     rounds = min(rounds, max(3, int(60 / once)))
     return take_turns(calls, rounds, max(1, min(50, int(0.05 / once))), device)
 
 
 def spread(name: str, rounds: list[float]) -> dict:
-    """The median of all rounds, the least and the largest."""
+    """The median, minimum and maximum over the rounds."""
     return {name: median(rounds), f"{name}_min": min(rounds), f"{name}_max": max(rounds)}
 
 
 def peak_bytes(call, device: torch.device) -> int:
-    """The most bytes that torch's allocator holds at a time during `call`, above those before."""
+    """Peak memory of torch's allocator during `call`, in bytes, minus the memory before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -65,7 +66,7 @@ def peak_bytes(call, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    # every allocation and release, in order; the public tables only have sums
+    # every allocation and release, in order; the profiler's public tables only have sums
     events = profiler.profiler.kineto_results.events()
     changes = (event.nbytes() for event in events if event.name() == "[memory]")
     return max(itertools.accumulate(changes, initial=0))

@@ -1,4 +1,4 @@
-"""The training steps that bench.py measures, on random images, and the networks that they train."""
+"""The training steps that bench.py measures, on random images, and their networks."""
 
 import argparse
 import copy
@@ -23,27 +23,28 @@ BASE = "train_base"
 
 
 def random_images(n: int, num_class: int) -> dataset.Images:
-    """`n` random pictures of 32 pixels, the classes in turn."""
+    """`n` random images of 32x32 pixels; label i is i modulo `num_class`."""
     pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
     names = [str(i) for i in range(num_class)]
     return dataset.Images(pixels, torch.arange(n) % num_class, names, (0.5,) * 3, (0.25,) * 3)
 
 
 def recipe() -> argparse.Namespace:
-    """KD-Zoo's at a rate of 0: the arithmetic is that of any other, random labels spoil nothing."""
+    """KD-Zoo's recipe with learning rate 0. The work of a step is the same, and training on random
+    labels does not change the networks."""
     protocol = vars(published.PROTOCOLS["kdzoo"])
     return argparse.Namespace(**protocol | dict(protocol="kdzoo", lr=0.0))
 
 
 def pair(args: argparse.Namespace, images: dataset.Images) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher with fresh weights, on the CPU."""
+    """Student and teacher with random weights, on the CPU."""
     names = (args.student, args.teacher)
     nets = [Weights(x).build(args.num_class, i, 32) for i, x in enumerate(names)]
     img, *_ = next(stream.test_batches(images, 64))
     for net in nets:
         norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
-        for norm in norms:  # that have seen no image: a deep network runs away in eval mode
+        for norm in norms:  # without statistics, activations of a deep network explode in eval mode
             norm.momentum = 1.0
         with torch.no_grad():
             net.train()(img)
@@ -53,8 +54,8 @@ def pair(args: argparse.Namespace, images: dataset.Images) -> tuple[nn.Module, n
 
 
 def bare_step(args, device, precision, images, snet, tnet, alone: bool):
-    """A function that takes the student's step and, unless `alone`, runs the teacher: no hooks,
-    no loader, one batch."""
+    """A function that takes the student's step and, unless `alone`, runs the teacher. No hooks, no
+    loader, always the same batch."""
     nets = [
         copy.deepcopy(net).to(device, memory_format=torch.channels_last) for net in (snet, tnet)
     ]
@@ -65,7 +66,7 @@ def bare_step(args, device, precision, images, snet, tnet, alone: bool):
 
     def call():
         with precision.autocast():
-            if not alone:  # first: the student then works in the memory it has left
+            if not alone:  # teacher first: the student then reuses the memory that it has released
                 with torch.no_grad():
                     tnet(img)
             out = snet(img)
@@ -78,9 +79,11 @@ def bare_step(args, device, precision, images, snet, tnet, alone: bool):
 
 
 def full_step(mode: str, args, device, precision, images, snet, tnet, fixed: bool = False):
-    """A function that takes a step as the training scripts do, loader (`fixed`: one batch instead)
-    and meter included, and what to call its phase: the longest of those that have the method's
-    loss, half-way through."""
+    """A function that takes a step as the training scripts do, with loader and meter, and the name
+    of its phase. fixed: always the same batch instead of the loader.
+
+    The phase is the longest one with the method's loss; weights are those half-way through it.
+    """
     settings, meter, device = recipe(), utils.Meter(), device
     torch.manual_seed(0)
     if mode == BASE:
@@ -110,7 +113,8 @@ def full_step(mode: str, args, device, precision, images, snet, tnet, fixed: boo
 
 
 def distillation(mode: str, args, device, precision, images, snet, tnet):
-    """The distiller of `mode` on the device, its longest phase, the optimizer and the images."""
+    """(distiller, phase, optimizer, images) of `mode`: the distiller is on the device, the phase is
+    the longest one."""
     snet, tnet = copy.deepcopy((snet, tnet))
     if "bss" in mode.split("+"):
         images = attackable(images, snet, tnet)
@@ -123,7 +127,8 @@ def distillation(mode: str, args, device, precision, images, snet, tnet):
 
 
 def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, strong: bool = False):
-    """Batches of one epoch after another, or the first for ever; `strong`: with a second view."""
+    """Batches of one epoch after another. fixed: the first batch again and again; strong: with a
+    second view."""
     epochs = (
         stream.train_batches(
             images, batch_size, 2, epoch, padding=settings.padding, two_views=strong
@@ -135,8 +140,9 @@ def endless(images: dataset.Images, batch_size: int, settings, fixed: bool, stro
 
 
 def attackable(images: dataset.Images, *nets) -> dataset.Images:
-    """All of class 0, and networks that answer 0 whatever they see: bss attacks as many images as
-    it may and none gets away, so that it takes all its steps. On random labels it takes none."""
+    """The images with label 0, after changing the networks so that they predict class 0 for all.
+    So bss attacks as many images as it may, and takes all its attack steps; with random labels it
+    would take none."""
     for net in nets:
         classifier = net.get_submodule(net.taps["feat"].removesuffix(":in"))
         with torch.no_grad():
@@ -145,15 +151,15 @@ def attackable(images: dataset.Images, *nets) -> dataset.Images:
 
 
 def flags_of(mode: str) -> argparse.Namespace:
-    """The flags of `train_kd.py --kd_mode mode` alone."""
+    """The flags of `train_kd.py --kd_mode MODE` without other flags."""
     return kd_cli.parse(["--kd_mode", mode, "--t_model", "none"], "")
 
 
 def settings_of(mode: str, num_class: int, batch_size: int) -> dict:
-    """{method: its settings}, for the number of classes and the batch."""
+    """{method: its settings} for a number of classes and a batch size."""
     return kd_cli.settings_of(flags_of(mode), "", "", num_class, batch_size)
 
 
 def longest(phases):
-    """Of the phases that have the method's loss the one with the most epochs."""
+    """The phase with the most epochs, of those with the method's loss."""
     return max((p for p in phases if p.kd), key=lambda phase: phase.epochs or math.inf)

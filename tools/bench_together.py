@@ -1,4 +1,5 @@
-"""Several students that share the teacher's pass, and students that read it from a cache."""
+"""`bench.py together` and `cache`: students that share the teacher's forward pass, and students
+that read the teacher's outputs from a cache."""
 
 import argparse
 import contextlib
@@ -18,7 +19,7 @@ from engine.schedule import loss_weights
 from engine.teacher_cache import CachedTeacher
 from engine.together import SharedTeacher, can_share
 from kd_losses import METHODS
-from tools.bench_flags import add_amp, add_numbers, add_rounds, some
+from tools.bench_flags import add_amp, add_numbers, add_rounds, add_steps, some
 from tools.bench_meter import take_turns
 from tools.bench_steps import (
     bare_step,
@@ -31,7 +32,7 @@ from tools.bench_steps import (
 )
 
 PAIRS = "resnet56-resnet20,resnet32x4-resnet8x4,vgg13-MobileNetV2"
-MODES = "st,at,fitnet,pkt,sp,cc,vid,rkd,nst,dkd,dist,ickd,srrl"  # 13 that share a pass
+MODES = "st,at,fitnet,pkt,sp,cc,vid,rkd,nst,dkd,dist,ickd,srrl"  # 13 that share the teacher's pass
 
 TOGETHER = dict(
     pair=("pair", ""),
@@ -57,26 +58,44 @@ CACHE = dict(
 def together_flags(parser: cli.Parser) -> None:
     """The flags of `together` and `cache`."""
     add = parser.add_argument
-    add("--pairs", type=cli.comma(str), default=PAIRS.split(","), metavar="T-S,T-S", help=PAIRS)
-    counts = cli.comma(cli.number(int, 1, 13))
-    add("--counts", type=counts, default=(1, 4, 13), metavar="K,K", help="students (1,4,13)")
-    add("--modes", type=some(METHODS), default=MODES.split(","), metavar="M,M", help=MODES)
-    numbers = dict(batch_size=(2, 64, ""), num_class=(2, 100, ""), samples=(8, 4096, "images "))
+    add(
+        "--pairs",
+        type=cli.comma(str),
+        default=PAIRS.split(","),
+        metavar="T-S,T-S",
+        help=f"pairs of networks, TEACHER-STUDENT (default {PAIRS})",
+    )
+    add(
+        "--counts",
+        type=cli.comma(cli.number(int, 1, 13)),
+        default=(1, 4, 13),
+        metavar="K,K",
+        help="numbers of students, only for together (default 1,4,13)",
+    )
+    add(
+        "--modes",
+        type=some(METHODS),
+        default=MODES.split(","),
+        metavar="M,M",
+        help=f"methods of the students (default {MODES})",
+    )
+    numbers = dict(batch_size=(2, 64, "batch size "), num_class=(2, 100, "number of classes "))
+    numbers["samples"] = (8, 4096, "number of random training images ")
     add_numbers(parser, **numbers)
-    add("--steps", type=cli.number(int, 1), metavar="N", help="a round (default 5, CUDA 50)")
+    add_steps(parser)
     add_rounds(parser)
     add_amp(parser)
 
 
 def networks(name: str, args: argparse.Namespace):
-    """(images, student, teacher) of `T-S`."""
+    """(images, student, teacher) of a pair `T-S`."""
     args.teacher, args.student = name.split("-")
     images = random_images(args.samples, args.num_class)
     return images, *pair(args, images)
 
 
 def students_of(modes, args, device, images, snet, tnet) -> list[Distiller]:
-    """A Distiller of each method, with one teacher, on the device."""
+    """A Distiller for each method, all with the same teacher, on the device."""
     found, tnet = [], copy.deepcopy(tnet)
     for mode in modes:
         chosen = settings_of(mode, args.num_class, args.batch_size)
@@ -88,10 +107,10 @@ def students_of(modes, args, device, images, snet, tnet) -> list[Distiller]:
 def group_step(
     distillers, args, precision, images, shared: SharedTeacher, fixed=False, steps=None, streams=()
 ):
-    """A function that takes a step of every student as train_kd.py does.
+    """A function that takes one step of every student, as train_kd.py does.
 
-    fixed: one epoch's batches for ever, which a cache then has. steps: of each student instead of
-    `train_kd.train_step`; streams: CUDA streams, one of each student.
+    fixed: repeat the batches of one epoch, so that a cache is filled once. steps: the step function
+    of each student (default: `train_kd.train_step`); streams: one CUDA stream per student.
     """
     cfg = recipe()
     optimizers = []
@@ -129,14 +148,14 @@ def group_step(
 
 @contextlib.contextmanager
 def beside(own):
-    """On a stream of its own, after what the current one has got so far."""
+    """Run the block on the stream `own`, after all work queued so far on the current stream."""
     own.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(own):
         yield
 
 
 def together(args: argparse.Namespace, device, precision):
-    """A row for each pair and number of students."""
+    """Yield a row for each pair and number of students."""
     for name in args.pairs:
         images, snet, tnet = networks(name, args)
         on_device = images.to(device)
@@ -167,7 +186,7 @@ def together(args: argparse.Namespace, device, precision):
 
 
 def teacher_pass(tnet, args, device, precision, images):
-    """A function that runs the teacher on a batch."""
+    """A function that runs the teacher's forward pass on a batch."""
     net = copy.deepcopy(tnet).to(device, memory_format=torch.channels_last).eval()
     img = next(stream.train_batches(images, args.batch_size, 0, 1))[0].to(device)
 
@@ -179,7 +198,7 @@ def teacher_pass(tnet, args, device, precision, images):
 
 
 def macs_share(snet, tnet) -> float:
-    """The teacher's share of a step's multiply-adds: the student's backward costs two forwards."""
+    """The teacher's share of a step's multiply-adds. A backward pass counts as two forwards."""
     img = torch.zeros(2, 3, 32, 32)
     with torch.no_grad():
         s, t = (count_macs(net.eval(), lambda net=net: net(img)) for net in (snet, tnet))
@@ -187,7 +206,7 @@ def macs_share(snet, tnet) -> float:
 
 
 def cache(args: argparse.Namespace, device, precision):
-    """A row for each pair and method: steps over the student's own training step."""
+    """Yield a row for each pair and method: steps relative to the student's step alone."""
     for name in args.pairs:
         images, snet, tnet = networks(name, args)
         for mode in args.modes:
@@ -232,8 +251,8 @@ def cached_row(name, mode, folder, args, device, precision, images, snet, tnet) 
 
 
 def largest_difference(shared: SharedTeacher, images, args, padding: str) -> float:
-    """Between logits that were computed in batches of a few images and in whole batches, over the
-    largest logit."""
+    """Largest difference between logits computed in batches of 5 images and in whole batches,
+    relative to the largest logit."""
     img = next(stream.train_batches(images, args.batch_size, 5, 1, padding=padding))[0]
     with torch.no_grad(), shared.precision.autocast():
         whole = shared.tapped(img).out.float()

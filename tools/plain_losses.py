@@ -1,5 +1,5 @@
-"""The losses as their formulas say them, in plain broadcasting: what bench.py measures those of
-kd_losses against."""
+"""Losses written like their formulas, with plain broadcasting. bench.py compares the losses of
+kd_losses with them."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def plain_at(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """Attention maps of unit length, apart by their mean square."""
+    """Mean squared difference of the attention maps, scaled to unit length."""
     one, two = (F.normalize(fm.abs().pow(loss.p).sum(1).flatten(1)) for fm in (fm_s, fm_t))
     return (one - two).square().mean()
 
 
 def plain_nst(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """Squared polynomial kernels between the channels."""
+    """Maximum mean discrepancy of the channels with a squared polynomial kernel."""
     x, y = (F.normalize(fm.flatten(2), dim=2) for fm in (fm_s, fm_t))
 
     def kernel(a, b):
@@ -25,7 +25,7 @@ def plain_nst(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
 def plain_fsp(
     loss: nn.Module, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor
 ) -> Tensor:
-    """The flow matrices of two stages, apart by their mean square."""
+    """Mean squared difference of the flow matrices of two stages."""
 
     def flow(a, b):
         size = tuple(map(min, a.shape[2:], b.shape[2:]))
@@ -49,7 +49,7 @@ def plain_rkd(loss: nn.Module, feat_s: Tensor, feat_t: Tensor) -> Tensor:
 
 
 def plain_ab(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """What lies on the wrong side of the margin."""
+    """Mean square of the activations on the wrong side of the margin."""
     m = loss.margin
     rise = (fm_s - m).square() * ((fm_s <= m) & (fm_t > 0)).float()
     fall = (fm_s + m).square() * ((fm_s > -m) & (fm_t <= 0)).float()
@@ -57,7 +57,7 @@ def plain_ab(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
 
 
 def plain_sp(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """The samples' similarities, apart by their mean square."""
+    """Mean squared difference of the similarity matrices of the samples."""
 
     def similarity(fm):
         x = fm.flatten(1)
@@ -67,7 +67,7 @@ def plain_sp(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
 
 
 def plain_irg(loss: nn.Module, layers_s: list[Tensor], layers_t: list[Tensor]) -> Tensor:
-    """Vertices, edges and their transformations between stages."""
+    """Differences of vertices, edges, and transformations between stages."""
 
     def edges(x):
         x = x.flatten(1)
@@ -86,7 +86,8 @@ def plain_irg(loss: nn.Module, layers_s: list[Tensor], layers_t: list[Tensor]) -
 
 
 def plain_afd(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
-    """Channels of unit length, apart by the teacher's attention."""
+    """Squared difference of the channels, scaled to unit length and weighted by the teacher's
+    attention."""
     one, two = (
         fm / (fm.flatten(2).norm(dim=2)[:, :, None, None] + loss.eps) for fm in (fm_s, fm_t)
     )
@@ -94,7 +95,7 @@ def plain_afd(loss: nn.Module, fm_s: Tensor, fm_t: Tensor) -> Tensor:
 
 
 def plain_crd(loss: nn.Module, feat_s: Tensor, feat_t: Tensor, idx: Tensor) -> Tensor:
-    """The rows of the banks gathered, as the public code does."""
+    """Gathers rows of the banks, as the public code does."""
     sample_idx = loss.draw(idx)
     e_s, e_t = F.normalize(loss.embed_s(feat_s)), F.normalize(loss.embed_t(feat_t))
     count, total = sample_idx.shape[1] - 1, 0.0
@@ -116,7 +117,8 @@ def plain_crd(loss: nn.Module, feat_s: Tensor, feat_t: Tensor, idx: Tensor) -> T
 
 
 def plain_kdsvd(loss: nn.Module, fms_s: list[Tensor], fms_t: list[Tensor]) -> Tensor:
-    """Kernels between stages' singular vectors, aligned with the teacher's."""
+    """Kernels between the singular vectors of two stages; the student's are aligned with the
+    teacher's."""
     stages, k = [], loss.k
     for fm_s, fm_t in zip(fms_s, fms_t):
         v_s = torch.linalg.svd(fm_s.flatten(1, 2), full_matrices=False)[2].mT[:, :, : k + 3]
@@ -134,7 +136,7 @@ def plain_kdsvd(loss: nn.Module, fms_s: list[Tensor], fms_t: list[Tensor]) -> Te
     return total / len(fms_s[0])
 
 
-# --- how many numbers the largest tensor has for n samples; bench: a Loss of bench_loss.py --------
+# --- number of elements of the largest tensor for n samples; bench: a Loss of bench_loss.py -------
 
 
 def _flow(bench, n: int) -> int:
@@ -161,7 +163,7 @@ def _bank_rows(bench, n: int) -> int:
     return n * (1 + bench.criterion.loss.nce_n) * bench.criterion.loss.memory_s.shape[1]
 
 
-BROADCAST = {  # the version, and how many numbers its largest tensor has where inputs have fewer
+BROADCAST = {  # (loss, number of elements of its largest tensor, or None if not above the inputs)
     "at": (plain_at, None),
     "nst": (plain_nst, _channel_pairs),
     "fsp": (plain_fsp, _flow),
