@@ -1,9 +1,10 @@
-"""A demo of about three minutes, offline: a teacher, a baseline and six ways to distil.
+"""A demo of about three minutes, offline: a teacher, a baseline and six distilled students.
 
     python tools/demo.py            (or `make demo`, which installs the packages first)
 
-On scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and resnet8 from the
-same initial weights, distilled with several methods. Prints a table and the path of a figure.
+Trains on scikit-learn's handwritten digits: a resnet20 teacher, a resnet8 baseline, and resnet8
+students, distilled by six methods from the initial weights of the baseline. Prints a table and the
+path of a figure.
 """
 
 import argparse
@@ -25,15 +26,23 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=10, help="of every run (default 10)")
-    parser.add_argument("--save_root", type=Path, default=Path("runs"))
+    parser.add_argument(
+        "--epochs", type=int, default=10, metavar="N", help="epochs of each run (default 10)"
+    )
+    parser.add_argument(
+        "--save_root",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder in which the folder of the demo is made (default runs)",
+    )
     args = parser.parse_args(argv)
     root = next(
         path
         for i in range(1, 10**6)
         if not (path := args.save_root / ("demo" if i == 1 else f"demo-{i}")).exists()
     )
-    # 1297 images: small batches, or ten epochs are too few steps
+    # small batches: with 1297 images, ten epochs would be too few steps otherwise
     recipe = ["--save_root", str(root), "--batch_size", "32", "--lr", "0.05"]
     recipe += ["--epochs", str(args.epochs)]
     began = time.perf_counter()
@@ -43,7 +52,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     results = {}
     for note, name in (("teacher", "resnet20"), ("baseline", "resnet8")):
-        title(f"{note}: {name} without a teacher")
+        title(f"{note}: {name}, trained without a teacher")
         argv = ["--data_name", "digits", "--net_name", name, "--note", note]
         results[f"{note} ({name})"] = train_base.main([*recipe, *argv])
     files = ["--t_model", f"{root}/teacher/model_best.pth.tar"]
@@ -63,7 +72,7 @@ def main(argv: list[str] | None = None) -> Path:
             )
     figure = root / "comparison.png"
     drawn = draw_curves([run["dir"] for run in results.values()], figure, list(results))
-    print(f"\n{time.perf_counter() - began:.0f} s in all; best is chosen on the test set")
+    print(f"\n{time.perf_counter() - began:.0f} s in total; best is chosen on the test set")
     print(f"figure: {figure}" if drawn else f"table: {root / 'comparison.csv'}")
     return root
 

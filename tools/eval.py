@@ -3,8 +3,8 @@
     python tools/eval.py runs/at/model_best.pth.tar --teacher runs/base/model_best.pth.tar
     python tools/eval.py runs/t1/model_best.pth.tar runs/t2/model_best.pth.tar --ensemble probs
 
-Top-1, top-5 and loss equal those of the training: the same function, images and precision. Network,
-dataset and normalisation are read from the checkpoint.
+Top-1, top-5 and loss are equal to those of the training, since function, images and precision are
+the same. Network, dataset and normalisation are read from the checkpoint.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402  before torch: how its threads wait
+import utils  # noqa: E402  before torch: it sets how torch's threads wait
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -42,7 +42,7 @@ from engine.outputs import match_classes, notes_of  # noqa: E402
 from engine.teachers import agreed  # noqa: E402
 from utils import UserError  # noqa: E402
 
-SECONDS = 1.0  # of forward passes that are timed
+SECONDS = 1.0  # total time of the measured forward passes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -57,18 +57,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--ensemble",
         choices=KINDS,
-        help="for several checkpoints: the mean of their probabilities, or of their logits",
+        help="for several checkpoints: mean of their probabilities or of their logits",
     )
     add(
         "--net",
         metavar="NAME[,NAME]",
-        help="network, if the checkpoint does not say it; one for each of several checkpoints",
+        help="network, if the checkpoint does not name it; one name per checkpoint",
     )
     add(
         "--which",
         choices=("student", "peer"),
         default="student",
-        help="which network of a dml run (default student)",
+        help="which network of a dml checkpoint (default student)",
     )
     add(
         "--key",
@@ -86,22 +86,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         metavar="CHECKPOINT",
-        help="also print how often the two predict the same class",
+        help="also compare with this teacher: print how often both predict the same class",
     )
-    add("--t_key", type=cli.filled, metavar="KEY", help="--key of the teacher")
-    add("--t_classes", **classes, help="--classes of the teacher")
-    add("--teacher_net", metavar="NAME", help="--net of the teacher")
-    add("--batch_size", type=cli.number(int, 1), metavar="N", help="(default: as in training)")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--t_key", type=cli.filled, metavar="KEY", help="like --key, for the teacher")
+    add("--t_classes", **classes, help="like --classes, for the teacher")
+    add("--teacher_net", metavar="NAME", help="like --net, for the teacher")
+    batch = "batch size (default: as in training)"
+    add("--batch_size", type=cli.number(int, 1), metavar="N", help=batch)
+    add("--json", action="store_true", help="print the result as one JSON object")
     cli.add_data_flags(parser)
     cli.add_device_flags(parser)
-    parser.set_defaults(flip=None)  # of training images
+    parser.set_defaults(flip=None)  # only training images are flipped
     args = parser.parse_args(argv)
     for flag in ("teacher_net", "t_key", "t_classes"):
         if getattr(args, flag) and not args.teacher:
-            raise UserError(f"--{flag} is nothing without --teacher CHECKPOINT")
+            raise UserError(f"--{flag} has no effect without --teacher CHECKPOINT; give both")
     if args.key and args.which == "peer":
-        raise UserError(f"--key {args.key}: --which peer says which entry")
+        raise UserError(f"--key {args.key}: --which peer already chooses the entry; give only one")
     check_ensemble(args, len(args.checkpoint))
     return args
 
@@ -109,43 +110,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check_ensemble(args: argparse.Namespace, count: int) -> None:
     """Raise UserError for flags that do not fit the number of checkpoints."""
     if count == 1 and args.ensemble:
-        raise UserError(f"--ensemble {args.ensemble} has no effect with one checkpoint")
+        raise UserError(
+            f"--ensemble {args.ensemble} has no effect with one checkpoint; leave it out or give "
+            "several"
+        )
     if count > 1 and not args.ensemble:
-        raise UserError(f"{count} checkpoints given; give --ensemble probs or logits too")
+        raise UserError(f"{count} checkpoints given; add --ensemble probs or --ensemble logits")
     if args.ensemble == "confidence":
         raise UserError(
-            "--ensemble confidence weights the logits by the labels, which a test must not use: "
+            "--ensemble confidence: not for evaluation, since it weights the logits by the labels; "
             "give probs or logits"
         )
     if count > 1 and args.which == "peer":
-        raise UserError("--which peer is for one checkpoint")
+        raise UserError(f"--which peer: expected one checkpoint, got {count}")
     names = args.net.split(",") if args.net else []
     if count > 1 and args.net and (len(names) != count or not all(names)):
-        raise UserError(f"--net {args.net}: expected {count} names, one for each checkpoint")
+        raise UserError(f"--net {args.net}: expected {count} names, one per checkpoint")
 
 
 def find_peer(name: str | None, path: str) -> Weights:
-    """The other network in a checkpoint of two; the file names the student's alone."""
+    """The second network of a checkpoint of mutual learning. The file names only the student."""
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("net1"), dict):
-        raise UserError(f"{path} holds one network: --which peer is for those of mutual learning")
+        raise UserError(
+            f"--which peer: {path} has only one network; peers are in checkpoints of mutual "
+            "learning"
+        )
     state = read_weights(checkpoint["net1"], path)
     meta = read_meta(checkpoint, path)
     name = name or (identify(state) or [None])[0]
     if name is None:
-        raise UserError(f"{path} does not say which network the peer is: give --net")
+        raise UserError(f"{path} does not say which network the peer is; give --net NAME")
     return Weights(name, state, meta, path)
 
 
 def build(
     found: Weights, data, device, classes: tuple[str, ...] | None = None, flag: str = ""
 ) -> nn.Module:
-    """The network with its weights as training evaluates it. classes: the lines of `--{flag}`.
+    """The network with its weights, as training evaluates it. classes: the lines of `--{flag}`.
     Raises UserError if they do not fit."""
     num_class, size = data.train.num_class, data.train.size
     found.outputs = match_classes(
         *(found, data.train.classes, data.name, size, ""),
-        *(classes, f"--{flag}", "its answers are compared with the labels"),
+        *(classes, f"--{flag}", "its predictions are compared with the labels"),
         advice=f"--{flag} FILE maps its outputs to the dataset's classes" if flag else "",
     )
     net = found.load(num_class, size)
@@ -157,8 +164,8 @@ def build(
 
 
 def scores(net, teacher, images, precision, batch_size) -> tuple[dict, Tensor]:
-    """What `utils.evaluate` says of `net`, how far `teacher` (or None) agrees, and the first
-    batch. Of an ensemble also the top-1 accuracy of each member."""
+    """(result of `utils.evaluate` for `net`, the first batch). With a teacher the result also has
+    its agreement with `net`; for an ensemble also the top-1 accuracy of each member."""
     first, answers, divergence = [], [], []
     members = nets_of(net) if isinstance(net, Ensemble) else []
     chosen = [[] for _ in members]
@@ -194,8 +201,8 @@ def scores(net, teacher, images, precision, batch_size) -> tuple[dict, Tensor]:
 
 @torch.no_grad()
 def speed(net: nn.Module, img: Tensor, device: torch.device, precision: utils.Precision) -> float:
-    """Images per second of the forward pass alone, over one batch that is on the device: the median
-    of SECONDS of passes, at least three, after two to warm up."""
+    """Images per second of only the forward pass, on a batch that is on the device. The median of
+    the passes in SECONDS, at least three, after two warm-up passes."""
     times = []
     while len(times) < 5 or sum(times[2:]) < SECONDS:
         began = time.perf_counter()
@@ -208,8 +215,9 @@ def speed(net: nn.Module, img: Tensor, device: torch.device, precision: utils.Pr
 
 
 def known(args: argparse.Namespace, meta: dict, classes: tuple[str, ...] | None) -> dict:
-    """What a checkpoint knows of the data; with its classes mapped, by `classes`, only what no flag
-    says otherwise. The number of classes is compared by `match_classes`."""
+    """The entries of `meta` about the data, without those that the flags replace: only if the
+    classes are mapped (`classes`) may a flag contradict the checkpoint. The number of classes is
+    left out, since `match_classes` compares it."""
     free = {"data_name", "img_size"} if classes else set()
     contradicted = {k for k in free if getattr(args, k) not in (None, meta.get(k))}
     gone = {"num_class", *contradicted, *(["img_root"] if "data_name" in contradicted else [])}
@@ -217,7 +225,7 @@ def known(args: argparse.Namespace, meta: dict, classes: tuple[str, ...] | None)
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Everything that is to be said of the checkpoint, floats as in metrics.csv."""
+    """All results for the checkpoint, with floats as in metrics.csv."""
     files, names = args.checkpoint, [args.net]
     if len(files) > 1:
         names = args.net.split(",") if args.net else [None] * len(files)
@@ -269,11 +277,11 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def lines(r: dict) -> list[str]:
-    """The result, aligned."""
+    """The result as aligned lines."""
     rows = dict(
         checkpoint=r["checkpoint"],
         network=f"{r['network']}, {r['parameters']:,} parameters, "
-        f"{r['macs']:,} multiply-adds an image",
+        f"{r['macs']:,} multiply-adds per image",
         data=f"{r['data_name']}, {r['test_images']} test images of {r['img_size']} pixels, "
         f"{r['num_class']} classes",
         normalised=f"mean {r['mean']}, std {r['std']}",
@@ -281,15 +289,15 @@ def lines(r: dict) -> list[str]:
     )
     rows |= {"top-1": f"{r['top1']:.2f} %", "top-5": f"{r['top5']:.2f} %", "loss": r["loss"]}
     rows["speed"] = (
-        f"{r['img_per_s']:,.0f} img/s, forward passes alone, batches of {r['batch_size']}"
+        f"{r['img_per_s']:,.0f} img/s, only forward passes, batches of {r['batch_size']}"
     )
     if "ensemble" in r:
         each = ", ".join(f"{x:.2f} %" for x in r["members_top1"])
-        rows["ensemble"] = f"{r['ensemble']}; each one's top-1 {each}"
+        rows["ensemble"] = f"{r['ensemble']}; top-1 of each member: {each}"
     if "teacher" in r:
         rows["teacher"] = f"{r['teacher']}, {r['teacher_network']}, top-1 {r['teacher_top1']:.2f} %"
-        rows["agreement"] = f"{r['agreement']:.2f} % of the images get the teacher's class"
-        rows["KL"] = f"{r['kl']:g}, of teacher and student, mean"
+        rows["agreement"] = f"{r['agreement']:.2f} % of the images: same class as the teacher"
+        rows["KL"] = f"{r['kl']:g}, KL(teacher || student), mean over images"
     return [f"{name:<11} {text}" for name, text in rows.items()]
 
 

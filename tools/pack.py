@@ -1,11 +1,11 @@
-"""Pack a folder of images into shards, tar files as WebDataset writes them.
+"""Pack a folder of images into shards: tar files in the format of WebDataset.
 
     python tools/pack.py datasets/imagenet shards --data_name imagenet --max_side 256
     python train_kd.py --data_name wds --img_root 'shards/train-{0000..0127}.tar' ...
 
-Few large files instead of a million small ones; with --max_side also smaller images, which are read
-and decoded faster. The images come in the order of the folder, so training on shards that were not
-resized gives the same numbers as training on the folder.
+Reading a few large files is faster than reading a million small ones. --max_side also makes the
+images smaller, so they are read and decoded faster. The images keep the order of the folder, so
+training on shards without --max_side gives the same numbers as training on the folder.
 """
 
 import argparse
@@ -26,15 +26,15 @@ import utils  # noqa: E402
 from engine import cli, console, stream  # noqa: E402
 from utils import UserError  # noqa: E402
 
-UNIT = ((0.0,) * 3, (1.0,) * 3)  # a normalisation, so that none is measured
+UNIT = ((0.0,) * 3, (1.0,) * 3)  # given mean and std, so that stream.load does not measure them
 
 
 def packed(path: bytes, max_side: int | None, quality: int) -> tuple[str, bytes]:
-    """The suffix and the bytes of an image: as they are, or a JPEG whose shorter side has
-    `max_side` pixels."""
+    """(suffix, bytes) of an image: the file unchanged, or a JPEG whose shorter side has `max_side`
+    pixels if the image is larger."""
     name = os.fsdecode(path)
     suffix = os.path.splitext(name)[1].lower()
-    image = dataset.open_image(name)  # also checks that it can be read
+    image = dataset.open_image(name)  # raises UserError if the image cannot be read
     if max_side is None or min(image.size) <= max_side:
         return suffix, Path(name).read_bytes()
     from PIL import Image
@@ -55,7 +55,7 @@ def write_split(
     quality: int,
     workers: int,
 ) -> list[Path]:
-    """The shards of a split, in `out`."""
+    """Write the shards of a split into the folder `out`. Returns their paths."""
     make = partial(packed, max_side=max_side, quality=quality)
     count = -(-len(images) // per_shard)
     width = max(4, len(str(count - 1)))
@@ -75,7 +75,7 @@ def write_split(
 
 
 class _InProcess:
-    """A pool of no other process."""
+    """Like a process pool, but runs everything in this process."""
 
     def __enter__(self):
         return self
@@ -88,7 +88,7 @@ class _InProcess:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without time or owner: the same images, the same file
+    member = tarfile.TarInfo(name)  # no time or owner: equal images give equal files
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
 
@@ -107,31 +107,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data_name",
         choices=("imagefolder", "imagenet"),
         default="imagefolder",
-        help="imagenet: its test images are in val (default imagefolder)",
+        help="layout of DIR; imagenet: the test images are in val (default imagefolder)",
     )
     add(
         "--max_side",
         type=cli.number(int, *dataset.SIZES),
         metavar="N",
-        help="make the shorter side of larger images N pixels (default: images as they are)",
+        help="shrink images so that their shorter side is N pixels (default: no change)",
     )
     add(
         "--quality",
         type=cli.number(int, 1, 100),
         metavar="Q",
-        help="quality of the JPEGs that --max_side writes (default 92)",
+        help="JPEG quality of the images that --max_side shrinks (default 92)",
     )
     add(
         "--per_shard",
         type=cli.number(int, 1),
         default=10_000,
         metavar="N",
-        help="images of a shard (default 10000)",
+        help="images per shard (default 10000)",
     )
-    add("--workers", type=cli.number(int, 0, 1024), metavar="N", help="processes (default: CPUs)")
+    workers = "number of processes (default: one per CPU)"
+    add("--workers", type=cli.number(int, 0, 1024), metavar="N", help=workers)
     args = parser.parse_args(argv)
     if args.quality and not args.max_side:
-        raise UserError("--quality has no effect without --max_side")
+        raise UserError(f"--quality {args.quality} has no effect without --max_side N; give both")
     return args
 
 
@@ -142,15 +143,15 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     cli.usable_folder(out, "OUT")
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder")
+        raise UserError(f"OUT {out}: the folder is not empty; give a new folder")
     data = stream.load(args.data_name, args.root, UNIT, dataset.RESIDENT + 1)
     if not isinstance(data.train, dataset.Files):
         raise UserError(
-            f"{args.root}: images of up to {dataset.RESIDENT} pixels stay on the device: there is "
-            "nothing to pack"
+            f"{args.root}: nothing to pack, since images of up to {dataset.RESIDENT} pixels are "
+            "kept on the device; train on the folder"
         )
     if any("\n" in name for name in data.train.classes):
-        raise UserError(f"{args.root}: a class has a line break in its name")
+        raise UserError(f"{args.root}: the name of a class has a line break; rename its folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_bytes(os.fsencode("".join(f"{x}\n" for x in data.train.classes)))
     workers = utils.cpus() if args.workers is None else args.workers

@@ -1,10 +1,11 @@
-"""Write the parts of the pages that come from the table of methods, between their marks.
+"""Write the parts of README and docs that are generated from the table of methods.
 
     python tools/pages.py            # write README.md's table and docs/methods.md
-    python tools/pages.py --check    # print what is not up to date, change nothing; exit code 1
+    python tools/pages.py --check    # change nothing; name stale pages, with exit code 1
 
-A section has the paper, the formula and the parameters from the loss file, the row of the table,
-the settings of the protocols, the published figures that exist, and the cost.
+The generated text is between two marks. A section of docs/methods.md has the paper, the formula and
+the parameters from the loss file, the row of the table, the settings of the protocols, the tables
+with published figures, and the cost.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tools import bench_steps  # noqa: E402
 
 MARKS = "<!-- methods -->", "<!-- end of methods -->"
 PAGES = ("README.md", "README.zh-CN.md", "docs/methods.md")
-CHINESE = {  # in this order: the longer ones first
+CHINESE = {  # replaced in this order: longer phrases before their parts
     "feature maps before the ReLU": "ReLU 之前的特征图",
     "last feature map": "最后的特征图",
     "pooled features": "池化特征",
@@ -59,7 +60,8 @@ READS = dict(
 
 def parse(argv: list[str]):
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if stale")
+    check = "change nothing; exit with code 1 if a page is not up to date"
+    parser.add_argument("--check", action="store_true", help=check)
     return parser.parse_args(argv)
 
 
@@ -86,7 +88,7 @@ def between_marks(page: str, text: str) -> str:
     before, mark, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (mark and end):
-        raise ValueError(f"the page lacks {MARKS[0]} or {MARKS[1]}")
+        raise ValueError(f"{MARKS[0]} or {MARKS[1]} not found in the page; add both marks")
     return f"{before}{mark}\n{text}\n{end}{after}"
 
 
@@ -109,11 +111,11 @@ def row(mode: str, chinese: bool = False) -> str:
 
 
 def inputs(method: Method) -> str:
-    """What the loss is fed, in words."""
+    """The inputs of the loss, in words."""
     fed, words = method.inputs, []
     for name in fed.reads:
         if name == "stages" and "preacts" in fed.reads:
-            continue  # the teacher's before the activation, said by the other
+            continue  # "preacts" names these feature maps
         word = READS[name]
         if name in ("stages", "preacts") and method.stages:
             count = len(method.stages)
@@ -133,7 +135,7 @@ def inputs(method: Method) -> str:
 
 
 def weight(method: Method) -> str:
-    """lambda_kd, and lambda_ce where it is not 1."""
+    """lambda_kd, and lambda_ce if it is not 1."""
     found = method.lambda_kd
     text = (
         f"{found:g}" if isinstance(found, float) else f"{found(10):g}, >10 classes {found(100):g}"
@@ -142,8 +144,8 @@ def weight(method: Method) -> str:
 
 
 class Source:
-    """What a loss file says of itself: title, paper and link (module docstring), and the text of
-    the docstring of its class."""
+    """Title, paper and link from the module docstring of a loss file, and the docstrings of its
+    classes."""
 
     def __init__(self, mode: str):
         tree = ast.parse((ROOT / f"kd_losses/{mode}.py").read_text(encoding="utf-8"))
@@ -151,12 +153,13 @@ class Source:
         found = re.fullmatch(r"(.+?) \(((?:[^()]|\([^()]*\))*)\), (https?://\S+)(.*)", head)
         if not found:
             raise ValueError(
-                f"kd_losses/{mode}.py: its docstring is not 'NAME: TITLE (PAPER), LINK'"
+                f"kd_losses/{mode}.py: expected a docstring 'NAME: TITLE (PAPER), LINK', got "
+                f"{head[:80]!r}"
             )
         title, self.paper, link, rest = found.groups()
-        self.link = link + rest.strip() * link.endswith("/")  # an address on two lines
+        self.link = link + rest.strip() * link.endswith("/")  # a link may take two lines
         self.name, _, title = title.partition(": ")
-        self.title = re.sub(r"^[a-z ]+\. ", "", title)  # what the name stands for
+        self.title = re.sub(r"^[a-z ]+\. ", "", title)  # without the meaning of the name
         self.short = short(self.paper)
         classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != "_"]
         loss = METHODS[mode].loss
@@ -166,7 +169,7 @@ class Source:
 
 
 def short(paper: str) -> str:
-    """First author, venue and year of 'Author, Author, VENUE YEAR, section 3'."""
+    """First author, venue and year, from 'Author, Author, VENUE YEAR, section 3'."""
     names, venue = [], ""
     for part in paper.split(", "):
         if re.search(r"\b(19|20)\d\d\b", part):
@@ -212,7 +215,7 @@ def row_facts(method: Method) -> list[str]:
 
 
 def ramp(factor) -> str:
-    """The factor of the weight at some epochs of 200."""
+    """The factor of the weight at some of 200 epochs, in words."""
     found = [(e, f"{factor(e, 200):.2g}") for e in (1, 10, 20, 40, 100, 160, 200)]
     kept = [x for x, before in zip(found, [(0, ""), *found]) if x[1] != before[1]]
     return "factor " + ", ".join(f"{value} from epoch {e}" for e, value in kept) + " (of 200)"
@@ -241,7 +244,7 @@ def setting(name: str, value) -> str:
 
 
 def protocol_facts(mode: str) -> list[str]:
-    """What each protocol sets, by the pair of networks too."""
+    """The settings of each protocol, also those for pairs of networks."""
     facts = []
     for protocol in published.PROTOCOLS:
         own = dict(published.SETTINGS[protocol].get(mode, {}))
@@ -260,7 +263,7 @@ def protocol_facts(mode: str) -> list[str]:
 
 
 def figures(mode: str) -> list[str]:
-    """In which tables published figures of the method exist."""
+    """The tables that have published figures of the method."""
     with open(ROOT / "tools/published.csv", encoding="utf-8") as file:
         found = Counter(x["table"] for x in csv.DictReader(file) if x["mode"] == mode)
     if not found:
@@ -270,7 +273,8 @@ def figures(mode: str) -> list[str]:
 
 
 def cost(mode: str) -> list[str]:
-    """A training step over a bare one, as results/bench/step_all.md has it, and the parameters."""
+    """The method's parameters, and its training step relative to a bare one (from
+    results/bench/step_all.md)."""
     count = added_parameters(mode)
     learns = f"{count:,} parameters (resnet20 -> resnet8, 10 classes)" if count else "no parameters"
     text = (ROOT / "results/bench/step_all.md").read_text(encoding="utf-8")
@@ -290,7 +294,7 @@ def networks():
 
 
 def added_parameters(mode: str) -> int:
-    """What the method and its adapter add to resnet20 -> resnet8 with 10 classes."""
+    """Number of parameters of the method and its adapter, for resnet20 -> resnet8, 10 classes."""
     args, images, student, teacher = networks()
     device, precision = torch.device("cpu"), utils.Precision()
     build = bench_steps.distillation
