@@ -1,15 +1,15 @@
 """Check and measure the code on a GPU: captured and plain steps, their times, an epoch, table rows.
 
     tools/gpu_check.sh                              # all parts, at most six minutes, with a summary
-    python tools/gpu_check.py steps --seconds 100   # every method: plain and captured step
+    python tools/gpu_check.py steps --seconds 100   # plain and captured step of every method
     python tools/gpu_check.py runs                  # every method trains two epochs on digits
-    python tools/gpu_check.py epoch --img_root DIR  # an epoch, and one of a plain public-style loop
-    python tools/gpu_check.py students              # K students: a graph, a stream for each
+    python tools/gpu_check.py epoch --img_root DIR  # an epoch, ours and of a public-style loop
+    python tools/gpu_check.py students              # K students, each with its own CUDA graph
     python tools/gpu_check.py rows --img_root DIR   # KD-Zoo's CIFAR-10 protocol, resumable
-    python tools/gpu_check.py summary               # the results of the parts, as Markdown
+    python tools/gpu_check.py summary               # the results of all parts, as Markdown
 
-Each part writes its figures into --out immediately, so the results of a part that is cut off are
-kept. `--tiny`: small sizes, for a machine without a GPU.
+Each part writes its figures into --out immediately, so they are kept if the part is interrupted.
+`--tiny` uses small sizes and also works without a GPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-# bench before torch, whose profiler reads at the import what bench sets
+# bench before torch: it sets a variable that torch's profiler reads at import
 from tools import bench, bench_data, bench_flags, bench_meter, bench_steps  # noqa: E402
 from tools import gpu_students  # noqa: E402
 
@@ -44,9 +44,9 @@ from utils import UserError  # noqa: E402
 
 PAIRS = (("resnet20", "resnet20", 128), ("resnet32x4", "resnet8x4", 64))  # teacher, student, batch
 ROWS = "st at fitnet nst pkt fsp ft rkd ab sp sobolev bss cc lwm irg vid ofd afd crd".split()
-COMPARED = 6  # steps of which losses and weights are compared
+COMPARED = 6  # number of steps after which losses and weights are compared
 
-# --- steps: captured against plain, for every method ----------------------------------------------
+# --- steps: captured and plain step of every method -----------------------------------------------
 
 
 def steps(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
@@ -64,12 +64,12 @@ def steps(args: argparse.Namespace, device: torch.device, precision: utils.Preci
             head = dict(pair=f"{teacher} -> {student}", batch=size)
             for mode in args.modes:
                 if time.monotonic() > end:
-                    print(f"time is up: {mode} and what follows was not run", flush=True)
+                    print(f"time is up: {mode} and the methods after it were not run", flush=True)
                     return
                 row = head | dict(mode=mode, bare_ms=bare_ms)
                 try:
                     row |= one_mode(mode, flags, device, precision, images, nets, args.steps)
-                except Exception as error:  # the other methods are still of use
+                except Exception as error:  # continue with the other methods
                     row["error"] = f"{type(error).__name__}: {utils.first_line(error)}"
                     if device.type == "cuda" and "CUDA error" in str(error):
                         out.write(json.dumps(row) + "\n")
@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace, device: torch.device, precision: utils.Preci
 
 
 def one_mode(mode: str, flags, device, precision, images, nets, count: int) -> dict:
-    """Times and kernels of a plain step of `mode`, and of a captured one where the row allows."""
+    """Times and kernels of a plain step of `mode`, and of a captured one if it can be captured."""
     plain = Stepper(mode, flags, device, precision, images, nets, train_kd.train_step)
     losses, weights = plain.compared()
     row = dict(step_ms=1000 * per_call(plain, count, device, precision))
@@ -98,8 +98,8 @@ def one_mode(mode: str, flags, device, precision, images, nets, count: int) -> d
 
 
 class Stepper:
-    """Steps of `mode` on a few batches in turn, from the same weights and draws each time it is
-    made."""
+    """Training steps of `mode`, cycling through four batches. Each Stepper starts with the same
+    weights and random numbers."""
 
     def __init__(self, mode: str, flags, device, precision, images, nets, step):
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ class Stepper:
         )
 
     def compared(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The terms of the first steps and the weights after them, as two vectors."""
+        """(losses of the first steps, weights after them), each as one vector."""
         terms = [torch.stack([x.float() for x in self().values()]).clone() for _ in range(COMPARED)]
         groups = self.optimizer.param_groups
         weights = [p.detach().float().flatten() for group in groups for p in group["params"]]
@@ -133,13 +133,13 @@ class Stepper:
 
 
 def per_call(call, count: int, device: torch.device, precision: utils.Precision) -> float:
-    """Seconds of a call: the median of three blocks of `count` calls, after six to warm up."""
+    """Seconds per call: the median of three blocks of `count` calls, after six warm-up calls."""
     bench_meter.seconds(call, 6, device)
     return median(bench_meter.seconds(call, count, device) / count for _ in range(3))
 
 
 def on_the_gpu(call, step_ms: float, count: int = 4) -> dict:
-    """Kernels a step, their time, and which share of the step's time the GPU is busy."""
+    """Kernels per step, their time, and the share of the step in which the GPU is busy."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(count):
             call()
@@ -157,12 +157,12 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / one.norm()).item()
 
 
-# --- runs: the whole script, every method --------------------------------------------------------
+# --- runs: train_kd.py with every method ---------------------------------------------------------
 
 
 def runs(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
-    """Two epochs of every method on digits, captured where the row allows it, several at a time;
-    write runs.json: what failed, with the last line that it printed."""
+    """Train every method for two epochs on digits, several at the same time, captured if possible.
+    Write runs.json: the failed methods, each with the last line that it printed."""
     end = time.monotonic() + args.seconds
     root = args.out / "runs"
     data = ["--data_name", "digits", "--img_size", "12", "--save_root", str(root)]
@@ -174,8 +174,7 @@ def runs(args: argparse.Namespace, device: torch.device, precision: utils.Precis
     jobs = [(m, ["--kd_mode", m, *files, *data, "--note", m]) for m in args.modes]
     failed = dict.fromkeys(args.modes, "not run")
     save(args.out / "runs.json", dict(count=len(args.modes), failed=failed))
-    # processes that take one method after another: to start Python for each takes longer than to
-    # train
+    # each process trains one method after another: starting Python takes longer than a training
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(args.jobs) as pool:
         for mode, error in pool.imap_unordered(one_run, jobs):
@@ -190,7 +189,7 @@ def runs(args: argparse.Namespace, device: torch.device, precision: utils.Precis
 
 
 def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
-    """Train; (the method, '' or what went wrong)."""
+    """Run a training. Returns (the method, its error, or '' if it succeeded)."""
     mode, argv = job
     torch.set_num_threads(1)
     said = io.StringIO()
@@ -209,8 +208,8 @@ def one_run(job: tuple[str, list[str]]) -> tuple[str, str]:
 
 
 def epoch(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
-    """Write epoch.json: images a second of `st`, plain and captured, and of a loop as the public
-    repositories have it."""
+    """Write epoch.json: images per second of `st`, with plain and captured steps, and of a loop
+    like those of the public repositories."""
     found = {}
     name = "resnet8" if args.tiny else "resnet20"
     workers = min(8, utils.cpus())
@@ -240,15 +239,15 @@ def train(*argv) -> None:
 
 
 def speed(folder: Path) -> dict:
-    """Images a second of the last epoch's training, and its seconds with the evaluation."""
+    """Training speed of the last epoch in images per second, and its seconds with evaluation."""
     rows = (folder / "timing.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), rows[-1].split(",")))
     return dict(img_per_s=float(last["train_img_per_s"]), seconds=float(last["seconds"]))
 
 
 def public_loop(args, device, precision, name: str, workers: int) -> dict:
-    """Images a second of a loop that has what the public ones have: float32, NCHW, PIL's images
-    through worker processes, and the losses read in every step."""
+    """Images per second of a loop like those of the public repositories: float32, NCHW, PIL images
+    from worker processes, and losses read in every step."""
     train, device = stream.load("imagefolder", args.img_root).train, device
     num_class = train.num_class
     tnet, snet = (foreign.build(name, num_class).to(device) for _ in "ts")
@@ -284,8 +283,8 @@ def public_loop(args, device, precision, name: str, workers: int) -> dict:
 
 
 def rows(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
-    """Train the teacher, then the baseline and the methods, several at a time, until the time is
-    up; what is unfinished stops at its checkpoint and continues at the next call."""
+    """Train the teacher and the baseline, then the methods, several at the same time, until the
+    time is up. Unfinished trainings save a checkpoint and continue at the next call."""
     end = time.monotonic() + args.seconds
     root = args.out / "rows"
     epochs = ["--epochs", "2"] if args.tiny else []
@@ -313,7 +312,8 @@ def finished(folder: Path) -> bool:
 
 
 def together(jobs: list[list[str]], root: Path, count: int, end: float) -> None:
-    """Run `jobs`, `count` at a time, till `end`; what still runs then is told to save and stop."""
+    """Run `jobs`, `count` at the same time, until `end`. Then running ones get SIGTERM: they save
+    and stop."""
     waiting = [job for job in jobs if not finished(root / job[job.index("--note") + 1])]
     running = []
     env = os.environ | dict(OMP_NUM_THREADS="1")
@@ -352,7 +352,7 @@ COLUMNS = dict(
 
 
 def summary(args: argparse.Namespace, device: torch.device, precision: utils.Precision) -> None:
-    """Write summary.md of what is there."""
+    """Write summary.md from the results that exist."""
     lines = [f"# {utils.describe_device(device, precision)}, torch {torch.__version__}", ""]
     tests = args.out / "tests.log"
     if tests.exists():
@@ -377,7 +377,7 @@ def summary(args: argparse.Namespace, device: torch.device, precision: utils.Pre
         lines.append("")
     lines += [f"- {row['mode']}, {row['pair']}: {row['error']}" for row in found if "error" in row]
     if (args.out / "epoch.json").exists():
-        lines += ["", "## An epoch", "", "| | images a second |", "| --- | --- |"]
+        lines += ["", "## An epoch", "", "| | images per second |", "| --- | --- |"]
         found = json.loads((args.out / "epoch.json").read_text())
         lines += [f"| {way} | {x['img_per_s']:.0f} |" for way, x in found.items()]
     lines += gpu_students.lines_of(args.out / "students.jsonl")
@@ -413,27 +413,33 @@ PARTS = dict(
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="gpu_check.py", description=__doc__)
     add = parser.add_argument
-    add("part", choices=PARTS)
-    add("--out", type=Path, default=Path("results/gpu/here"), metavar="DIR")
-    add("--modes", type=bench_flags.some(METHODS), default=tuple(METHODS), metavar="M,M")
-    add("--img_root", metavar="DIR", help="folder of images, of parts epoch and rows")
-    add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help="(default 100)")
+    add("part", choices=PARTS, help="part to run, see above")
+    out = Path("results/gpu/here")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder of results (default {out})")
+    methods = dict(type=bench_flags.some(METHODS), default=tuple(METHODS), metavar="M,M")
+    add("--modes", **methods, help=bench_flags.MODES_HELP)
+    folder = "image folder with train and test, for the parts epoch and rows"
+    add("--img_root", metavar="DIR", help=folder)
+    limit = "time limit of the part in seconds (default 100)"
+    add("--seconds", type=cli.number(float, 0), default=100, metavar="X", help=limit)
     add(
         "--steps",
         type=cli.number(int, 1),
         default=10,
         metavar="N",
-        help="steps per block (default 10)",
+        help="steps per measured block (default 10)",
     )
-    add("--pairs", type=cli.number(int, 1, 2), default=2, metavar="N", help="(default 2)")
+    pairs = "measure the first N pairs of networks (default 2)"
+    add("--pairs", type=cli.number(int, 1, 2), default=2, metavar="N", help=pairs)
     add(
         "--jobs",
         type=cli.number(int, 1),
         default=4,
         metavar="N",
-        help="rows at the same time (default 4)",
+        help="trainings at the same time (default 4)",
     )
-    add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help="0: CPU")
+    cuda = "0: CPU, 1: GPU (default: GPU if available)"
+    add("--cuda", type=cli.number(int, 0, 1), metavar="0|1", help=cuda)
     add("--tiny", action="store_true", help="small sizes, also without a GPU")
     bench_flags.add_amp(parser)
     args = parser.parse_args(argv)
@@ -446,7 +452,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else list(argv))
     if args.part in ("epoch", "rows") and not args.img_root:
-        raise UserError(f"{args.part} needs --img_root DIR, a folder with train and test")
+        raise UserError(
+            f"--img_root is required for {args.part}; give a folder with train and test"
+        )
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     device = utils.select_device(cuda=args.cuda)

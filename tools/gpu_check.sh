@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Check the code on a GPU and measure it, in at most six minutes; a summary at the end.
+# Check and measure the code on a GPU, in at most six minutes. Prints a summary at the end.
 #
 #     tools/gpu_check.sh [--tiny]
 #
-# IMAGES: a folder with train/ and test/ (for the parts `epoch` and `rows`; without it they are left
-# out). OUT: where the results go (default results/gpu/<name of the GPU>). PYTHON: which Python. PARTS: which parts,
-# of "tests steps runs epoch students rows"; SECONDS_<PART>: how long each may take. --tiny: small sizes, also without a GPU.
+# --tiny: small sizes; also works without a GPU. Environment variables:
+#   IMAGES          folder with train/ and test/; without it the parts `epoch` and `rows` are skipped
+#   OUT             folder of the results (default results/gpu/<name of the GPU>)
+#   PYTHON          the Python to use (default python3)
+#   PARTS           the parts to run (default "tests steps runs epoch students rows")
+#   SECONDS_<PART>  time limit of a part in seconds
+#   MODES           methods, separated by commas (default all)
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
@@ -15,7 +19,7 @@ gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 out=${OUT:-results/gpu/$(echo "${gpu:-cpu}" | tr ' /' '__')}
 parts=${PARTS:-tests steps runs epoch students rows}
 mkdir -p "$out"
-# every part is ended, whatever it does, some time after it should have ended by itself
+# a part stops by itself at its limit; `timeout` kills it if it still runs 20 seconds later
 check() {
     local limit=$1
     shift

@@ -1,5 +1,5 @@
-"""A part of gpu_check.py: students that share the teacher's pass, each with a CUDA graph of its
-own, one after another or on streams at the same time.
+"""The part `students` of gpu_check.py: students that share the teacher's forward pass. Each has its
+own CUDA graph; they run one after another, or at the same time on separate streams.
 """
 
 import argparse
@@ -28,7 +28,7 @@ COLUMNS = dict(
 
 
 def students(args: argparse.Namespace, device, precision) -> None:
-    """Write a row of students.jsonl for each pair and number of students, until the time is up."""
+    """Write a row of students.jsonl for each pair and number of students, until the time limit."""
     end = time.monotonic() + args.seconds
     with open(args.out / "students.jsonl", "a") as out:
         for name in bench_together.PAIRS.split(","):
@@ -45,7 +45,7 @@ def students(args: argparse.Namespace, device, precision) -> None:
 
 
 def one_group(name: str, count: int, args, device, precision) -> dict:
-    """Milliseconds of a step of all students, by each way."""
+    """Milliseconds of a step of all students, for each way to run them."""
     size = 8 if args.tiny else 64
     sizes = argparse.Namespace(batch_size=size, num_class=100, samples=8 * size)
     images, snet, tnet = bench_together.networks(name, sizes)
@@ -79,7 +79,7 @@ def one_group(name: str, count: int, args, device, precision) -> dict:
         streams = [torch.cuda.Stream() for _ in modes]
         ways["streams_ms"] = together(lambda: CapturedStep(train_kd.train_step), streams)
     for call in ways.values():
-        for _ in range(6):  # captured after three
+        for _ in range(6):  # a step is captured after three calls
             call()
     times = take_turns(list(ways.values()), 3, args.steps, device)
     row = dict(pair=name, students=count)
@@ -87,7 +87,7 @@ def one_group(name: str, count: int, args, device, precision) -> dict:
 
 
 def lines_of(path) -> list[str]:
-    """The rows that were written, as a part of the summary."""
+    """The lines of the summary for the written rows."""
     if not path.exists():
         return []
     rows = [json.loads(x) for x in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Figures of runs and networks, as PNG.
+"""Draw figures of runs and networks, as PNG files.
 
     python tools/plot.py curves runs/base runs/st runs/at --metric test_top1 --out curves.png
     python tools/plot.py tsne runs/*/model_best.pth.tar --out tsne.png
@@ -6,9 +6,9 @@
     python tools/plot.py attention runs/at/model_best.pth.tar --images 3,17,42 --out attention.png
     python tools/plot.py boxes runs/det/model_best.pth.tar --images 3,17 --out boxes.png
 
-A RUN is a run's folder, a MODEL a checkpoint: ours, a .safetensors file, or a public one. What the
-checkpoints know (network, dataset, normalisation) need not be said again; of several, the first
-that knows the dataset says which.
+A RUN is a run directory. A MODEL is a checkpoint: one of this repository, a .safetensors file, or a
+public one. Network, dataset and normalisation are read from the checkpoints. If they differ, the
+first checkpoint with a dataset decides.
 """
 
 import argparse
@@ -58,17 +58,17 @@ WORDS = dict(  # columns of metrics.csv
     val_top1="validation top-1 (%)",
     val_top5="validation top-5 (%)",
 )
-OF_A_RUN = ("checkpoint.pth.tar", "model_best.pth.tar")  # the folder's name says more than theirs
+OF_A_RUN = ("checkpoint.pth.tar", "model_best.pth.tar")  # labelled with the name of their folder
 BATCH = 100
-MANY = 20  # classes whose names stand at an axis
-LEGEND = 100  # names in one
+MANY = 20  # largest number of classes whose names are written at an axis
+LEGEND = 100  # largest number of names in a legend
 
 
-# --- what all figures share -----------------------------------------------------------------------
+# --- helpers of all figures -----------------------------------------------------------------------
 
 
 def colors(count: int) -> np.ndarray:
-    """As many colours, as far apart as they can be."""
+    """`count` different RGB colours, (count, 3)."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -77,8 +77,8 @@ def colors(count: int) -> np.ndarray:
 
 
 def panels(head: str, titles: list[str], width: float, height: float, columns=3, legend=()):
-    """A figure and its axes, one of width x height inches for each of `titles`, in rows; next to
-    them the names of `legend` with their colours."""
+    """(figure, axes): one axis of width x height inches per title, in rows; next to them a legend
+    with the names in `legend` and their colours."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.lines import Line2D
 
@@ -103,25 +103,27 @@ def panels(head: str, titles: list[str], width: float, height: float, columns=3,
 
 
 def short(paths: list[str]) -> list[str]:
-    """What to call runs and checkpoints: by their folders, where those differ."""
+    """Labels of runs and checkpoints: the names of their folders, or the paths if names repeat."""
     full = [Path(path).absolute() for path in paths]
     found = [path.parent.name if path.name in OF_A_RUN else path.name for path in full]
     return found if len(set(found)) == len(found) else paths
 
 
 def titled(paths: list[str], found: list[Weights]) -> list[str]:
-    """The same with the networks' names."""
+    """The labels of `short` with the names of the networks."""
     kinds = [foreign.file_name(weights.name) for weights in found]
     return [f"{name} ({kind})" for name, kind in zip(short(paths), kinds)]
 
 
 def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | None = None):
-    """(networks' weights, networks, test images, device, precision) of args.what, then of
-    `t_model`."""
+    """(weights, networks, test images, (device, precision)) of args.what; the teacher `t_model` is
+    the last one."""
     given = args.net_name or [None]
     given = given * len(args.what) if len(given) == 1 else given
     if len(given) != len(args.what):
-        raise UserError(f"{len(given)} --net_name for {len(args.what)} networks: one, or one each")
+        raise UserError(
+            f"--net_name: expected 1 or {len(args.what)} names, one per MODEL, got {len(given)}"
+        )
     found = [find_weights(*pair, "net_name", "MODEL") for pair in zip(given, args.what)]
     if t_model:
         found.append(find_weights(t_name, t_model, "t_name", "t_model"))
@@ -142,7 +144,7 @@ def load(args: argparse.Namespace, t_model: str | None = None, t_name: str | Non
 
 
 def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
-    """Those of the images."""
+    """The images with these indices."""
     part = "items" if isinstance(images, dataset.Files) else "pixels"
     kept = {key: getattr(images, key)[index] for key in (part, "labels")}
     return replace(images, **kept)
@@ -152,8 +154,8 @@ def pick(images: dataset.Images | dataset.Files, index: np.ndarray):
 def look(
     net: nn.Module, name: str, images, where: tuple[torch.device, utils.Precision], tap: str
 ) -> list[Tensor]:
-    """The logits of all the images, then what the tap 'feat' or 'stages' gives ('out': nothing
-    else), in float32 on the CPU."""
+    """The logits of all images, then the features of the tap 'feat' or 'stages' ('out': only the
+    logits), in float32 on the CPU."""
     device, precision = where
     tapped, parts = network.Tapped(net, (tap,)), []
     for img, *_ in stream.test_batches(images.to(device), BATCH):
@@ -163,7 +165,7 @@ def look(
         parts.append([x.float().cpu() for x in (seen.out, *more)])
     parts = [torch.cat(part) for part in zip(*parts)]
     if not all(part.isfinite().all() for part in parts):
-        raise UserError(f"{name}: its output is not finite, so nothing can be drawn")
+        raise UserError(f"{name}: its output has NaN or infinite values; use another checkpoint")
     return parts
 
 
@@ -174,10 +176,10 @@ def rows_of(folder: str) -> list[dict]:
     """The epochs of a run."""
     try:
         if not Path(folder).is_dir():
-            raise UserError(f"{folder}: expected a run directory, but it does not exist")
+            raise UserError(f"{folder}: run directory not found")
         if not (Path(folder) / "metrics.csv").is_file():
             raise UserError(
-                f"{folder} has no metrics.csv: it is not a run directory, or has no epoch yet"
+                f"{folder} has no metrics.csv; give a run directory with at least one epoch"
             )
         return read_metrics(folder)
     except UserError:
@@ -190,12 +192,12 @@ def rows_of(folder: str) -> list[dict]:
 
 
 def curves(args: argparse.Namespace):
-    """Metrics of several runs, epoch by epoch: a panel a metric, a line a run."""
+    """Metrics of several runs over the epochs: one panel per metric, one line per run."""
     from matplotlib.ticker import MaxNLocator
 
     runs, legend = [rows_of(folder) for folder in args.what], args.labels or short(args.what)
     numbers = {k: v for rows in runs for row in rows for k, v in row.items() if v != str(v)}
-    scores = [x for x in ("test_top1", "val_top1") if x in numbers]  # by what best was chosen
+    scores = [x for x in ("test_top1", "val_top1") if x in numbers]  # the metric that chooses best
     metrics = args.metric or ["ce", *scores]
     for metric in metrics:
         utils.named(numbers, metric, "metric")
@@ -212,11 +214,11 @@ def curves(args: argparse.Namespace):
 
 
 def tsne(args: argparse.Namespace):
-    """t-SNE of the pooled features of test images, coloured by class: a panel a network."""
+    """t-SNE of the pooled features of test images, coloured by class: one panel per network."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise UserError("tsne needs scikit-learn: pip install scikit-learn") from None
+        raise UserError("scikit-learn is not installed; run pip install scikit-learn") from None
 
     found, nets, images, where = load(args)
     legend, titles = images.classes, args.labels or titled(args.what, found)
@@ -230,21 +232,22 @@ def tsne(args: argparse.Namespace):
         _, feat = look(net, title, images, where, "feat")
         try:
             places = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(feat.numpy())
-        except ValueError as error:  # one image, one feature
-            raise UserError(f"{title}: no t-SNE ({utils.first_line(error)})") from error
+        except ValueError as error:  # for example only one image or one feature
+            reason = utils.first_line(error)
+            raise UserError(f"{title}: t-SNE failed ({reason}); give more --images") from error
         axis.scatter(*places.T, c=color, s=7, linewidths=0)
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
     return figure
 
 
 def correlations(logits: Tensor) -> np.ndarray:
-    """How the logits (N, K) of each two classes correlate, (K, K); one that never changes: 0."""
+    """Correlation matrix (K, K) of logits (N, K). A constant logit has the correlation 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.corrcoef(logits.double().numpy(), rowvar=False))
 
 
 def correlation(args: argparse.Namespace):
-    """Correlation matrix of a student's logits, less the teacher's: a heat map a student."""
+    """Correlation matrix of the student's logits minus the teacher's: one heat map per student."""
     found, nets, images, where = load(args, args.t_model, args.t_name)
     titles = args.labels or titled(args.what, found[:-1])
     *seen, teacher = (
@@ -259,7 +262,7 @@ def correlation(args: argparse.Namespace):
     ]
     head = (
         f"Correlation of the classes' logits over {len(images)} test images: "
-        f"student less teacher, {titled([args.t_model], found[-1:])[0]}"
+        f"student minus teacher, {titled([args.t_model], found[-1:])[0]}"
     )
     figure, axes = panels(head, titles, 4.2, 4.2)
     for axis, matrix in zip(axes, off):
@@ -273,13 +276,13 @@ def correlation(args: argparse.Namespace):
 
 
 def attention_maps(fm: Tensor, size: int) -> Tensor:
-    """Mean over channels of the squared maps (B, C, H, W), enlarged: (B, size, size)."""
+    """Mean over channels of the squared feature maps (B, C, H, W), resized to (B, size, size)."""
     fm = fm.square().mean(1, keepdim=True)
     return F.interpolate(fm, size=(size, size), mode="bilinear")[:, 0]
 
 
 def attention(args: argparse.Namespace):
-    """Where the stages of networks look in test images: a row an image and network."""
+    """Attention maps of the stages on test images: one row per image and network."""
     found, nets, images, where = load(args)
     check_places(args, len(images))
     images, titles = pick(images, np.array(args.images)), args.labels or titled(args.what, found)
@@ -287,14 +290,14 @@ def attention(args: argparse.Namespace):
     img, target, _ = next(stream.test_batches(images, len(images)))
     mean, std = (torch.tensor(x) for x in (images.mean, images.std))
     pixels = (img.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
-    columns = max(map(len, seen))  # the image takes the place of the logits
+    columns = max(map(len, seen))  # the stages, and the image instead of the logits
     heads = ["image", *(f"stage {i}" for i in range(1, columns))]
     heads += [""] * (columns * (len(images) * len(nets) - 1))
     head = (
-        "Attention maps: mean over channels of the squared activation, each from its least (blue) "
-        "to its greatest (red) value"
+        "Attention maps: mean over channels of the squared activation, each from its smallest "
+        "(blue) to its largest (red) value"
     )
-    aside = 0.08 * max(map(len, titles))  # inches, for what stands left of the rows
+    aside = 0.08 * max(map(len, titles))  # inches, for the text on the left of the rows
     figure, axes = panels(head, heads, 1.5 + aside / columns, 1.75, columns)
     for axis in axes:
         axis.set(xticks=[], yticks=[], frame_on=False)
@@ -316,14 +319,14 @@ def attention(args: argparse.Namespace):
 
 
 def check_places(args: argparse.Namespace, count: int) -> None:
-    """Raise UserError if --images names one that is not there."""
+    """Raise UserError if --images has the number of an image that does not exist."""
     for i in args.images:
         if i >= count:
-            raise UserError(f"--images {i}: expected 0 to {count - 1}")
+            raise UserError(f"--images: expected int from 0 to {count - 1}, got {i}")
 
 
 def boxes(args: argparse.Namespace):
-    """Boxes in validation images: the annotated ones, and those that detectors find."""
+    """Boxes in validation images: the annotations, and the detections of each detector."""
     from detection import coco, train_det
 
     device = utils.select_device(args.device, args.cuda)
@@ -341,7 +344,7 @@ def boxes(args: argparse.Namespace):
 
     def draw(axis, boxes, labels, scores):
         for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
-            paint = color.get(label, "grey")  # of a number that no category has
+            paint = color.get(label, "grey")  # grey: the label is not a category
             axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=paint, linewidth=1.5)
             text = names.get(label, f"{label}") + score
             axis.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=paint)
@@ -371,22 +374,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     first.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     command = first.parse_args(argv[:1]).command
     parser = cli.Parser(prog=f"plot.py {command}", description=COMMANDS[command].__doc__)
-    parser.set_defaults(command=command, flip=None)  # of training images
+    parser.set_defaults(command=command, flip=None)  # only training images are flipped
     add = parser.add_argument
     what = "RUN" if command == "curves" else "MODEL"
-    add("what", nargs="+", type=cli.filled, metavar=what)
-    add("--out", type=cli.filled, required=True, metavar="FILE.png")
+    kinds = dict(RUN="run directory", MODEL="checkpoint or .safetensors file")
+    add("what", nargs="+", type=cli.filled, metavar=what, help=kinds[what])
+    add("--out", type=cli.filled, required=True, metavar="FILE.png", help="the file to write")
     add("--force", action="store_true", help="overwrite an existing file")
     names = dict(nargs="+", type=cli.filled, metavar="NAME")
-    add("--labels", **names, help="one for each (default: names of folders)")
+    add("--labels", **names, help=f"one label per {what} (default: names of their folders)")
     if command == "curves":
-        text = "(default ce test_top1, or val_top1 where a validation set chose the best epoch)"
+        text = "columns of metrics.csv (default: ce test_top1; ce val_top1 with a validation set)"
         add("--metric", nargs="+", help=text)
     elif command == "tsne":
         few = cli.number(int, 5)
-        add("--images", type=few, default=2000, metavar="N", help="drawn by chance (default 2000)")
+        text = "number of random test images (default 2000)"
+        add("--images", type=few, default=2000, metavar="N", help=text)
         seed = cli.number(int, 0, 2**32 - 1)
-        add("--seed", type=seed, default=2, metavar="N", help="(default 2)")
+        add("--seed", type=seed, default=2, metavar="N", help="random seed (default 2)")
     elif command == "correlation":
         teacher = "the teacher's checkpoint"
         add("--t_model", type=cli.filled, required=True, metavar="FILE", help=teacher)
@@ -394,29 +399,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--t_name",
             type=cli.filled,
             metavar="NAME",
-            help="network, if the checkpoint does not say it",
+            help="network of the teacher, if the checkpoint does not name it",
         )
     else:
         several = cli.comma(cli.number(int, 0))
-        add("--images", type=several, required=True, metavar="N,N", help="of the test, from 0")
+        text = f"indices of {'validation' if command == 'boxes' else 'test'} images, from 0"
+        add("--images", type=several, required=True, metavar="N,N", help=text)
     if command == "boxes":
         add(
             "--score",
             type=cli.number(float, 0, 1),
             default=0.5,
             metavar="X",
-            help="(default 0.5)",
+            help="draw detections with at least this score (default 0.5)",
         )
-        add("--img_root", type=cli.filled, metavar="DIR", help="(default: the checkpoint's)")
+        text = "folder of the COCO data (default: that of the checkpoint)"
+        add("--img_root", type=cli.filled, metavar="DIR", help=text)
         cli.add_device_flags(parser)
     elif command != "curves":
-        what = "network of the checkpoints that do not say it: one for all, or one for each"
-        add("--net_name", **names, help=what)
+        text = "network, if a checkpoint does not name it: one name for all, or one per MODEL"
+        add("--net_name", **names, help=text)
         cli.add_data_flags(parser)
         cli.add_device_flags(parser)
     args = parser.parse_args(argv[1:])
     if args.labels and len(args.labels) != len(args.what):
-        raise UserError(f"{len(args.labels)} --labels for {len(args.what)}: give one for each")
+        raise UserError(
+            f"--labels: expected {len(args.what)} labels, one per {what}, got {len(args.labels)}"
+        )
     return args
 
 
@@ -429,15 +438,15 @@ def main(argv: list[str] | None = None):
     cli.writable_file(out, args.force)
     matplotlib = import_matplotlib()
     if matplotlib is None:
-        raise UserError("figures need matplotlib: pip install matplotlib")
+        raise UserError("matplotlib is not installed; run pip install matplotlib")
     with matplotlib.rc_context(STYLE):
         figure, png = COMMANDS[args.command](args), io.BytesIO()
         try:
             figure.savefig(png, format="png")
             out.write_bytes(png.getvalue())
-        except (OSError, ValueError) as error:  # also of too many pixels
+        except (OSError, ValueError) as error:  # ValueError: too many pixels
             reason = utils.first_line(error)
-            raise UserError(f"{out} cannot be written ({reason})") from error
+            raise UserError(f"--out {out} cannot be written ({reason})") from error
     print(out)
     return figure
 
