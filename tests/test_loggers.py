@@ -173,7 +173,7 @@ def test_nobody_is_logged_in(offline, tmp_path):
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    assert done.returncode == 2 and "error: --wandb: nobody is logged in" in done.stderr
+    assert done.returncode == 2 and "error: --wandb: not logged in" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
