@@ -165,6 +165,7 @@ def test_students_of_one_process_have_a_run_each(offline, teacher, tmp_path):
         assert run["rows"][2]["test_top1"] == last["test_top1"]
 
 
+@pytest.mark.slow
 def test_nobody_is_logged_in(offline, tmp_path):
     flags = ["--net_name", "resnet8", *SHORT, "--save_root", str(tmp_path / "runs")]
     command = [sys.executable, str(ROOT / "train_base.py"), *flags, "--wandb", "zoo"]
