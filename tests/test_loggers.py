@@ -153,6 +153,7 @@ def test_a_run_that_had_no_wandb_sends_its_first_epochs_too(offline, tmp_path, m
     assert run["config"]["net_name"] == "resnet8"
 
 
+@pytest.mark.slow
 def test_students_of_one_process_have_a_run_each(offline, teacher, tmp_path):
     argv = ["--kd_mode", "none,st", "--t_model", teacher, "--s_name", "resnet8", "--note", "x"]
     train_kd.main([*argv, *SHORT, "--save_root", str(tmp_path), "--wandb", "zoo"])
