@@ -60,7 +60,7 @@ train_img, train_target = images[:300], labels[:300]
 test_img, test_target = images[300:], labels[300:]
 
 print("teacher   ", end=" ")
-teacher = train(network(32), epochs=30)
+teacher = train(network(16), epochs=30)
 print("baseline  ", end=" ")
 torch.manual_seed(1)
 train(network(2))

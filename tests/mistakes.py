@@ -391,7 +391,8 @@ def cases(main, common: str, rows) -> list:
         argv, *names = [row] if isinstance(row, str) else row
         names = names or [[x for x in argv.split() if x.startswith("--")][-1].split("=")[0]]
         label = f"{main.__module__} {ascii(argv)[1:-1][:60]}"
-        found.append(pytest.param(main, common + argv, names, id=label))
+        slow = [pytest.mark.slow] * (len(found) % 3 > 0)  # every third row is in the first tier
+        found.append(pytest.param(main, common + argv, names, id=label, marks=slow))
     return found
 
 

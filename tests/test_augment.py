@@ -69,7 +69,7 @@ def test_magnitudes_are_torchvision_s(op):
             assert augment.magnitude(op, level, size) == value
 
 
-@pytest.mark.parametrize("size", [97, 112])
+@pytest.mark.parametrize("size", [pytest.param(97, marks=pytest.mark.slow), 112])
 @pytest.mark.parametrize("op", OPS)
 def test_an_operation_is_torchvision_s_image_by_image(op, size):
     """All levels and signs in one batch; bit for bit, but that of a rotation a few pixels may come

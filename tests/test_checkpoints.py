@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tiers
 import torch
 from fill import image
 from messages import refused
@@ -26,8 +27,8 @@ from engine import console
 DATA = Path(__file__).parent / "data"
 KDZOO = DATA / "kdzoo_resnet20.pth.tar"
 KDZOO_LOGITS = json.loads((DATA / "kdzoo_logits.json").read_text())
-BIG = ("ResNet34", "ResNet50", "ResNet101", "ResNet152", "vgg13", "vgg16", "vgg19", "resnet32x4")
-NAMES = [pytest.param(x, marks=[pytest.mark.slow] * (x in BIG)) for x in network.NETWORKS]
+QUICK = ("resnet20", "resnet8x4", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1")
+NAMES = tiers(network.NETWORKS, *QUICK)
 
 
 def _same_weights(path, name, num_class, state):

@@ -70,7 +70,7 @@ def test_what_reads_by_design(mode):
         steps(mode)
 
 
-@pytest.mark.parametrize("mode", ["st", "rkd", "mlkd", "crd", "ctkd"])
+@pytest.mark.parametrize("mode", tiers(["st", "rkd", "mlkd", "crd", "ctkd"], "st", "crd"))
 def test_micro_batches_stay_on_the_device(mode):
     assert steps(mode, accumulate=2)
 
@@ -98,7 +98,7 @@ def test_the_bank_on_the_host_is_there():
 
 
 @pytest.mark.parametrize(
-    "mode", tiers([m for m in MODES if METHODS[m].capturable], "st", "dkd", "crd", "ctkd", "wkd_l")
+    "mode", tiers([m for m in MODES if METHODS[m].capturable], "st", "crd", "ctkd")
 )
 def test_no_number_that_changes_is_baked_into_a_step(mode):
     """A captured graph replays Python numbers as they were: those of two epochs are the same."""
@@ -155,9 +155,7 @@ def cuda_autocast(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", tiers([torch.bfloat16, torch.float16], torch.bfloat16))
-@pytest.mark.parametrize(
-    "mode", tiers(MODES, "st", "at", "crd", "rkd", "reviewkd", "ofd", "afd", "semckd", "mgd", "vkd")
-)
+@pytest.mark.parametrize("mode", tiers(MODES, "st", "at", "crd", "rkd", "vkd"))
 def test_the_losses_are_float32_under_cudas_autocast(mode, dtype, cuda_autocast):
     """CUDA casts other operators than the CPU does. Forward alone: backward needs a driver."""
     fake = FakeTensorMode(allow_non_fake_inputs=False)

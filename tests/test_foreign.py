@@ -492,7 +492,7 @@ def distil(argv, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", tiers(["at", "ofd", "crd", "reviewkd"], "at"))
+@pytest.mark.parametrize("mode", tiers(["at", "ofd", "crd", "reviewkd"]))
 def test_a_network_of_ones_own(teachers, file, mode, tmp_path, capsys):
     out = distil(
         ["--kd_mode", mode, "--t_model", str(teachers["build"]), "--t_name", f"{file}:build"]

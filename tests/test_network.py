@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import tiers
 import torch
 from fill import fill_network, image
 from messages import refused
@@ -35,7 +36,10 @@ def test_every_network_has_its_values():
     assert sorted([*EXPECTED, *UNRECORDED]) == sorted(network.NETWORKS)
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x.values[0] in EXPECTED])
+QUICK = ("resnet20", "resnet8x4", "wrn_16_2", "vgg8", "ResNet18", "MobileNetV2", "ShuffleV1")
+
+
+@pytest.mark.parametrize("name", tiers(EXPECTED, *QUICK))
 def test_agrees_with_the_public_network(name):
     """Keys, shapes, parameters, logits, feature maps after and before the last ReLU of a stage."""
     expected = EXPECTED[name]

@@ -180,7 +180,7 @@ def file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", tiers(["Net", "InTraining", "WithTaps"], "Net"))
+@pytest.mark.parametrize("kind", tiers(["Net", "InTraining", "WithTaps"]))
 def test_through_the_scripts(kind, file, tmp_path, capsys):
     """Trained, as a teacher and as a student, evaluated and exported."""
     name, where = f"{file}:{kind}", ["--save_root", str(tmp_path)]

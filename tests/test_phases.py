@@ -86,6 +86,7 @@ def test_ft_trains_through(tmp_path, flags):
     assert all(math.isfinite(row["kd"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_a_weight_that_starts_at_zero(distil):
     """The method's own parameters get their first gradient, and their momentum, in a later step."""
     rows = read_metrics(distil("reviewkd", "--protocol", "reviewkd", "--epochs", "1")["dir"])

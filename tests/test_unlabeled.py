@@ -261,6 +261,7 @@ def test_several_students(teacher, bare, tmp_path):
         assert_same(one, two)
 
 
+@pytest.mark.slow
 def test_several_teachers(base, bare, tmp_path):
     both = ",".join(str(base / name / "model_best.pth.tar") for name in ("resnet14", "resnet8"))
     distil("st+at", both, tmp_path, "--unlabeled", bare, "--val", "0.1")

@@ -237,6 +237,7 @@ def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
         assert rate == recipe.lr  # constant there, where KD-Zoo's falls
 
 
+@pytest.mark.slow
 def test_every_command_of_a_dry_run_is_one_that_the_scripts_take(capsys):
     for name, table in tables_plan.TABLES.items():
         flags = [] if table.data else ["--data", "digits"]
