@@ -5,12 +5,12 @@
     python tools/tables.py show kdzoo-r20-r20
     python tools/tables.py status kdzoo-r20-r20
 
-`run` trains the missing teacher, then every method and seed. It skips finished trainings, resumes
-interrupted ones and continues after a failure; it waits for trainings of other processes.
-`--launcher slurm` submits the trainings to a cluster instead. `--dry_run` prints the commands and
-their recipes. `status` lists finished, running, queued and failed trainings. `show` prints last and
-best epoch, mean and standard deviation over the seeds, next to the figures of published.csv. Runs
-with other data, epochs or precision are in separate tables.
+`list` prints the names of the tables. `run` trains the missing teacher, then every method and seed.
+It skips finished trainings, resumes interrupted ones, and continues with the others if one fails.
+`--launcher slurm` submits the trainings to a cluster. `--dry_run` prints the commands and their
+recipes. `status` lists finished, running, queued and failed trainings. `show` prints the accuracy
+of the last and the best epoch, mean and standard deviation over the seeds, next to the figures of
+published.csv. Runs with other data, epochs or precision are in separate tables.
 """
 
 import argparse
@@ -43,17 +43,16 @@ from utils import UserError  # noqa: E402
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what is missing of a table, then show it."""
+    """Run the missing trainings of a table, then show the table."""
     table = TABLES[args.table]
     if table.protocol is None:
-        raise UserError(f"{args.table} cannot be run, because its recipe is missing; use `show`")
+        raise UserError(f"{args.table} cannot be run, since it has no recipe; use `show`")
     args.data = args.data or (table.data[0] if table.data else None)
     if args.data is None:
-        raise UserError(f"--data is required: {cli.DATA_NAMES}")
+        raise UserError(f"--data is required for {args.table}; give {cli.DATA_NAMES}")
     if args.data in ("imagefolder", "wds") and not args.img_root:
-        raise UserError(
-            f"--data {args.data} needs --img_root {'DIR' if args.data != 'wds' else 'SHARDS'}"
-        )
+        what = "the folder of the images" if args.data != "wds" else "the shards"
+        raise UserError(f"--img_root is required for --data {args.data}; give {what}")
     tables_slurm.check(args)
     check_places(args)
     rows = rows_of(args.table, args.data, args.pairs, args.methods)
@@ -62,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
         others = {t for t, _, mode in rows if mode != BASE} - {knows}
         if others:
             raise UserError(
-                f"--teacher {args.teacher} is a {knows}, the table needs {', '.join(others)}; "
-                "choose with --pairs"
+                f"--teacher {args.teacher} is a {knows}, but the table needs {', '.join(others)}; "
+                "choose fitting pairs with --pairs"
             )
     jobs = jobs_of(args, table, rows)
     if args.dry_run:
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(jobs)} trainings, {len(jobs) - len(todo)} of them finished", flush=True)
     if todo:
         check(todo[0])
-    if args.out:  # or say before all is trained that nothing can be written there
+    if args.out:  # report a folder that is not writable before training
         make_folder(Path(args.out))
         remembered(Path(args.out) / f"{args.table}.runs.csv")
     if args.launcher == "slurm":
@@ -87,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
     failed = work(todo, jobs, args.jobs, args.cuda, not args.apart)
     show(args)
     if failed:
-        raise UserError(f"{len(failed)} of {len(todo)} trainings failed, see above")
+        raise UserError(f"{len(failed)} of {len(todo)} trainings failed; see their errors above")
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print a table, and write it where --out and --into say."""
+    """Print a table, and write it into --out and --into."""
     check_places(args)
     table = TABLES[args.table]
     records = collect(Path(args.runs), table.protocol) if table.protocol else []
@@ -102,7 +101,8 @@ def show(args: argparse.Namespace) -> None:
     rows = summarise(args.table, records)
     if not rows:
         raise UserError(
-            f"nothing to show of {args.table}: no runs in {args.runs} and no published figures"
+            f"{args.table}: nothing to show, no finished runs in {args.runs} and no published "
+            "figures; use `run` first"
         )
     text = markdown(args.table, rows)
     if out:
@@ -115,7 +115,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def status(args: argparse.Namespace) -> None:
-    """Print what the trainings of a table do just now."""
+    """Print the state of each training of a table."""
     cli.usable_folder(Path(args.runs), "--runs", write=False)
     print("\n".join(tables_status.status(Path(args.runs), args.table)))
 
@@ -131,24 +131,26 @@ def overview(args: argparse.Namespace) -> None:
         print(f"{name:<17} {table.protocol or '-':<10}{pairs:>5}  {len(figures):>9}  {modes}")
 
 
-# --- where it is written --------------------------------------------------------------------------
+# --- output files ---------------------------------------------------------------------------------
 
 
 def check_places(args: argparse.Namespace) -> None:
-    """Say what is wrong with --runs, --out and --into before anything is written or trained."""
+    """Raise UserError for a wrong --runs, --out or --into, before writing or training."""
     runs, out = Path(args.runs), Path(args.out) if args.out else None
     cli.usable_folder(runs, "--runs", write=args.command == "run")
     if out:
         cli.usable_folder(out, "--out")
         for kind in ("runs.csv", "csv", "md", "png"):
             if (out / f"{args.table}.{kind}").is_dir():
-                raise UserError(f"--out {out}: {args.table}.{kind} is a folder")
+                raise UserError(
+                    f"--out {out}: {args.table}.{kind} in it is a folder; give another folder"
+                )
     if args.into:
         split_page(Path(args.into), args.table)
 
 
 def make_folder(path: Path) -> None:
-    """The folder, made if need be, and written into for a try."""
+    """Make the folder if it does not exist, and check that it is writable."""
     probe = path / f".{os.getpid()}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -174,27 +176,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command != "list":
         add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
         folder = dict(type=cli.filled, metavar="DIR")
-        add("--runs", default="runs/tables", **folder, help="(default runs/tables)")
+        runs = "folder of the runs (default runs/tables)"
+        add("--runs", default="runs/tables", **folder, help=runs)
     if command in ("run", "show"):
-        add("--out", **folder, help="also write CSV, Markdown and a figure there")
+        add("--out", **folder, help="also write the table as CSV, Markdown and figure there")
         page = dict(type=cli.filled, metavar="FILE")
-        add("--into", **page, help="also write it between its marks in this page")
+        add("--into", **page, help="also write the table into this page, between its two marks")
     if command == "run":
-        add("--methods", type=cli.comma(str), metavar="M,M", help="(default: the table's)")
-        add("--pairs", type=cli.comma(str), metavar="T-S,T-S", help="(default: the table's)")
+        methods = "methods to train, also 'baseline' (default: all of the table)"
+        add("--methods", type=cli.comma(str), metavar="M,M", help=methods)
+        pairs = "pairs of networks, TEACHER-STUDENT (default: all of the table)"
+        add("--pairs", type=cli.comma(str), metavar="T-S,T-S", help=pairs)
         add(
             "--seeds",
             type=cli.number(int, 1, 1000),
             default=1,
             metavar="N",
-            help="number of seeds: 1 to N (default 1)",
+            help="train each row with the random seeds 1 to N (default 1)",
         )
-        add("--epochs", type=cli.number(int, 1), metavar="N", help="(default: the protocol's)")
+        epochs = "number of epochs (default: that of the protocol)"
+        add("--epochs", type=cli.number(int, 1), metavar="N", help=epochs)
         add(
             "--data",
             type=cli.filled,
             metavar="NAME",
-            help="(default: the table's) " + cli.DATA_NAMES,
+            help=f"dataset (default: that of the table): {cli.DATA_NAMES}",
         )
         add("--img_root", **folder, help="folder of the images (default ./datasets)")
         add(
@@ -203,7 +209,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             metavar="N",
             help="resize images to NxN pixels",
         )
-        add("--teacher", **page, help="trained teacher (default: train it first)")
+        add("--teacher", **page, help="checkpoint of the teacher (default: train it first)")
         add(
             "--jobs",
             type=cli.number(int, 1, 256),
@@ -215,7 +221,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ways.add_argument(
             "--together",
             action="store_true",
-            help="methods of a pair and seed in one process, with one teacher pass (default)",
+            help="train the methods of a pair and seed in one process, which runs the teacher once "
+            "(default)",
         )
         ways.add_argument("--apart", action="store_true", help="one process per training")
         add("--dry_run", action="store_true", help="print the commands and recipes; run nothing")

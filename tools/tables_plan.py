@@ -1,4 +1,4 @@
-"""The tables, and the trainings that each consists of: their commands, folders and recipes."""
+"""The tables and their trainings: commands, folders and recipes."""
 
 import csv
 import hashlib
@@ -31,12 +31,15 @@ NUM_CLASS = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "ti
 
 @dataclass(frozen=True)
 class Table:
-    """protocol: None if its recipe is not there. teacher: the epoch of the teacher that teaches,
-    'best' or 'last', as its authors have it, or 'library': its weights are those of its library.
-    rows: what it consists of, (teacher, student, mode), where nothing is published; else they are
-    those of published.csv. names: networks of published.csv that have another name here. budget:
-    what published methods spend beyond the protocol. pretrained: whether teachers and students
-    start from their library's weights."""
+    """A published table.
+
+    protocol: None if it has no recipe. teacher: which epoch of the teacher is used, 'best' or
+    'last', as in the authors' code; 'library': the pretrained weights of torchvision or timm. rows:
+    (teacher, student, mode) of each row, if nothing is published; otherwise the rows are those of
+    published.csv. names: the names here of networks in published.csv, if they differ. budget: extra
+    cost of published methods, above the protocol. pretrained: whether teachers and students start
+    from the pretrained weights of their library.
+    """
 
     title: str
     protocol: str | None
@@ -61,7 +64,7 @@ LIBRARY = {
     )
 }
 REUSED = "deploys projector and teacher's classifier"
-BUDGET = {  # the first by the README that has its figures; its authors' files say 240 to 960 epochs
+BUDGET = {  # MLKD: by the README with its figures; the authors' configs have 240 to 960 epochs
     "MLKD": "480 epochs, 2 views: 2 to 4 times",
     "MLKD+LS": "480 epochs (ShuffleNet 960), 2 views",
     "MLKD+LS, last epoch of one run": "480 epochs (ShuffleNet 960), 2 views",
@@ -108,7 +111,7 @@ TABLES = {
 
 
 def figures_of(name: str) -> list[dict]:
-    """The published figures of a table; one may be published by several sources."""
+    """The published figures of a table. The same row may come from several sources."""
     own, spent = TABLES[name].names, TABLES[name].budget
     with open(Path(__file__).parent / "published.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == name]
@@ -122,12 +125,12 @@ def short(net: str) -> str:
 
 
 def label(t: str, s: str) -> str:
-    """A pair of networks, as --pairs and the folders name it."""
+    """The name of a pair of networks in --pairs and in folders."""
     return f"{short(t)}-{short(s)}"
 
 
 def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | None) -> list[tuple]:
-    """(teacher, student, mode) of what the table consists of, or of what is asked for."""
+    """(teacher, student, mode) of the rows of a table, or of the chosen `pairs` and `modes`."""
     table = TABLES[name]
     home = data if data in table.data else next(iter(table.data), None)
     found = list(table.rows)
@@ -147,17 +150,17 @@ def rows_of(name: str, data: str, pairs: list[str] | None, modes: list[str] | No
     return [(t, s, m) for t, s, m in found if ((t, s) in wanted if t else s in students)]
 
 
-# --- what is to be run ----------------------------------------------------------------------------
+# --- trainings ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Job:
-    """One training: its script and flags, the folder that it fills, the epochs it takes, the folder
-    of the teacher that it waits for, and its recipe in a line.
+    """One training: script, flags, run directory, number of epochs, the folder of the teacher that
+    it waits for (`needs`), and its recipe as one line.
 
-    group: jobs of one group can be students of one process; None: a process of its own. student:
-    the name and flags (of train_kd.py) that it has there, where they are others than alone: those
-    of a baseline.
+    group: jobs of the same group can be students of one process; None: it needs a separate process.
+    student: for a baseline, its flags of train_kd.py in such a process; separately it is trained by
+    train_base.py.
     """
 
     script: str
@@ -174,7 +177,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there and can be read; one that was damaged is written again."""
+        """Whether its result exists and can be read. A damaged result is written again."""
         try:
             return bool(read_json(self.folder / "result.json"))
         except ValueError:
@@ -182,8 +185,8 @@ class Job:
 
 
 def setting(args, table: Table) -> str:
-    """The folder for runs under the same settings. An image folder goes by its name and by what is
-    in it, wherever it lies."""
+    """The name of the folder of all runs with the same settings. An image folder is identified by
+    its name and its contents, not by its path."""
     data = args.data
     if data == "imagefolder":
         root = Path(args.img_root)
@@ -200,7 +203,7 @@ def setting(args, table: Table) -> str:
 
 
 def same_images(home: Path, root: str | None) -> None:
-    """Raise UserError if the runs of a setting are of another imagenet than that in `root`."""
+    """Raise UserError if the runs in `home` used other ImageNet images than those in `root`."""
     root, now = Path(root or "./datasets"), None
     for path in sorted(home.glob("**/args.json")):
         try:
@@ -210,13 +213,13 @@ def same_images(home: Path, root: str | None) -> None:
         now = now or folders.folder_identity(root, folders.VALIDATED)
         if before != now:
             raise UserError(
-                f"{home} holds runs on other images than those in {root}; give another --runs"
+                f"{home} has runs on other images than those in {root}; give another --runs DIR"
             )
         return
 
 
 def fingerprint(identity: dict) -> str:
-    """Eight digits that tell one folder of images from another."""
+    """Eight hexadecimal digits that identify a folder of images."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -241,10 +244,10 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
         return jobs.setdefault(folder, job).folder
 
     def baseline(t: str, s: str, seed: int) -> None:
-        """The student alone, which can be trained together with those that have a teacher."""
+        """The student without a teacher; it can be trained together with distilled students."""
         job = jobs[base(s, seed)]
         smooth = published.PROTOCOLS[table.protocol].label_smoothing
-        if job.group is None and t and not smooth:  # which train_base.py alone has
+        if job.group is None and t and not smooth:  # only train_base.py has label smoothing
             job.group = t, s, seed, train_base.resolve(train_base.parse(job.argv)).batch_size
             job.student = ["--kd_mode", kd_cli.NONE, "--s_name", s]
             job.student += ["--s_pretrained"] * table.pretrained
@@ -290,7 +293,7 @@ def jobs_of(args, table: Table, rows: list[tuple]) -> list[Job]:
 
 
 def together(jobs: list[Job]) -> list[str]:
-    """The command line of train_kd.py that trains jobs of one group side by side."""
+    """The flags of train_kd.py that train the jobs of one group in one process."""
     lines = {line[1]: line for line in (job.student or job.argv for job in jobs)}
     (first, seed) = next((x.argv, x.group[2]) for x in jobs if not x.student)
     argv = ["--kd_mode", ",".join(lines), *first[2:-1], str(seed)]
@@ -302,18 +305,18 @@ def together(jobs: list[Job]) -> list[str]:
 
 
 def place(folder: Path, seed: int) -> list[str]:
-    """The flags of a training's seed and folder."""
+    """The flags for the seed and the folder of a training."""
     return ["--seed", str(seed), "--save_root", str(folder.parent), "--note", folder.name]
 
 
 def plain(recipe) -> str:
-    """A training's recipe in a line, without what its method adds."""
+    """The recipe of a training as one line, without the settings of its method."""
     small = recipe.img_size is None or recipe.img_size < 100
     return f"{recipe.epochs} epochs, {cli.describe_recipe(recipe, small)}"
 
 
 def compared(settings: Settings, phases: list[tuple], classes_known: bool) -> str:
-    """A method's weights and flags, in a line."""
+    """Weights and flags of a method as one line."""
     weight = settings.lambda_kd
     if not classes_known and settings.origin["lambda_kd"].endswith(" classes"):
         weight = "by the number of classes"
@@ -326,10 +329,10 @@ def compared(settings: Settings, phases: list[tuple], classes_known: bool) -> st
 
 
 def check(job: Job) -> None:
-    """A wrong flag or missing data is said before anything starts."""
+    """Raise UserError for a wrong flag or missing data, before a training starts."""
     if job.folder.exists():
         return
     script = train_base if job.script == "train_base.py" else train_kd
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
-        # a first job has no teacher to wait for, or one that is there
+        # the first job has no teacher, or its teacher is already trained
         script.main([*job.argv, "--dry_run"])

@@ -1,4 +1,4 @@
-"""Records of finished runs: read from their folders, and remembered in a table's .runs.csv."""
+"""Records of finished runs: read from run directories, and kept in TABLE.runs.csv."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ from tools.tables_plan import BASE
 from utils import UserError
 
 RECORD = "protocol setting data teacher student mode seed epochs last best seconds added precision"
-VALIDATED = " (best chosen on a validation set)"  # of a setting: never in one mean with others
+VALIDATED = " (best chosen on a validation set)"  # a separate setting, never in the same mean
 CHECKS = {
     "a name": lambda x: isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable(),
-    "a name or nothing": lambda x: x == "" or CHECKS["a name"](x),
+    "a name or no value": lambda x: x == "" or CHECKS["a name"](x),
     "an int >= 0": lambda x: type(x) is int and 0 <= x <= 2**53,
     "an int >= 1": lambda x: type(x) is int and 1 <= x <= 2**53,
     "a number from 0 to 100": lambda x: type(x) in (int, float) and 0 <= x <= 100,
-    "a number of at least 0": lambda x: type(x) in (int, float) and 0 <= x <= 1e15,
+    "a number >= 0": lambda x: type(x) in (int, float) and 0 <= x <= 1e15,
 }
 NAME, NAME_OR_NOTHING, COUNT, AT_LEAST_1, PERCENT, NUMBER = CHECKS
 FIELDS = dict.fromkeys(RECORD.split(), NAME) | dict(
@@ -36,7 +36,7 @@ FIELDS = dict.fromkeys(RECORD.split(), NAME) | dict(
 
 
 def checked(key: str, value):
-    """`value`, or a ValueError that says what a record's `key` has to be."""
+    """`value`, if it is valid for the field `key` of a record. Raises ValueError if not."""
     if not CHECKS[FIELDS[key]](value):
         raise ValueError(f"its {key} is {reprlib.repr(value)}, expected {FIELDS[key]}")
     return value
@@ -46,8 +46,8 @@ def checked(key: str, value):
 
 
 def collect(runs: Path, protocol: str) -> list[dict]:
-    """A record of every finished run of a protocol; mutual learning gives one for each network.
-    What cannot be read is named, in a line, and left out."""
+    """The records of all finished runs of a protocol; a run of mutual learning has two. A folder
+    that cannot be read is left out, with a one-line warning."""
     records, homes = [], {}
 
     def left_out(folder, reason) -> None:
@@ -72,7 +72,7 @@ def collect(runs: Path, protocol: str) -> list[dict]:
 
 
 def finished_runs(home: Path, unreadable) -> list[Path]:
-    """The folders with a result below those of the settings, which may be links."""
+    """The folders with a result.json in the folders of all settings, which may be links."""
     found = []
     try:
         settings = sorted(entry.path for entry in os.scandir(home) if entry.is_dir())
@@ -86,15 +86,15 @@ def finished_runs(home: Path, unreadable) -> list[Path]:
 
 
 def records_of(folder: Path, home: Path) -> list[dict]:
-    """The records of the run in a folder. Raises ValueError, one line, where it is damaged or a
-    copy."""
+    """The records of the run in a folder. Raises ValueError, one line, if the run is damaged or
+    copied."""
     result, args = read_json(folder / "result.json"), read_json(folder / "args.json")
 
     def said(*keys: str):
         value = args
         for key in keys:
             if not isinstance(value, dict) or key not in value:
-                raise ValueError(f"args.json does not say its {' '.join(keys)}")
+                raise ValueError(f"args.json has no {' '.join(keys)}")
             value = value[key]
         return value
 
@@ -119,24 +119,26 @@ def records_of(folder: Path, home: Path) -> list[dict]:
         precision="bf16" if "bfloat16" in str(said("machine")) else "fp32",
     )
     if not base:
-        # the trained network may be the student with parts of the teacher
+        # the trained network may be more than the student: simkd adds the teacher's classifier
         student = recipe.get("s_name") or common["student"]
         common |= dict(mode=mode, teacher=said("teacher", "network"), student=student)
     for key in RECORD.split():
         checked(key, common[key])
     if not base:
         checked("student", common["teacher"])
-    # what the run itself says of its place: a copied folder says another
+    # args.json names the run's original place; in a copied folder it differs
     says = dict(kd_mode=None if base else mode, protocol=home.name, seed=int(seed))
     for key, value in dict(says, note=folder.name).items():
         if value is not None and recipe.get(key, value) != value:
-            raise ValueError(f"args.json says its {key} is {reprlib.repr(recipe[key])}: a copy?")
+            raise ValueError(
+                f"it may be a copy, since args.json has {key} {reprlib.repr(recipe[key])}"
+            )
     root = recipe.get("save_root")
     inner = place.parent.parts
     if not inner:
         raise ValueError("it is not in the folder of a setting")
     if isinstance(root, str) and Path(root).parts[-len(inner) :] != inner:
-        raise ValueError(f"args.json says its save_root is {reprlib.repr(root)}: a copy?")
+        raise ValueError(f"it may be a copy, since args.json has save_root {reprlib.repr(root)}")
     common["seconds"] = round(common["seconds"])
     records = [common]
     if {"peer_last", "peer_best"} & set(result):
@@ -145,13 +147,13 @@ def records_of(folder: Path, home: Path) -> list[dict]:
     return records
 
 
-# --- what is remembered of them -------------------------------------------------------------------
+# --- the file of records --------------------------------------------------------------------------
 
 
 def remembered(path: Path) -> tuple[list[str], list[dict]]:
-    """The columns and records of a .runs.csv, also of one that a spreadsheet saved (a byte order
-    mark, semicolons or tabs, decimal commas, columns of its own). Raises UserError, which names the
-    line, where it holds anything else: what it remembers may be nowhere else."""
+    """(columns, records) of a .runs.csv. A file saved by a spreadsheet is accepted: with a byte
+    order mark, semicolons or tabs, decimal commas, additional columns. Anything else raises
+    UserError with the line number, since the records may exist nowhere else."""
     if not (path.exists() or path.is_symlink()):
         return RECORD.split(), []
     line = None
@@ -167,23 +169,23 @@ def remembered(path: Path) -> tuple[list[str], list[dict]]:
         if lacks:
             raise ValueError(f"column {', '.join(lacks)} not found")
         if len(set(columns)) < len(columns):
-            raise ValueError("two columns have one name")
+            raise ValueError("two columns have the same name")
         for row in reader:
             line = reader.line_num
             if not any(cell.strip() for cell in row):
                 continue
             if any(cell.strip() for cell in row[len(columns) :]):
-                raise ValueError(f"{len(row)} cells, {len(columns)} columns")
+                raise ValueError(f"expected {len(columns)} cells, got {len(row)}")
             row = dict(zip(columns, row + [""] * len(columns)))
             records.append(row | {key: parsed(key, row[key], cut) for key in RECORD.split()})
     except (ValueError, csv.Error) as error:
         where = f"{shown(path)}{f', line {line}' if line else ''}"
-        raise UserError(f"{where}: {error}; repair or remove it (it was not changed)") from error
+        raise UserError(f"{where}: {error}; repair or remove the file") from error
     return columns, records
 
 
 def parsed(key: str, cell: str, cut: str):
-    """A cell of a record as what it is. Raises ValueError."""
+    """The value of a cell, with the type of its field. Raises ValueError."""
     kind, text = FIELDS[key], cell.strip()
     if kind in (NAME, NAME_OR_NOTHING):
         return checked(key, text)
@@ -196,8 +198,7 @@ def parsed(key: str, cell: str, cut: str):
 
 
 def merge(path: Path, records: list[dict]) -> list[dict]:
-    """The records with those that the file remembers of runs that are not here, and back into
-    it."""
+    """The records, and those in the file of runs that no longer exist. Writes all to the file."""
     columns, before = remembered(path)
     known = {_key(record): record for record in before}
     for record in records:

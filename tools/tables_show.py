@@ -1,4 +1,4 @@
-"""A table as it is shown: ours next to what is published, as rows, Markdown and a figure."""
+"""Showing a table: our figures next to the published ones, as rows, Markdown and a figure."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,13 +21,13 @@ COLUMNS = (
 
 
 def summarise(name: str, records: list[dict]) -> list[dict]:
-    """The table's rows, a block per setting and pair: ours next to what is published. What was
-    not run under the published setting stands there alone."""
+    """The rows of the table, in blocks by setting and pair: our figures next to the published ones.
+    The published block also has the figures of rows that were not run."""
     table, figures = TABLES[name], figures_of(name)
     full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     pairs = dict.fromkeys((t, s) for t, s, _ in table.rows)
     pairs |= dict.fromkeys((f["teacher"], f["student"]) for f in figures if f["teacher"])
-    # (where, data, epochs) -> whether it is a published one: no size or validation set of its own
+    # (where, data, epochs) -> whether it is the published setting: no other size, no validation set
     settings = {
         (r["setting"], r["data"], r["epochs"]): r["data"] in table.data
         and r["setting"].startswith(f"{r['data']}-{full}ep")
@@ -49,7 +49,7 @@ def summarise(name: str, records: list[dict]) -> list[dict]:
 def block(
     where: str, data: str, epochs: int, pair: tuple, records: list, figures: list, bare=False
 ) -> list[dict]:
-    """The rows of one pair under one setting; none where nothing was distilled, if not `bare`."""
+    """The rows of one pair under one setting. Without `bare`: [] if no student was distilled."""
     lines = {}  # (mode or method, metric) -> our runs, published figures
     for side, items in enumerate((records, figures)):
         for item in items:
@@ -58,7 +58,7 @@ def block(
                 lines.setdefault(key, ([], []))[side].append(item)
     if not bare and all(key[0].startswith(("teacher", BASE)) for key in lines):
         return []
-    # the published order, then ours; above all the two networks as they are without distillation
+    # first teacher and baseline, then the order of the published table, then ours
     order = [key for key, line in lines.items() if line[1]]
     order += [(mode, "top1") for mode in METHODS if (mode, "top1") in lines]
     order += list(lines)
@@ -81,7 +81,7 @@ def block(
             row |= beside(same)
         if key[0] == "teacher":
             row["method"] = "teacher"
-        ours = row.get(f"{row['reported']}_mean")  # of an epoch that its source says
+        ours = row.get(f"{row['reported']}_mean")  # of the epoch that the source reports
         if runs and same and same[0]["value"] != "N/A" and ours is not None:
             row["difference"] = round(ours - float(row["published"]), 2)
         rows.append(row)
@@ -89,14 +89,14 @@ def block(
 
 
 def roles(item: dict, t: str, s: str) -> list[str]:
-    """The rows of a pair that a run or a figure belongs to, by their modes."""
+    """The modes of the rows, in the block of a pair, to which a run or a figure belongs."""
     if item["mode"] == BASE:
         return [BASE] * (item["student"] == s) + ["teacher"] * (item["student"] == t != s)
     return [item["mode"]] * ((item["teacher"], item["student"]) == (t, s))
 
 
 def beside(same: list[dict]) -> dict:
-    """One row's published figures: the first source's, and the others' next to it."""
+    """The published figures of a row: that of the first source, and others in `also`."""
     first, *others = same
     also = "; ".join(f"{f['value']} ({f['method']}, {f['source']})" for f in others)
     return dict(
@@ -115,7 +115,7 @@ def beside(same: list[dict]) -> dict:
 
 
 def markdown(name: str, rows: list[dict]) -> str:
-    """The table, a part for every setting and pair."""
+    """The table as Markdown, with a part for each setting and pair."""
     table = TABLES[name]
     full = published.PROTOCOLS[table.protocol].epochs if table.protocol else None
     text = [f"**{table.title}**"]
@@ -134,7 +134,7 @@ def markdown(name: str, rows: list[dict]) -> str:
 
 
 def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
-    """A block as a Markdown table, without the columns that it has nothing for."""
+    """A block as a Markdown table, without empty columns."""
     head = ["method"]
     head += ["last epoch", "best epoch", "seeds"] if ours else []
     head += ["published", "its epoch"] if theirs else []
@@ -154,7 +154,7 @@ def lines_of(part: list[dict], ours: bool, theirs: bool) -> list[str]:
 
 
 def parts_of(rows: list[dict]) -> dict:
-    """The rows of every block."""
+    """{(setting, data, teacher, student): the rows of the block}."""
     parts = {}
     for row in rows:
         place = row["setting"], row["data"], row["teacher"], row["student"]
@@ -163,7 +163,7 @@ def parts_of(rows: list[dict]) -> dict:
 
 
 def _paragraphs(lines: list[str]) -> list[str]:
-    """Lines of a table stay together."""
+    """The lines, with the lines of a table joined to one paragraph."""
     blocks = []
     for line in lines:
         if line.startswith("|") and blocks and blocks[-1].startswith("|"):
@@ -174,7 +174,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
 
 
 def spread(row: dict, what: str) -> str:
-    """Mean and deviation of a row's last or best epochs."""
+    """Mean and standard deviation of the last or best epoch of a row, as text."""
     if not row["seeds"]:
         return ""
     deviation = row[f"{what}_std"]
@@ -185,10 +185,10 @@ def spread(row: dict, what: str) -> str:
 
 
 def draw(rows: list[dict], path: Path, title: str) -> bool:
-    """Ours (last epoch, mean and deviation; best epoch hollow) and the published figures (crosses).
-    Returns whether there was something to draw."""
+    """Draw our figures (dots: last epoch, with standard deviation; circles: best epoch) and the
+    published ones (crosses). Returns whether a figure was drawn."""
     if import_matplotlib() is None:
-        print("no figure drawn: pip install matplotlib")
+        print("no figure drawn, since matplotlib is not installed; run pip install matplotlib")
         return False
     from matplotlib.figure import Figure
 
@@ -211,7 +211,7 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
             if row["published"]:
                 axis.plot(float(row["published"]), i, "x", color="tab:orange")
         axis.set_yticks(range(len(part)), [row["method"] for row in part], fontsize=8)
-        what = (data if where == "published" else where).replace("$", r"\$")  # no formulas
+        what = (data if where == "published" else where).replace("$", r"\$")  # no LaTeX formula
         axis.set_title(f"{short(t)} -> {short(s)}, {what}", fontsize=9)
         axis.set_xlabel("test top-1 (%)", fontsize=8)
         axis.grid(alpha=0.3, axis="x")
@@ -221,6 +221,6 @@ def draw(rows: list[dict], path: Path, title: str) -> bool:
     figure.suptitle(f"{title}\nlast epoch (dots), best (circles){crosses}", fontsize=10)
     try:
         figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:  # also of too many pixels
+    except (OSError, ValueError) as error:  # ValueError: too many pixels
         raise UserError(f"{path} cannot be written ({utils.first_line(error)})") from error
     return True

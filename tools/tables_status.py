@@ -1,6 +1,6 @@
-"""What a table's trainings do just now: finished, running, queued, failed.
+"""The state of the trainings of a table: finished, running, queued, failed, stopped or waiting.
 
-`run` remembers the trainings of a table, and their jobs on a cluster, in RUNS/jobs/TABLE.json.
+`run` writes the trainings of a table, and their jobs on a cluster, to RUNS/jobs/TABLE.json.
 """
 
 import csv
@@ -18,7 +18,7 @@ ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 def remember(runs: Path, table: str, places: dict[str, dict]) -> None:
-    """Add trainings, by folder: their epochs, and the job that was submitted last."""
+    """Add trainings to the file. places: {folder: its epochs and the last submitted job}."""
     path = runs / "jobs" / f"{table}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ def remember(runs: Path, table: str, places: dict[str, dict]) -> None:
         if lock:
             lock.close()
     except locks.Held:
-        raise UserError(f"{shown(path)} is in use by another process") from None
+        raise UserError(f"{shown(path)} is in use by another process; try again later") from None
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written ({error.strerror})") from error
 
 
 def remembered(runs: Path, table: str) -> dict[str, dict]:
-    """The trainings that were begun or submitted, by folder."""
+    """{folder: its epochs and job} of the trainings that were started or submitted."""
     path = runs / "jobs" / f"{table}.json"
     if not path.exists():
         return {}
@@ -51,12 +51,12 @@ def remembered(runs: Path, table: str) -> dict[str, dict]:
             if type(about["epochs"]) is not int or not isinstance(about.get("job", ""), str):
                 raise ValueError(f"{path.name} is damaged")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{shown(path)}: {error}; remove it, and it is written again") from error
+        raise UserError(f"{shown(path)}: {error}; remove it, `run` writes it again") from error
     return known
 
 
 def queue(jobs: set[str]) -> dict[str, str] | None:
-    """SLURM's state of those jobs that have not ended; None if SLURM cannot be asked."""
+    """{job: SLURM's state} of the jobs that have not ended; None if squeue fails."""
     if not jobs:
         return {}
     ids = ",".join(sorted({job.partition("_")[0] for job in jobs}))
@@ -65,14 +65,14 @@ def queue(jobs: set[str]) -> dict[str, str] | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode:  # it has forgotten all of them
+    if done.returncode:  # "Invalid job id": SLURM no longer knows any of them
         return {} if "Invalid job id" in done.stderr else None
     states = dict(line.split()[:2] for line in done.stdout.splitlines() if line.strip())
     return {name: state for name, state in states.items() if name in jobs and state not in ENDS}
 
 
 def in_queue(runs: Path, table: str) -> dict[str, str]:
-    """The folders of trainings whose job has not ended, with the job."""
+    """{folder: job} of the trainings whose job has not ended."""
     known = {
         folder: about["job"]
         for folder, about in remembered(runs, table).items()
@@ -83,10 +83,12 @@ def in_queue(runs: Path, table: str) -> dict[str, str]:
 
 
 def status(runs: Path, table: str) -> list[str]:
-    """A line for each training that was begun or submitted, then one that counts them."""
+    """A line for each training that was started or submitted, then a line with their counts."""
     known = remembered(runs, table)
     if not known:
-        raise UserError(f"nothing of {table} was begun or submitted in {shown(runs)}")
+        raise UserError(
+            f"{table}: no training was started or submitted in {shown(runs)}; use `run` first"
+        )
     there = queue({about["job"] for about in known.values() if about.get("job")})
     lines, counts = [], {}
     for folder, about in known.items():
@@ -101,7 +103,7 @@ def status(runs: Path, table: str) -> list[str]:
 
 
 def state_of(folder: Path, about: dict, there: dict | None) -> tuple[str, str]:
-    """(finished, running, queued, failed, stopped or waiting; what else is to be said)."""
+    """(state, details). The state is finished, running, queued, failed, stopped or waiting."""
     with suppress(ValueError):
         result = read_json(folder / "result.json")
         if result:
@@ -122,7 +124,7 @@ def state_of(folder: Path, about: dict, there: dict | None) -> tuple[str, str]:
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a process trains there."""
+    """Whether a process is training in this folder."""
     return any(
         locks.held(path) is not None
         for path in (folder / ".lock", folder.with_name(folder.name + ".out"))
@@ -130,7 +132,7 @@ def at_work(folder: Path) -> bool:
 
 
 def progress(folder: Path, epochs: int) -> str:
-    """The current epoch, and how long the rest takes by the seconds of the last epochs."""
+    """The current epoch, and the remaining time estimated from the last five epochs."""
     try:
         with open(folder / "timing.csv", encoding="utf-8") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
@@ -154,7 +156,7 @@ def duration(seconds: float) -> str:
 
 
 def last_line(folder: Path) -> str:
-    """The last line of a training: an error, or the last of its log."""
+    """The last line that a training printed: an error, or the last line of its log."""
     lines = []
     for path in (folder.with_name(folder.name + ".out"), folder / "log.txt"):
         with suppress(OSError):

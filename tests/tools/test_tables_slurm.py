@@ -1,6 +1,6 @@
-"""A table by the jobs of a cluster: submitit's local executor, then a real SLURM of one node.
+"""Tables trained by jobs of a cluster: submitit's local executor, and a real SLURM with one node.
 
-The second needs `apt-get install slurm-wlm munge`, both `pip install submitit`.
+SLURM needs `apt-get install slurm-wlm munge`, both need `pip install submitit`.
 """
 
 import csv
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from finished_runs import DIGITS
+from messages import ends, one_line
 
 from engine import locks
 from engine.run import read_metrics
@@ -42,14 +43,14 @@ def wait(until, seconds: float = 900, what=lambda: "") -> None:
 
 
 def states(runs: Path) -> dict[str, str]:
-    """Each training's state, as `tables.py status` has it."""
+    """{training: state}, as `tables.py status` prints them."""
     lines = tables_status.status(runs, "small")[:-1]
     return {line.split()[1]: line.split()[0] for line in lines}
 
 
 def same(one: Path, other: Path, bytewise: bool = True) -> None:
-    """Two tables are equal, and all metrics: byte for byte, or but for the column of the phase,
-    which a baseline lacks that was trained alone."""
+    """Two tables and all their metrics are equal: byte for byte, or except for the column `phase`,
+    which a baseline trained in a separate process does not have."""
     for root in (one, other):
         tables.main(["show", "small", "--runs", str(root), "--out", str(root)])
     assert undated(one / "small.csv") == undated(other / "small.csv")
@@ -64,7 +65,7 @@ def same(one: Path, other: Path, bytewise: bool = True) -> None:
         assert rows[0] == rows[1], path
 
 
-# --- what is submitted ----------------------------------------------------------------------------
+# --- submitted jobs -------------------------------------------------------------------------------
 
 
 def planned(tmp_path, *argv: str):
@@ -104,7 +105,7 @@ def test_the_flags_of_a_job(tmp_path):
     assert (
         tables_slurm.parameters(planned(tmp_path, "--time", "2")[0], set())["slurm_signal_delay_s"]
         == 30
-    )  # or nothing would be done before the warning
+    )  # of 120 seconds, so that some work is done before the warning
 
 
 def test_times():
@@ -113,12 +114,12 @@ def test_times():
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, names",
     [
-        ("--launcher pbs", "--launcher"),
-        ("--time 10", "--time has no effect without --launcher slurm"),
-        ("--slurm_args qos=x", "--slurm_args has no effect without"),
-        ("--launcher slurm --jobs 2", "--max_parallel"),
+        ("--launcher pbs", "--launcher pbs"),
+        ("--time 10", "--time --launcher"),
+        ("--slurm_args qos=x", "--slurm_args --launcher"),
+        ("--launcher slurm --jobs 2", "--jobs --max_parallel"),
         ("--launcher slurm --out x", "--out"),
         ("--launcher slurm --into x", "--into"),
         ("--launcher slurm --time 1", "--time"),
@@ -132,32 +133,29 @@ def test_times():
         ("--launcher slurm --partition ''", "--partition"),
         ("--launcher slurm --slurm_args ''", "--slurm_args"),
         ("--launcher slurm --slurm_args 'a=b ;rm'", "--slurm_args"),
-        ("--launcher slurm --slurm_args array=1-3", "array of sbatch is set by the launcher"),
+        ("--launcher slurm --slurm_args array=1-3", "--slurm_args array"),
         ('--launcher slurm --slurm_args "x=\'"', "--slurm_args"),
     ],
 )
-def test_bad_flags(argv, says, tmp_path, monkeypatch, capsys):
+def test_bad_flags(argv, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
+    with ends(capsys, *names.split()) as said:
         tables.main(["run", *SMALL, *shlex.split(argv)])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert says in err and list(tmp_path.iterdir()) == []
+    assert said[0].startswith("error: ") and list(tmp_path.iterdir()) == []
 
 
 def test_submitit_or_slurm_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    for module, says in ((None, "pip install submitit"), (tables_slurm, "no sbatch")):
+    for module, name in ((None, "pip install submitit"), (tables_slurm, "sbatch")):
         monkeypatch.setitem(sys.modules, "submitit", module)
-        with pytest.raises(SystemExit) as stop:
+        with ends(capsys, "--launcher", name):
             tables.main(["run", *SMALL, "--launcher", "slurm"])
-        assert stop.value.code == 2 and says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_uses_the_gpus_that_it_was_given(tmp_path, monkeypatch):
-    """SLURM says which: 0 would be another job's."""
+    """SLURM tells which GPUs: number 0 may belong to another job."""
     found = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **more: found.append(env))
     job = Namespace(script="x.py", argv=[], folder=tmp_path / "a", student=None)
@@ -203,9 +201,8 @@ def test_what_a_training_does(tmp_path):
 
 
 def test_nothing_was_begun(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with ends(capsys, "small", tmp_path):
         tables.main(["status", "small", "--runs", str(tmp_path)])
-    assert stop.value.code == 2 and "nothing of small was begun" in capsys.readouterr().err
     (tmp_path / "jobs").mkdir()
     for text in (
         "[1]",
@@ -215,10 +212,8 @@ def test_nothing_was_begun(tmp_path, capsys):
         '{"a": {"epochs": 1, "job": 3}}',
     ):
         (tmp_path / "jobs" / "small.json").write_text(text)
-        with pytest.raises(SystemExit) as stop:
+        with ends(capsys, tmp_path / "jobs" / "small.json"):
             tables.main(["status", "small", "--runs", str(tmp_path)])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and "small.json" in err and err.count("\n") == 1
 
 
 def test_what_two_runs_remember_is_joined(tmp_path):
@@ -252,7 +247,7 @@ def test_squeue(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The table that `--launcher local` makes."""
+    """The table as `--launcher local` trains it, without interruption."""
     root = tmp_path_factory.mktemp("local")
     tables.main(["run", *SMALL, "--runs", str(root), "--launcher", "local"])
     return root
@@ -269,14 +264,15 @@ def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
     monkeypatch.setattr(tables_slurm, "submit", lambda *args: submitted.extend(submit(*args)))
     argv = ["run", *SMALL, "--runs", str(tmp_path), "--launcher", "slurm", "--cpus", "1"]
     tables.main(argv)
-    assert len(submitted) == 3  # a teacher, which the others wait for, and two seeds
+    assert len(submitted) == 3  # the teacher, for which the others wait, and two seeds
     home = tmp_path / HOME
     wait(lambda: (home / "base-resnet20-1" / "log.txt").exists())
     teacher, warned, killed = submitted
     for job, name in ((warned, "st-1"), (killed, "st-2")):
         wait(lambda: (home / "resnet20-resnet8" / name / "log.txt").exists() or finished(job))
         if job is warned:
-            os.kill(children(job._process.pid)[0], signal.SIGUSR2)  # as before a job's time ends
+            # the signal that SLURM sends before the time of a job ends
+            os.kill(children(job._process.pid)[0], signal.SIGUSR2)
         else:
             kill_all(job._process.pid)
     wait(lambda: all(finished(job) for job in submitted), what=lambda: str(states(tmp_path)))
@@ -284,7 +280,7 @@ def test_local_jobs_one_warned_and_one_killed_give_the_undisturbed_table(
     found = states(tmp_path)
     assert found["resnet20-resnet8/dml-1"] == "finished"
     assert found["resnet20-resnet8/st-2"] != "finished"
-    tables.main(argv)  # what is left
+    tables.main(argv)  # the unfinished trainings
     wait(lambda: set(states(tmp_path).values()) == {"finished"}, what=lambda: str(states(tmp_path)))
     same(undisturbed, tmp_path, bytewise=False)
 
@@ -299,7 +295,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill_all(first: int) -> None:
-    """SIGKILL to a process and all below it."""
+    """Send SIGKILL to a process and all its descendants."""
     found = [first]
     for pid in found:
         found += children(pid)
@@ -312,11 +308,11 @@ def kill_all(first: int) -> None:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """SLURM on this machine, a node of two CPUs."""
+    """A SLURM cluster on this machine: one node with two CPUs."""
     pytest.importorskip("submitit", reason="submitit is not installed: pip install submitit")
     if not shutil.which("sbatch"):
         pytest.skip("SLURM is not installed: apt-get install slurm-wlm munge")
-    folder = tempfile.mkdtemp(prefix="slurm")  # a short path: sockets have no long ones
+    folder = tempfile.mkdtemp(prefix="slurm")  # the path of a socket must be short
     done = subprocess.run(
         ["tests/slurm/start.sh", folder], cwd=ROOT, capture_output=True, text=True
     )
@@ -335,7 +331,7 @@ def slurm(*command: str) -> str:
 
 
 def kill_job(runs: Path, job: str) -> None:
-    """Kill what SLURM began for a job: SLURM itself would warn it."""
+    """Kill the processes of a job directly, since SLURM would warn them first."""
     command = ["pgrep", "-f", f"submitit.core._submit {runs}"]
     number = f"SLURM_ARRAY_TASK_ID={job.partition('_')[2]}"
     for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
@@ -413,5 +409,5 @@ def test_slurm_refuses(cluster, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tables.main(argv)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "partition" in err
-    assert err.startswith("error: --launcher slurm: ")
+    assert stop.value.code == 2
+    assert one_line(err, "--launcher", "partition").startswith("error: ")
