@@ -1,8 +1,9 @@
-"""A table on a SLURM cluster, by submitit: one job for each pair of networks and seed.
+"""Train a table on a SLURM cluster with submitit: one job for each pair of networks and seed.
 
-A job is what `tables.py run` is on one machine: it claims its trainings, runs them together and
-leaves finished ones alone. So several jobs, and a `run` elsewhere, never train in one folder. A job
-that is preempted or runs out of time saves, is queued again and continues.
+A job does the same as `tables.py run` on one machine: it locks its trainings, runs them together
+and skips finished ones. So jobs, and a `run` on another machine, never train in the same folder at
+the same time. A job that is preempted or reaches its time limit saves a checkpoint, is queued again
+and continues.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from tools.tables_status import in_queue, remember
 from tools.tables_work import ROOT, Process, work
 from utils import UserError, first_line
 
-CLUSTER = "slurm"  # submitit's name; its "local" has no queue and is for tests
+CLUSTER = "slurm"  # submitit's executor; tests use "local", which has no queue
 FLAGS = ("partition", "gpus", "cpus", "time", "max_parallel", "slurm_args")
-MINUTES = 24 * 60  # of a job where --time says nothing
-TO_SAVE = 90  # seconds, at most, before the end of a job's time
+MINUTES = 24 * 60  # time limit of a job without --time
+TO_SAVE = 90  # SLURM warns a job at most this many seconds before its time limit
 
 
 # --- a job ----------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ TO_SAVE = 90  # seconds, at most, before the end of a job's time
 
 @dataclass
 class Team:
-    """What a job does: its trainings, and before them a teacher that is not there."""
+    """The function that a job runs: its trainings, after the teacher if that is missing."""
 
     jobs: list[Job]
     side_by_side: int
@@ -51,10 +52,11 @@ class Team:
             queue_again()
             sys.exit(str(end))
         if failed:
-            sys.exit(2)  # what failed has been said
+            sys.exit(2)  # `work` has printed the errors
 
     def checkpoint(self):
-        """Called by submitit when the time is nearly over: save; then this is queued again."""
+        """Stop the trainings, which save checkpoints. submitit calls this shortly before the time
+        limit, and queues the returned job."""
         from submitit.helpers import DelayedSubmission
 
         for entry in self.running:
@@ -65,7 +67,7 @@ class Team:
 
 
 class _Ended(BaseException):
-    """A signal asks the job to end."""
+    """The job received SIGTERM."""
 
 
 def _end(number: int, frame) -> None:
@@ -74,9 +76,9 @@ def _end(number: int, frame) -> None:
 
 
 def queue_again() -> None:
-    """Put this job into the queue again, where it is to be preempted. SLURM itself does so only for
-    jobs that are still running at the end of the grace time. A job that was cancelled, queued again
-    or out of time has another state by now, and is left to SLURM."""
+    """Queue this job again if it is being preempted. SLURM does this only for jobs that still run
+    at the end of the grace time. A job that was cancelled, queued again or out of time no longer
+    has the state RUNNING, and SLURM handles it."""
     job = os.environ.get("SLURM_JOB_ID")
     if job:
         with suppress(OSError, subprocess.SubprocessError):
@@ -87,8 +89,8 @@ def queue_again() -> None:
 
 
 def teams(todo: list[Job], jobs: list[Job]) -> tuple[list[list[Job]], list[list[Job]]]:
-    """What is trained first, a teacher each, and what after it, for each pair and seed. The latter
-    have their teacher before them, for the case that it is still not there."""
+    """(first jobs, later jobs) to submit. Each first job trains one teacher. Each later job trains
+    the rows of a pair and seed, and before them their teacher, if that is still missing."""
     named = {job.folder: job for job in jobs}
     needed = {job.needs for job in todo}
     first = [[job] for job in todo if job.folder in needed]
@@ -105,44 +107,49 @@ def teams(todo: list[Job], jobs: list[Job]) -> tuple[list[list[Job]], list[list[
 
 
 def _pair(job: Job) -> tuple[str, str]:
-    """The networks of a training: teacher or '', and student."""
+    """The networks of a training: (teacher or '', student)."""
     if job.group:
         return job.group[:2]
     flags = dict(zip(job.argv, job.argv[1:]))
     return flags.get("--t_name", ""), flags.get("--s_name") or flags["--net_name"]
 
 
-# --- what is submitted ----------------------------------------------------------------------------
+# --- submitted jobs -------------------------------------------------------------------------------
 
 
 def check(args) -> None:
-    """Raise UserError if the flags do not fit the launcher or no job can be submitted. Nothing
+    """Raise UserError if the flags do not fit the launcher, or if jobs cannot be submitted. Nothing
     is written."""
     if args.launcher == "local":
         for flag in FLAGS:
             if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} has no effect without --launcher slurm")
+                raise UserError(f"--{flag} has no effect without --launcher slurm; give both")
         return
     if args.jobs != 1:
-        raise UserError(f"--jobs {args.jobs} is for this machine; give --max_parallel for SLURM")
+        raise UserError(
+            f"--jobs {args.jobs} has no effect with --launcher slurm; use --max_parallel N"
+        )
     for flag in ("out", "into"):
         if getattr(args, flag):
             raise UserError(
-                f"--{flag}: the table is not there when the jobs are submitted: give it to show"
+                f"--{flag} has no effect with --launcher slurm; give it to `tables.py show` when "
+                "the jobs have finished"
             )
     import_submitit()
     if CLUSTER == "slurm" and not shutil.which("sbatch"):
-        raise UserError("--launcher slurm: no sbatch on this machine; is SLURM installed?")
+        raise UserError(
+            "--launcher slurm: command sbatch not found; run this on a machine with SLURM"
+        )
 
 
 def submit(args, todo: list[Job], jobs: list[Job]) -> list:
-    """Submit what is neither finished nor in the queue: first the teachers, then the rest, which
-    waits for them in the queue. Returns the jobs, as submitit has them."""
+    """Submit the trainings that are neither finished nor in the queue: first the teachers, then the
+    others, which wait for the teachers in the queue. Returns submitit's jobs."""
     submitit, runs = import_submitit(), Path(args.runs)
     busy = in_queue(runs, args.table)
     left = [job for job in todo if str(job.folder) not in busy]
     if len(left) < len(todo):
-        print(f"{len(todo) - len(left)} trainings are in the queue already", flush=True)
+        print(f"{len(todo) - len(left)} trainings are already in the queue", flush=True)
     remember(runs, args.table, {str(job.folder): dict(epochs=job.epochs) for job in jobs})
     before = {busy[str(job.needs)] for job in left if str(job.needs) in busy}
     ways = max(1, args.gpus or 0) if args.apart else 1
@@ -152,7 +159,7 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> list:
             folder=runs / "jobs" / "%j", cluster=CLUSTER, slurm_max_num_timeout=9999
         )
         executor.update_parameters(**parameters(args, before))
-        said = io.StringIO()  # by sbatch: its first line is the reason
+        said = io.StringIO()  # output of sbatch: its first line is the reason of a failure
         try:
             with _importable(), redirect_stderr(said), executor.batch():
                 found = [
@@ -173,12 +180,13 @@ def submit(args, todo: list[Job], jobs: list[Job]) -> list:
         before |= set(names)
         what = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         print(f"submitted {len(names)} job{'s' * (len(names) > 1)}: {what}", flush=True)
-    print(f"tools/tables.py status {args.table} --runs {args.runs} shows the trainings", flush=True)
+    command = f"python tools/tables.py status {args.table} --runs {args.runs}"
+    print(f"show the state of the trainings: {command}", flush=True)
     return submitted
 
 
 def parameters(args, before: set[str]) -> dict:
-    """submitit's, of an array that waits for the end of the jobs `before`."""
+    """The parameters of submitit for an array of jobs that waits until the jobs `before` end."""
     minutes = args.time or MINUTES
     more = dict(args.slurm_args or ()) | dict(requeue=True)
     found = dict(
@@ -195,14 +203,14 @@ def parameters(args, before: set[str]) -> dict:
         found["gpus_per_node"] = args.gpus
     if args.cpus:
         found["cpus_per_task"] = args.cpus
-    if before:  # however they end: what lacks its teacher trains it
+    if before:  # also after a failure: a job without its teacher trains the teacher
         found["slurm_dependency"] = f"afterany:{':'.join(sorted(before))}"
     return found
 
 
 @contextmanager
 def _importable():
-    """The jobs find this repository, whatever the working directory; they inherit PYTHONPATH."""
+    """Add this repository to PYTHONPATH in the block: jobs inherit it and can import the code."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [before])])
     try:
@@ -215,18 +223,18 @@ def _importable():
 
 
 def _reason(said: io.StringIO, error: Exception) -> str:
-    """What sbatch says, without the command that submitit shows with it."""
+    """The error of sbatch, without the command that submitit adds to it."""
     lines = [*said.getvalue().splitlines(), *str(error).splitlines()]
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     return errors[0] if errors else first_line(error)
 
 
 def import_submitit():
-    """The module, or a UserError that says what to install."""
+    """The module submitit. Raises UserError if it is not installed."""
     try:
         import submitit
     except ImportError as error:
-        raise UserError("--launcher slurm needs a package: pip install submitit") from error
+        raise UserError("--launcher slurm needs submitit; run pip install submitit") from error
     return submitit
 
 
@@ -234,24 +242,24 @@ def import_submitit():
 
 
 def add_flags(parser, filled, number) -> None:
-    """Those of `tables.py run`. filled, number: of engine/cli.py."""
+    """Add the flags of the launcher to `tables.py run`. filled, number: from engine/cli.py."""
     add = parser.add_argument_group("launcher").add_argument
     add(
         "--launcher",
         choices=("local", "slurm"),
         default="local",
-        help="local: on this machine (default); slurm: a job for each pair and seed, and `status` "
-        "shows them",
+        help="local: train on this machine (default); slurm: submit a job for each pair and seed",
     )
-    add("--partition", type=filled, metavar="NAME", help="SLURM partition (default: the cluster's)")
+    partition = "SLURM partition (default: that of the cluster)"
+    add("--partition", type=filled, metavar="NAME", help=partition)
     add("--gpus", type=number(int, 0, 64), metavar="N", help="GPUs per job (default: no GPU)")
     add("--cpus", type=number(int, 1, 1024), metavar="N", help="CPUs per job (default 1)")
     add(
         "--time",
         type=minutes_of,
         metavar="T",
-        help="time limit of a job: minutes, H:MM:SS or D-HH:MM:SS; a longer training continues in "
-        "the next one (default 1 day)",
+        help="time limit of a job: minutes, H:MM:SS or D-HH:MM:SS (default 1 day); longer "
+        "trainings continue in a new job",
     )
     add(
         "--max_parallel",
@@ -263,12 +271,12 @@ def add_flags(parser, filled, number) -> None:
         "--slurm_args",
         type=sbatch_flags,
         metavar="'K=V K=V'",
-        help="further flags of sbatch: 'account=lab qos=long exclusive'",
+        help="more flags for sbatch, for example 'account=lab qos=long exclusive'",
     )
 
 
 def minutes_of(text: str) -> int:
-    """An argparse type: a time as SLURM writes it, in minutes."""
+    """An argparse type: a time in SLURM's notation. Returns minutes."""
     found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):(\d\d):(\d\d)", text, re.ASCII)
     if found:
         days, hours, minutes, seconds = (int(x or 0) for x in found.groups())
@@ -283,7 +291,8 @@ def minutes_of(text: str) -> int:
 
 
 def sbatch_flags(text: str) -> tuple:
-    """An argparse type: pairs of a flag of sbatch, without dashes, and its value or True."""
+    """An argparse type: flags of sbatch. Returns pairs of the name without dashes, and its value or
+    True."""
     found = {}
     own = {"array", "output", "error", "signal", "requeue", "no-requeue", "dependency", "chdir"}
     try:
@@ -295,7 +304,7 @@ def sbatch_flags(text: str) -> tuple:
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or not value.isprintable():
             raise argparse.ArgumentTypeError(f"expected flags of sbatch, K=V K=V, got {word!r}")
         if name in own:
-            raise argparse.ArgumentTypeError(f"{name} of sbatch is set by the launcher")
+            raise argparse.ArgumentTypeError(f"the launcher sets {name} of sbatch; leave it out")
         found[name] = value if equals else True
     if not found:
         raise argparse.ArgumentTypeError(f"expected flags of sbatch, K=V K=V, got {text!r}")

@@ -1,4 +1,4 @@
-"""Trainings one after another or side by side: begun, gone on with, waited for."""
+"""Running trainings, one after another or several at the same time: start, resume, wait."""
 
 import ctypes
 import os
@@ -20,13 +20,12 @@ from tools.tables_runs import checked
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-AGAIN = 2.0  # seconds after which to look again at what another process trains
+AGAIN = 2.0  # seconds between two checks of a training that another process runs
 
 
 @dataclass
 class Process:
-    """A running process, the trainings in it, and the files that say so (locked); the first is what
-    it prints into."""
+    """A running process, its trainings, and their locked files; it prints into the first file."""
 
     jobs: list[Job]
     process: subprocess.Popen
@@ -42,14 +41,17 @@ def work(
     grouped: bool = False,
     running: list[Process] | None = None,
 ) -> list[Job]:
-    """Run the jobs, some side by side; with `grouped`, those of a group in one process. Returns
-    those that failed. running: a list that always holds the running processes."""
+    """Run the jobs in `side_by_side` processes at the same time. Returns the failed jobs.
+
+    grouped: jobs of a group run in one process. running: a list that is kept up to date with the
+    running processes.
+    """
     gpus = torch.cuda.device_count() if cuda != 0 else 0
     running = [] if running is None else running
     waiting, failed = list(todo), []
     slots = list(range(side_by_side))
-    again = {}  # when to look again at those that another process trains
-    single = set()  # folders of jobs that get a process of their own
+    again = {}  # when to check again the jobs that another process trains
+    single = set()  # folders of jobs that are run in a separate process
 
     def tell(words: list[str]) -> None:
         left = [*waiting, *(job for entry in running for job in entry.jobs)]
@@ -62,19 +64,19 @@ def work(
         print(f"{job.folder}: {why}", flush=True)
 
     def claims(team: list[Job]) -> list[tuple]:
-        """(job, its file) of those that can begin; the others are told of and looked at again."""
+        """(job, its file) of the jobs that can start. The others are reported and tried again."""
         found = []
         for job in team:
             try:
                 if job.needs in [other.folder for other in failed]:
-                    raise UserError("not run, its teacher failed")
+                    raise UserError("not run, since its teacher failed")
                 file = claim(job)
             except UserError as error:
                 waiting.remove(job)
                 fail(job, str(error))
             except locks.Held as other:
                 if job.folder not in again:
-                    print(f"{job.folder}: waits for {other}, which trains there", flush=True)
+                    print(f"{job.folder}: waiting for {other}, which trains it", flush=True)
                 again[job.folder] = time.monotonic() + AGAIN
             else:
                 waiting.remove(job)
@@ -106,7 +108,7 @@ def work(
             for entry in [x for x in running if x.process.poll() is not None]:
                 running.remove(entry)
                 slots.append(entry.slot)
-                for job in end(entry, fail, tell):  # it ended before they did: once more, alone
+                for job in end(entry, fail, tell):  # not finished: run again in separate processes
                     waiting.append(job)
                     single.add(job.folder)
     finally:
@@ -120,10 +122,10 @@ def work(
 
 
 def team(ready: list[Job], single: set[Path]) -> list[Job]:
-    """The first job, and those that one process can train together with it; none of `single`."""
+    """The first job, and the jobs that one process can train with it, except those in `single`."""
 
     def fits(job: Job) -> bool:
-        """Whether its run is a new one, or one that can continue together with others."""
+        """Whether its run is new, or can continue together with others."""
         if job.group is None or job.folder in single:
             return False
         return not job.folder.exists() or made_by(job).startswith("train_kd.py")
@@ -135,8 +137,8 @@ def team(ready: list[Job], single: set[Path]) -> list[Job]:
 
 
 def end(entry: Process, fail, tell) -> list[Job]:
-    """Say how each training of a process ended. Returns those that did not, for no reason of
-    theirs."""
+    """Report how each training of a process ended. Returns the unfinished ones without an error,
+    which were stopped only because the process ended."""
     says, again = read_lines(output(entry.jobs[0])), []
     for job, file in zip(entry.jobs, entry.files):
         last = says
@@ -156,18 +158,18 @@ def end(entry: Process, fail, tell) -> list[Job]:
 
 
 def claim(job: Job):
-    """The file that a training prints into, locked for this process; None if another has just
-    finished the training. Nothing is removed.
+    """The file that a training prints into, locked for this process; None if another process has
+    just finished the training. No file is removed.
 
-    The file is locked as long as the training lives, also where this process is killed, so of
-    several `run`s on one table only one works on a training. Raises locks.Held where another does,
-    and UserError where the run that is there was made by another command.
+    The file is locked as long as the training runs, even if this process is killed. So of several
+    `run`s of one table only one runs a training. Raises locks.Held if another process runs it, and
+    UserError if the run in the folder was made by another command.
     """
     try:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         file = hold(job)
     except OSError as error:
-        raise UserError(f"cannot be begun ({error.strerror})") from error
+        raise UserError(f"cannot be started ({error.strerror})") from error
     try:
         if job.finished:
             output(job).unlink(missing_ok=True)
@@ -181,7 +183,7 @@ def claim(job: Job):
 
 
 def hold(job: Job):
-    """The file that a training prints into, for this process alone. Raises locks.Held."""
+    """The file that a training prints into, locked for this process. Raises locks.Held."""
     try:
         file = locks.hold(output(job))
     except locks.Held:
@@ -189,9 +191,13 @@ def hold(job: Job):
     except OSError as error:
         if error.errno not in locks.NO_LOCKS:
             raise
-        print(f"warning: no locks in {job.folder.parent}: start one run at a time", flush=True)
+        print(
+            f"warning: {job.folder.parent}: the file system has no locks; use only one `run` at a "
+            "time",
+            flush=True,
+        )
         return open(output(job), "a", encoding="utf-8")
-    other = locks.held(job.folder / ".lock")  # one that no table has begun
+    other = locks.held(job.folder / ".lock")  # a training that was not started by tables.py
     if other:
         file.close()
         raise locks.Held(other)
@@ -201,22 +207,22 @@ def hold(job: Job):
 def launch(
     jobs: list[Job], files: list, slot: int, side_by_side: int, gpus: int
 ) -> subprocess.Popen:
-    """The process that trains the jobs and prints into the first file. Raises UserError if it
-    cannot be begun."""
+    """Start the process that trains the jobs and prints into the first file. Raises UserError if it
+    cannot be started."""
     script, argv = jobs[0].script, jobs[0].argv
     if len(jobs) > 1:
         script, argv = "train_kd.py", together(jobs)
     elif jobs[0].student and made_by(jobs[0]).startswith("train_kd.py"):
-        script, argv = "train_kd.py", jobs[0].student  # was begun together with others
-    # whatever state a folder is in, --resume continues it or says what is wrong
+        script, argv = "train_kd.py", jobs[0].student  # it was started together with others
+    # --resume continues the run in a folder, or prints why it cannot
     more = ["--resume"] if any(job.folder.exists() for job in jobs) else []
     files[0].truncate(0)
     env = dict(os.environ)
-    if gpus:  # of those that this process may use: a cluster gives a job some of a machine's
+    if gpus:  # only the GPUs of this process: a cluster may give a job some of the machine's GPUs
         own = [x for x in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
         own = own or [str(number) for number in range(gpus)]
         env["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
-    elif side_by_side > 1:  # threads of several processes stall each other
+    elif side_by_side > 1:  # threads of several processes slow each other down
         env["OMP_NUM_THREADS"] = str(max(1, utils.cpus() // side_by_side))
     try:
         return subprocess.Popen(
@@ -224,15 +230,15 @@ def launch(
             env=env,
             stdout=files[0],
             stderr=subprocess.STDOUT,
-            pass_fds=[file.fileno() for file in files],  # locked as long as it lives
+            pass_fds=[file.fileno() for file in files],  # keeps the locks while it runs
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     except OSError as error:
-        raise UserError(f"cannot be begun ({error.strerror})") from error
+        raise UserError(f"cannot be started ({error.strerror})") from error
 
 
 def made_by(job: Job) -> str:
-    """The command that began the run in a job's folder, or ''."""
+    """The command that started the run in the folder of a job, or ''."""
     try:
         made = read_json(job.folder / "args.json").get("command")
     except (ValueError, AttributeError):
@@ -241,7 +247,7 @@ def made_by(job: Job) -> str:
 
 
 def check_command(job: Job) -> None:
-    """Raise UserError if the run in the folder was made by another command than the job's."""
+    """Raise UserError if another command than that of the job made the run in its folder."""
     made = made_by(job)
     if not made:
         return
@@ -252,13 +258,15 @@ def check_command(job: Job) -> None:
     if without_place(made, recipe) not in [
         without_place(" ".join(x), dict(zip(x[1:], x[2:]))) for x in commands
     ]:
-        raise UserError(f"written by another command: {made}; remove it or give another --runs")
+        raise UserError(
+            f"its run was made by another command ({made}); remove it or give another --runs DIR"
+        )
 
 
 def without_place(command: str, flags) -> str:
-    """A command without --resume and the flags that may change meanwhile: where the images lie
-    (that they are the same is looked at) and on what it is computed. flags: their values, by
-    --name or name."""
+    """A command without --resume and the flags that may differ between two calls: the folder of the
+    images (its contents are compared elsewhere), device and workers. flags: {name or --name: its
+    value}."""
     flags = flags if isinstance(flags, dict) else {}
     for name in ("img_root", "cuda", "workers"):
         value = flags.get(f"--{name}", flags.get(name))
@@ -267,7 +275,7 @@ def without_place(command: str, flags) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file; none where there is no file."""
+    """The lines of a file; [] if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
@@ -275,19 +283,21 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """No training outlives a `run` that was killed: the next one would find its folder in use. A
-    cluster's warning that a job's time ends reaches all its processes, and is for `run` alone."""
+    """Stop a training if its `run` is killed: the next `run` would find the folder in use. SIGUSR2
+    is ignored: SLURM sends it to all processes of a job before the time limit, and only `run`
+    handles it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def output(job: Job) -> Path:
-    """What a training prints, kept where it fails."""
+    """The file with the output of a training; it is kept if the training fails."""
     return job.folder.with_name(job.folder.name + ".out")
 
 
 def time_left(jobs: list[Job], left: list[Job], side_by_side: int) -> str:
-    """How long the rest may take, from the seconds an epoch of the same method or of any took."""
+    """Estimate of the remaining time, from the mean seconds per epoch of the same method, or of all
+    methods if it has no finished training. '' if there is no estimate."""
     rates = {}
     for job in jobs:
         try:

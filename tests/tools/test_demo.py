@@ -7,7 +7,7 @@ from tools import demo
 
 @pytest.mark.soak
 def test_demo(tmp_path, capsys):
-    """The whole demo, an epoch each; a second one is written next to the first."""
+    """The whole demo, with one epoch per run. A second demo gets a new folder."""
     for name in ("demo", "demo-2"):
         root = demo.main(["--epochs", "1", "--save_root", str(tmp_path)])
         assert root == tmp_path / name

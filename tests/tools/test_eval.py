@@ -38,7 +38,7 @@ def fast(monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A network trained alone, a distilled one, and two that learned from each other."""
+    """Runs of a network without a teacher, a distilled one, and two of mutual learning."""
     root = tmp_path_factory.mktemp("runs")
     where = [*FEW, "--lr", "0.02", "--save_root", str(root), "--note"]
     kd = ["--t_model", str(root / "base" / "model_best.pth.tar"), "--s_name", "resnet8"]
@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def mine(tmp_path):
-    """A network of your own, and a bare checkpoint of it."""
+    """Your own network, and a checkpoint of it without metadata."""
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     name = f"{file}:tiny"
@@ -78,7 +78,7 @@ def last(folder):
     ],
 )
 def test_the_figures_are_those_of_training(runs, run, argv, prefix, name):
-    """To the last digit that metrics.csv has; nothing but the checkpoint is said."""
+    """To the last digit of metrics.csv; the checkpoint is the only argument."""
     with open(runs / run / "metrics.csv", encoding="utf-8") as file:
         row = list(csv.DictReader(file))[-1]
     result = tool.main([last(runs / run), "--cuda", "0", *argv])
@@ -99,7 +99,7 @@ def logits(path, name, images):
 
 
 def test_agreement_by_hand(runs):
-    """Image by image, in float32; the teacher's top-1 and the divergence too."""
+    """Image by image, in float32; also the teacher's top-1 and the KL divergence."""
     argv = ["--teacher", last(runs / "base"), "--amp", "off", "--batch_size", "77", "--cuda", "0"]
     result = tool.main([last(runs / "at"), *argv])
     images = stream.load("digits", img_size=8).test
@@ -129,7 +129,7 @@ def test_warm_up_is_not_timed(monkeypatch):
     assert tool.speed(torch.nn.Identity(), torch.zeros(10, 3), torch.device("cpu"), cpu) == 5
 
 
-# --- what is printed ------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def test_lines_for_people(runs, capsys):
@@ -142,8 +142,8 @@ def test_lines_for_people(runs, capsys):
     assert "resnet14" in rows["teacher"] and len(rows) == 12
 
 
-def test_json_is_all_there_is_on_stdout(mine, capsys):
-    """Also where a network's file prints; its parameters and multiply-adds are counted by hand."""
+def test_stdout_has_only_the_json(mine, capsys):
+    """Even if the file of a network prints. Parameters and multiply-adds are counted by hand."""
     name, path = mine
     weights = torch.load(path)
     weights["0.weight"] = torch.full_like(weights["0.weight"], float("nan"))
@@ -162,7 +162,7 @@ def test_json_is_all_there_is_on_stdout(mine, capsys):
 
 
 def test_public_checkpoints(runs, tmp_path):
-    """RepDistiller's wrapping, KD-Zoo's names and a bare safetensors file give the same figures."""
+    """Checkpoints of RepDistiller, KD-Zoo and a bare safetensors file give the same figures."""
     from safetensors.torch import save_file
 
     known = tool.main([last(runs / "base"), "--cuda", "0"])
@@ -181,7 +181,7 @@ def test_public_checkpoints(runs, tmp_path):
             assert result[key] == known[key]
 
 
-def test_the_teacher_says_what_the_student_s_file_does_not(runs, tmp_path, capsys):
+def test_the_teacher_s_metadata_is_used_if_the_student_has_none(runs, tmp_path, capsys):
     state = read_checkpoint(last(runs / "at"))["snet"]
     torch.save(state, tmp_path / "student.pth")
     teacher = ["--teacher", last(runs / "base"), "--cuda", "0"]

@@ -20,7 +20,7 @@ META = mistakes.META | dict(img_root="/somewhere/of/mine", std=[0.4] * 3)
 
 
 def weights(name="resnet8", num_class=10, size=12):
-    """A network's state whose batch norms have seen something."""
+    """The state dict of a network with trained batch norm statistics."""
     net = foreign.build(name, num_class, size).train()
     with torch.no_grad():
         for _ in range(20):
@@ -41,7 +41,7 @@ def run(path, *argv):
 
 
 def reader(path):
-    """(a function from images to logits, the metadata) of a file, by its library's own means."""
+    """(a function from images to logits, the metadata) of a file, read with its own library."""
     if path.suffix == ".onnx":
         import onnx
         import onnxruntime
@@ -81,7 +81,7 @@ def assert_same_logits(path, checkpoint, name="resnet8", size=12, batches=(1, 3,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_gives_the_checkpoint_s_logits(kind, student, capfd):
-    """At several batch sizes; the metadata is the checkpoint's, without paths of this machine."""
+    """For several batch sizes. The metadata is that of the checkpoint, without local paths."""
     result = run(student, "--format", kind)
     out = Path(result["path"])
     assert out == student.with_name(f"model_best{export.SUFFIXES[kind]}")
@@ -90,7 +90,7 @@ def test_a_file_gives_the_checkpoint_s_logits(kind, student, capfd):
     content = out.read_bytes()
     assert b"/somewhere/of/mine" not in content and str(export.ROOT).encode() not in content
 
-    printed, err = capfd.readouterr()  # what the exporters' libraries write themselves, too
+    printed, err = capfd.readouterr()  # with the output of the exporters' libraries
     assert err == ""
     first, second, third = printed.splitlines()
     assert missing([str(out), "resnet8", "10", "78,042"], first) == []
@@ -122,7 +122,7 @@ def test_other_networks(name, kind, tmp_path):
 
 
 def test_safetensors_is_a_checkpoint_like_any_other(student, tmp_path, monkeypatch):
-    """It holds the student and nothing else; it is evaluated, exported and distilled as it is."""
+    """It has only the student; it can be evaluated, exported and used as a teacher."""
     monkeypatch.setattr(evaluation, "SECONDS", 0)
     monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)
     out = tmp_path / "student.safetensors"
@@ -145,8 +145,8 @@ def test_safetensors_is_a_checkpoint_like_any_other(student, tmp_path, monkeypat
     assert f"teacher test_top1 {top1:.2f}" in (folder / "log.txt").read_text()
 
 
-def test_a_public_file_that_says_nothing(tmp_path, capsys):
-    """The network is recognised; what cannot be known is asked for, and said to be unknown."""
+def test_a_public_file_without_metadata(tmp_path, capsys):
+    """The network is recognised; the image size is required; mean and std stay unknown."""
     torch.save(dict(model=weights("wrn_16_1")), tmp_path / "wrn.pth")
     out = tmp_path / "wrn.safetensors"
     run(tmp_path / "wrn.pth", "--out", out, "--img_size", "12")
@@ -155,7 +155,7 @@ def test_a_public_file_that_says_nothing(tmp_path, capsys):
     assert read_checkpoint(out)["meta"] == known
 
 
-def test_tied_weights_and_a_network_of_ones_own(tmp_path):
+def test_tied_weights_and_your_own_network(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from torch import nn\n"
@@ -177,7 +177,7 @@ def test_tied_weights_and_a_network_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("kind", [*KINDS[::2], pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_file_that_computes_something_else_is_not_left(kind, student, monkeypatch, capsys):
-    """Nor does it replace the file that was there."""
+    """It is removed, and does not replace an existing file."""
     write, read = export.FORMATS[kind]
 
     def tampered(net, *args):
@@ -224,7 +224,7 @@ def test_a_file_is_never_written_over(student, capsys):
 
 
 def test_without_onnxruntime(student, monkeypatch, capsys):
-    """The file is written and the line says that it was not read back."""
+    """The file is written, and a line says that it was not checked."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(export.FORMATS, "onnx", (lambda *_: b"file", export.from_onnx))
     result = run(student, "--format", "onnx")
@@ -250,7 +250,7 @@ def test_a_missing_library_is_one_line(kind, module, student, monkeypatch, capsy
 
 
 LONG = "x" * 300
-SHOWN = "x" * 40 + "*"  # what a message must show of it, at least
+SHOWN = "x" * 40 + "*"  # the part of it that a message must show
 LOOP = """
 import torch
 from torch import nn

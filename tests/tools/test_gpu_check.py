@@ -1,4 +1,4 @@
-"""The script for the first day with a GPU, at small sizes, on whatever there is."""
+"""tools/gpu_check.sh at small sizes, also without a GPU."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_every_part_runs_and_is_summed_up(tmp_path):
         JOBS="2",
         TEST_JOBS="1",
         PARTS="steps runs epoch students rows",
-        SECONDS_RUNS="200",  # a machine that runs other tests at the same time
+        SECONDS_RUNS="200",  # other tests may run at the same time
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )

@@ -1,4 +1,4 @@
-"""The generated parts of the pages are those that the table of methods gives."""
+"""The generated parts of the pages agree with the table of methods."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def text(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_rows(name):
-    """A new method may be missing (`tools/pages.py --check` says so); a row may not be stale."""
+    """A new method may be missing (`tools/pages.py --check` reports it), but no row is stale."""
     block = text(name).split(pages.MARKS[0])[1].split(pages.MARKS[1])[0]
     rows = [line for line in block.splitlines() if line.startswith("| [`")]
     shown = [line.split("`")[1] for line in rows]
@@ -40,7 +40,7 @@ def test_sections(mode):
     assert f"{pages.section(mode)}\n" in page
 
 
-def test_what_is_stale_is_said(tmp_path, monkeypatch, capsys):
+def test_stale_pages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(pages, "PAGES", ("README.md",))
     monkeypatch.setattr(pages, "table", lambda chinese: "new")
@@ -53,6 +53,6 @@ def test_what_is_stale_is_said(tmp_path, monkeypatch, capsys):
     assert pages.main(["--check"]) == 0
 
 
-def test_who_wrote_it_and_where():
+def test_short_citation():
     assert pages.short("Tian, Krishnan, Isola, ICLR 2020, section 3") == "Tian et al., ICLR 2020"
     assert pages.short("Ba, Caruana, NIPS 2014, equation 1") == "Ba, Caruana, NIPS 2014"

@@ -30,7 +30,7 @@ PLAIN = ["--amp", "off", "--cuda", "0"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a network trained alone, 'base', and of a distilled one, 'at'."""
+    """A folder with two runs: 'base', trained without a teacher, and 'at', distilled."""
     root = tmp_path_factory.mktemp("runs")
     where = ["--batch_size", "128", "--lr", "0.02", "--save_root", str(root), "--note"]
     kd = ["--t_model", model(root, "base"), "--s_name", "resnet8", "--cuda", "0"]
@@ -51,7 +51,7 @@ def out(tmp_path):
 
 
 def draw(out, *argv):
-    """The axes with something in them, in order, of a figure that has become a file."""
+    """Draw a figure into a file; the axes that are not empty, in order."""
     figure = tool.main([*argv, "--out", str(out)])
     with Image.open(out) as image:
         assert image.format == "PNG" and min(image.size) > 150
@@ -99,14 +99,14 @@ def test_curves_are_the_runs_metrics(runs, out):
 
 
 def test_labels(runs, out):
-    """Given ones; and whole paths where two folders have one name."""
+    """Labels from the flag; whole paths if two folders have the same name."""
     assert tool.short(["one/base", "two/base"]) == ["one/base", "two/base"]
     assert tool.short([model(runs, "at"), "some/file.pth", "runs/x/"]) == ["at", "file.pth", "x"]
     figure = tool.main(
         ["curves", *[str(runs / "at")] * 2, "--labels", "one", "two words", "--out", str(out)]
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two words"]
-    assert len(figure.axes) == 2  # loss and accuracy, when nothing is said
+    assert len(figure.axes) == 2  # by default loss and accuracy
 
 
 def test_many_colors_differ():
@@ -119,7 +119,7 @@ def test_many_colors_differ():
 
 
 def test_look_gives_the_network_s_own_numbers(runs):
-    """Pooled features are the last stage's mean, what the classifier makes logits of."""
+    """Pooled features are the mean of the last stage and the input of the classifier."""
     net, cpu = bare(runs, "at", "resnet8"), (torch.device("cpu"), utils.Precision())
     split = images(130)  # more than a batch
     logits, feat = tool.look(net, "at", split, cpu, "feat")
@@ -133,7 +133,7 @@ def test_look_gives_the_network_s_own_numbers(runs):
 
 
 def test_tsne_is_of_the_pooled_features(runs, out, monkeypatch):
-    """A panel a network, the same images in each, each point in its class's colour."""
+    """One panel per network, with the same images; each point has the colour of its class."""
     fed = []
 
     class TSNE:
@@ -179,7 +179,7 @@ def test_tsne_is_seeded(runs, tmp_path):
 
 
 def by_hand(logits):
-    """Pearson's coefficient of each two columns, sum by sum."""
+    """Pearson's coefficient of each pair of columns, from its sums."""
     x = logits.double().numpy()
     n, k = x.shape
     matrix = np.zeros((k, k))
@@ -222,8 +222,7 @@ def test_correlation_is_student_less_teacher(runs, out):
 
 
 def test_attention_maps_by_hand():
-    """Mean of squares; enlarged, a pixel's value is mixed of the four map pixels around its
-    centre."""
+    """Mean of squares, resized: each pixel is interpolated from the four nearest map pixels."""
     fm, size = torch.randn(2, 3, 4, 4), 8
     found = tool.attention_maps(fm, size)
     assert found.shape == (2, size, size)
@@ -242,7 +241,7 @@ def test_attention_maps_by_hand():
 
 
 def test_attention_rows(runs, out):
-    """A row an image and network: the image, then the map of each stage over it."""
+    """One row per image and network: the image, then the map of each stage over the image."""
     models = [model(runs, "base"), model(runs, "at")]
     panels = draw(out, "attention", *models, "--images", "7,0,7", *PLAIN)
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
@@ -288,7 +287,7 @@ def test_streamed_images_can_be_picked(tmp_path):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A checkpoint of an untrained detector, which knows the images that it would be trained on."""
+    """A checkpoint of an untrained detector, with the folder of its training images."""
     root = tmp_path_factory.mktemp("boxes")
     coco_like.draw(root / "coco", train=4, val=4, size=64, seed=1)
     view = train_det.View((64,), 96, 8, 16)
@@ -301,7 +300,7 @@ def detector(tmp_path_factory):
 
 @pytest.mark.slow
 def test_boxes(detector, out):
-    """The annotated ones next to those found, image by image; a score of 0 lets all through."""
+    """Annotated and detected boxes of each image; with --score 0 all detections are drawn."""
     argv = ["boxes", str(detector), "--images", "0,2", "--score", "0", "--labels", "mine", *PLAIN]
     axes = draw(out, *argv)
     assert [axis.get_title() for axis in axes] == ["annotated", "mine", "", ""]
@@ -314,11 +313,11 @@ def test_boxes(detector, out):
     assert not draw(out, *strict)[1].lines
 
 
-# --- files and networks from elsewhere ------------------------------------------------------------
+# --- other files and networks ---------------------------------------------------------------------
 
 
-def test_a_bare_file_and_a_network_of_one_s_own(runs, tmp_path, out):
-    """They know nothing: the other file or the flags say it. Stages may differ in number."""
+def test_a_bare_file_and_your_own_network(runs, tmp_path, out):
+    """Without metadata the other checkpoint or the flags give it. Numbers of stages may differ."""
     code = "from torch import nn\ndef tiny(k):\n    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), "
     code += "nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, k))\n"
     (tmp_path / "mine.py").write_text(code)
@@ -332,7 +331,7 @@ def test_a_bare_file_and_a_network_of_one_s_own(runs, tmp_path, out):
     assert draw(out, *argv, "--force")[0].get_title().startswith("bare.pth (resnet8)\n")
 
 
-def test_the_first_that_knows_says_which_images(runs, tmp_path):
+def test_the_first_checkpoint_with_a_dataset_decides(runs, tmp_path):
     found = read_checkpoint(model(runs, "base"))
     torch.save(dict(net=found["net"], meta=found["meta"] | dict(img_size=16)), tmp_path / "16.pth")
     models = [model(runs, "base"), str(tmp_path / "16.pth")]
@@ -344,7 +343,7 @@ def test_the_first_that_knows_says_which_images(runs, tmp_path):
 # --- bad input ------------------------------------------------------------------------------------
 
 LONG = "x" * 300
-SHOWN = "x" * 40 + "*"  # what a message must show of it, at least
+SHOWN = "x" * 40 + "*"  # the part of it that a message must show
 
 
 @pytest.mark.parametrize(
@@ -449,7 +448,7 @@ def test_force_writes_over(runs, out):
     "backend", [pytest.param("nonsense", marks=pytest.mark.slow), "module://nonsense"]
 )
 def test_a_wrong_backend_changes_nothing(backend, runs, out):
-    """MPLBACKEND chooses a window system, of which no figure has need."""
+    """MPLBACKEND chooses a window system, which figures do not use."""
     command = [sys.executable, "tools/plot.py", "curves", str(runs / "at"), "--out", str(out)]
     env = dict(os.environ, MPLBACKEND=backend)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

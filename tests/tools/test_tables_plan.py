@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import toys
+from messages import refused
 from PIL import Image
 
 import train_base
@@ -33,7 +34,7 @@ def figure(table, teacher, student, method, data="cifar100"):
         (("crd", "wrn_40_2", "wrn_16_2", "CRD"), "75.48"),
         (("crd", "wrn_40_2", "wrn_40_1", "FSP"), "N/A"),
         (("crd", "resnet32x4", "resnet8x4", "Teacher"), "79.42"),
-        (("mdistiller", "resnet32x4", "ShuffleV2", "DKD"), "77.07"),  # MobileNet-V2 is a misprint
+        (("mdistiller", "resnet32x4", "ShuffleV2", "DKD"), "77.07"),  # printed as MobileNet-V2
         (
             ("knowledgereview", "resnet50", "resnet18", "ReviewKD, weight 10"),
             "83.130",
@@ -51,7 +52,7 @@ def test_published_figures(where, value):
     assert figure(*where)[0] == value
 
 
-def test_a_row_that_repeats_another_is_corrected_and_said():
+def test_a_row_that_repeats_another_is_corrected_with_a_note():
     pair = "resnext101_32x8d", "mobilenet_v2", "ReviewKD, weight 6"
     assert figure("knowledgereview", *pair)[0] == "84.200"
     rows = tables_plan.figures_of("knowledgereview")
@@ -195,7 +196,7 @@ def test_knowledgereview_s_recipes(row, parts, capsys):
 
 
 def test_protocols_at_224_pixels():
-    """ReviewKD's ImageNet scripts; the rule for the rate; sizes, constants, no ramp of the loss."""
+    """ReviewKD's ImageNet scripts: learning rate by batch size, image size, constants, no ramp."""
     argv = ["--kd_mode", "reviewkd", "--protocol", "reviewkd-imagenet", "--data_name", "imagenet"]
     args, rows = toys.parse(argv, "torchvision/resnet50", "MobileNetV1")
     recipe = toys.cfg(args, "MobileNetV1")
@@ -224,8 +225,8 @@ def test_crd_lacks_nesterov_and_teaches_from_the_last_epoch(capsys):
     assert "base-resnet110-1/model_best.pth.tar" in command
 
 
-def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
-    """RepDistiller: 0.01 for ResNets, the student's rate for others."""
+def test_ft_s_first_phase_has_the_learning_rate_of_the_student(capsys):
+    """RepDistiller: 0.01 for ResNets, the student's learning rate for others."""
     for student, lr in (("resnet8x4", 0.01), ("ShuffleV1", 0.01), ("vgg8", 0.05)):
         argv = ["--kd_mode", "ft", "--protocol", "crd", "--data_name", "cifar100"]
         args, rows = toys.parse(argv, "resnet32x4", student)
@@ -234,11 +235,11 @@ def test_ft_s_first_phase_at_the_rate_of_the_student(capsys):
         assert schedule.learning_rate(phase, 3, 30, recipe) == pytest.approx(lr)
         args, rows = toys.parse([*argv[:1], "ab", *argv[2:]], "resnet32x4", student)
         rate = schedule.learning_rate(rows["ab"].phases[0], 29, 30, recipe)
-        assert rate == recipe.lr  # constant there, where KD-Zoo's falls
+        assert rate == recipe.lr  # constant; KD-Zoo's learning rate falls
 
 
 @pytest.mark.slow
-def test_every_command_of_a_dry_run_is_one_that_the_scripts_take(capsys):
+def test_the_scripts_accept_every_command_of_a_dry_run(capsys):
     for name, table in tables_plan.TABLES.items():
         flags = [] if table.data else ["--data", "digits"]
         if table.protocol is None:
@@ -270,7 +271,7 @@ def pictures(root, color=0):
 
 
 def test_two_image_folders_of_one_name_are_two_data_sets(tmp_path):
-    """And a folder that was moved is one."""
+    """A folder that was moved is still the same data set."""
     one, other = pictures(tmp_path / "one" / "imgs"), pictures(tmp_path / "other" / "imgs", 9)
 
     def name(root):
@@ -292,5 +293,5 @@ def test_another_imagenet_is_refused(tmp_path):
     data = folders.folder_identity(one, folders.VALIDATED)
     (folder / "args.json").write_text(json.dumps(dict(sources=dict(data=data))))
     tables_plan.same_images(tmp_path / "runs", str(one))
-    with pytest.raises(utils.UserError, match="holds runs on other images than those in"):
+    with refused(tmp_path / "runs", other, "--runs"):
         tables_plan.same_images(tmp_path / "runs", str(other))

@@ -22,7 +22,7 @@ def finished(tmp_path):
     return partial(finished_run, tmp_path)
 
 
-def test_a_validation_set_is_said_and_never_in_one_mean(finished, tmp_path, capsys):
+def test_runs_with_a_validation_set_are_marked_and_in_a_separate_mean(finished, tmp_path, capsys):
     finished("st-1", last=60.0)
     chosen = dict(last=40.0, best=42.0, seconds=3.0, chosen_on="val", val_best=50.0)
     finished("st-2", result=json.dumps(chosen))
@@ -31,18 +31,18 @@ def test_a_validation_set_is_said_and_never_in_one_mean(finished, tmp_path, caps
     assert "| st | 60.00 | 61.00 | 1 |" in out and "| st | 40.00 | 42.00 | 1 |" in out
     assert "digits-2ep (best chosen on a validation set)" in out
     show(tmp_path, "--out", str(tmp_path))
-    assert capsys.readouterr().out == out, "as it is remembered"
+    assert capsys.readouterr().out == out, "from the file of records"
     records = [record(setting=f"cifar10-200ep{x}") for x in ("", tables_runs.VALIDATED)]
     rows = tables_show.summarise("kdzoo-r20-r20", records)
     rows = [row for row in rows if row["seeds"] and row["mode"] == "at"]
     assert [row["difference"] != "" for row in rows] == [True, False]
 
 
-# --- what is published ----------------------------------------------------------------------------
+# --- published figures ----------------------------------------------------------------------------
 
 
-def test_the_newer_methods_say_what_they_spend(tmp_path, capsys):
-    """And what has no mode, or a network that is not ours, is shown but not run."""
+def test_the_newer_methods_have_their_budget(tmp_path, capsys):
+    """Rows without a mode here, or with a network that is not available, are shown but not run."""
     rows = {r["method"]: r for r in tables_plan.figures_of("sota") if r["student"] == "resnet8x4"}
     spend = {method for method, row in rows.items() if row["budget"]}
     assert spend == set(tables_plan.BUDGET) and rows["MLKD"]["budget"].startswith(
@@ -79,7 +79,7 @@ def test_show_prints_every_published_figure(name, tmp_path, capsys):
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
-# --- ours next to it ------------------------------------------------------------------------------
+# --- our figures next to them ---------------------------------------------------------------------
 
 
 def test_means_deviations_and_differences():
@@ -130,7 +130,7 @@ def test_other_settings_are_apart(other):
 
 @pytest.mark.parametrize("where, epochs", [("cifar10-64px-200ep", 200), ("cifar10-100ep", 100)])
 def test_another_setting_hides_no_published_figure(where, epochs):
-    """Nor has what was run elsewhere a place in the published block."""
+    """And the published block has no runs with another setting."""
     rows = tables_show.summarise("kdzoo-r20-r20", [record(setting=where, epochs=epochs)])
     home = [row for row in rows if (row["setting"], row["data"]) == ("published", "cifar10")]
     assert len(home) == 21 and not any(row["seeds"] for row in home)
@@ -174,7 +174,7 @@ def test_into_a_page(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "results/tables").glob("*.md"))])
 def test_what_the_page_shows_is_made_of_the_records(name, tmp_path, capsys):
-    """Neither the committed tables nor the README's are typed."""
+    """The committed tables and those in README.md are generated."""
     there = ROOT / "results" / "tables"
     shutil.copy(there / f"{name}.runs.csv", tmp_path)
     page = tmp_path / "page.md"

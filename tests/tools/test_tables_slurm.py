@@ -365,7 +365,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     tables.main([*argv, "--cpus", "1"])
     assert "submitted 1 job: " in capsys.readouterr().out
     tables.main([*argv, "--cpus", "1"])
-    assert "7 trainings are in the queue already" in capsys.readouterr().out
+    assert "7 trainings are already in the queue" in capsys.readouterr().out
     teacher, one, two = (job_of(name) for name in ("base-resnet20-1", "/st-1", "/st-2"))
     wait(lambda: states(tmp_path)["digits-12px-2ep/base-resnet20-1"] == "running")
     note("the teacher is running, its students are queued: " + str(states(tmp_path)))
