@@ -1,13 +1,12 @@
-"""Images with boxes (and masks) in COCO's format: checked once, read when wanted, measured as COCO
-does.
+"""Datasets in COCO's format, with boxes and masks: reading, checking, batches, and COCO's metrics.
 
     data = load("./datasets/coco")
     for imgs, targets in train_batches(data.train, 8, seed=2, start=0, stop=90000): ...
     figures = evaluate(detect, data.val)
 
-Batch k of a training is a function of (seed, k), with any number of workers and of processes:
-whoever continues after step k needs no more than k. Labels are the file's category ids; 0 is the
-background.
+Annotations are checked when they are loaded, images are read when they are needed. Batch k of a
+training depends only on (seed, k), for any number of workers and processes: to resume after step k,
+k is enough. Labels are the category ids of the file; 0 is the background.
 """
 
 import hashlib
@@ -31,22 +30,22 @@ import utils
 from engine import stream
 from utils import UserError
 
-BORDER = 1.0  # pixels by which a box may leave its image: COCO's are rounded; it is clipped
-THIN = 0.01  # pixels: a box as narrow as this has no size
-LAYOUT = "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json are needed"
+BORDER = 1.0  # pixels that a box may be outside its image (COCO rounds boxes); it is clipped
+THIN = 0.01  # pixels: boxes of at most this width or height are left out
+LAYOUT = "expected train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json"
 NAMES = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # in pycocotools' order
 
 CHECKS = {
     "an int": lambda x: type(x) is int and abs(x) < 2**53,
     "an int > 0": lambda x: type(x) is int and 0 < x < 2**53,
     "an int > 0 (0 is the background)": lambda x: type(x) is int and 0 < x < 2**53,
-    "a name": lambda x: isinstance(x, str),
+    "a string": lambda x: isinstance(x, str),
     "four finite numbers": lambda x: _numbers(x) and len(x) == 4,
     "0 or 1": lambda x: x in (0, 1),
-    "a number of at least 0": lambda x: _numbers([x]) and x >= 0,
+    "a number >= 0": lambda x: _numbers([x]) and x >= 0,
 }
 WHOLE, POSITIVE, CLASS, NAME, FOUR, FLAG, AREA = CHECKS
-FIELDS = dict(  # what a record holds
+FIELDS = dict(  # fields of a record, and the check of each
     images=dict(id=WHOLE, file_name=NAME, width=POSITIVE, height=POSITIVE),
     categories=dict(id=CLASS, name=NAME),
     annotations=dict(
@@ -58,19 +57,19 @@ ONE = dict(images="image", categories="category", annotations="annotation")
 
 
 def _numbers(value) -> bool:
-    """Whether it is a list of finite numbers."""
+    """Whether `value` is a list of finite numbers."""
     return isinstance(value, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in value)
 
 
 class Coco:
-    """One split. `coco[i]` reads image i: uint8 (3, H, W), and its target, a dict: boxes float32
-    (N, 4), corners x1, y1, x2, y2 in pixels, inside the image; labels int64 (N,), category ids;
-    masks uint8 (N, H, W) of a set that was asked for them. N may be 0. Crowds are in no target.
+    """One split. `coco[i]` reads image i, uint8 (3, H, W), and its target, a dict: boxes, float32
+    (N, 4), corners x1, y1, x2, y2 in pixels, inside the image; labels, int64 (N,), category ids;
+    with `masks`: masks, uint8 (N, H, W). N may be 0. Targets have no crowds.
 
-    ids: of the images, in the file's order; categories: {id: name}, by id; with_boxes: the i of
-    images whose target is not empty; left_out: how many boxes had no size.
-    Raises UserError, one line, where a file is missing or says what cannot be; reading an image
-    does where it cannot be decoded, or contradicts its record.
+    ids: image ids, in the order of the file; categories: {id: name}, sorted by id; with_boxes:
+    indices of images with a target that is not empty; left_out: number of boxes without a size.
+    Raises UserError, one line, if a file is missing or an annotation is wrong. Reading an image
+    raises it if the image cannot be decoded or has another size than its record.
     """
 
     def __init__(self, root: str | Path, split: str, masks: bool = False):
@@ -80,20 +79,21 @@ class Coco:
         if masks:
             _pycocotools()
         try:
-            if self.file.exists() and not self.file.is_file():  # one that never ends, perhaps
-                raise UserError(f"{self.file} is no file: {LAYOUT}")
+            if self.file.exists() and not self.file.is_file():  # reading a pipe might never end
+                raise UserError(f"{self.file} is not a regular file; {LAYOUT}")
             content, there = json.loads(self.file.read_bytes()), set(os.listdir(self.folder))
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}: {LAYOUT}") from error
+            raise UserError(f"{error.filename}: {error.strerror}; {LAYOUT}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.file}: no valid JSON ({utils.first_line(error)})") from error
+            reason = utils.first_line(error)
+            raise UserError(f"{self.file} is not valid JSON ({reason}); replace it") from error
         images, categories, rows = (_records(content, kind, self.file) for kind in FIELDS)
 
         missing = [image for image in images if image["file_name"] not in there]
         if missing:
             path = self.folder / missing[0]["file_name"]
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise self._error("images", missing[0], f"no file {str(path)!r}{more}")
+            raise self._error("images", missing[0], f"file {str(path)!r} not found{more}")
         self.ids = [image["id"] for image in images]
         self.files = np.array([os.fsencode(image["file_name"]) for image in images], bytes)
         self.sizes = np.array([(x["width"], x["height"]) for x in images], int).reshape(-1, 2)
@@ -104,15 +104,15 @@ class Coco:
         return UserError(f"{self.file}: {ONE[kind]} {row['id']}: {what}")
 
     def _keep(self, rows: list[dict]) -> None:
-        """Check the annotations and keep them as arrays, by image: `boxes` (x, y, width, height, as
-        the file has them), `labels`, `areas`, `crowds`; those of image i are bounds[i] to bounds[i
-        + 1].
+        """Check the annotations and store them as arrays, sorted by image: `boxes` (x, y, width,
+        height, as in the file), `labels`, `areas`, `crowds`. Image i has those from bounds[i] up to
+        bounds[i + 1].
         """
         place = {id: i for i, id in enumerate(self.ids)}
         for row in rows:
             for key, known in (("image", place), ("category", self.categories)):
                 if row[f"{key}_id"] not in known:
-                    what = f"no {key} {row[f'{key}_id']}"
+                    what = f"{key} {row[f'{key}_id']} not found"
                     raise self._error("annotations", row, what)
         rows = sorted(rows, key=lambda row: place[row["image_id"]])
         owner = np.array([place[row["image_id"]] for row in rows], int)
@@ -121,7 +121,7 @@ class Coco:
         outside = (low < -BORDER) | (high > size + BORDER)
         for wrong, what in (
             (boxes[:, 2:] < 0, "has a negative width or height"),
-            (outside, "is not inside the image, {}x{} pixels"),
+            (outside, "is outside the image, {}x{} pixels"),
         ):
             if wrong.any():
                 k = int(wrong.any(1).argmax())
@@ -138,8 +138,8 @@ class Coco:
         self.bounds = np.searchsorted(owner, np.arange(len(self.ids) + 1))
         self.with_boxes = np.unique(owner[~self.crowds])
         if not len(self.with_boxes):
-            raise UserError(f"{self.file}: no image has a box")
-        if self.masks:  # as bytes: objects would be copied into every worker, count by count
+            raise UserError(f"{self.file}: no image has a box; expected at least one")
+        if self.masks:  # as bytes: Python objects would be copied into the memory of every worker
             for row, i in zip(rows, owner):
                 fault = _fault(row.get("segmentation"), *self.sizes[i].tolist())
                 if fault:
@@ -152,8 +152,8 @@ class Coco:
         return len(self.ids)
 
     def identity(self) -> dict:
-        """How many images, and a sha256 of the annotations, the images' names and their files'
-        sizes."""
+        """The number of images, and a sha256 of the annotations and of names and sizes of the image
+        files."""
         try:
             digest = hashlib.sha256(self.file.read_bytes())
             for name in self.files:
@@ -172,7 +172,8 @@ class Coco:
         if size != (width, height):
             one, two = (f"{w}x{h}" for w, h in ((width, height), size))
             raise UserError(
-                f"{path}: {one} pixels, {self.file.name} says {two}: repair or remove it"
+                f"{path} has {one} pixels, but {self.file.name} has {two}; replace the image or "
+                "its record"
             )
         rows = np.arange(self.bounds[i], self.bounds[i + 1])
         rows = rows[~self.crowds[rows]]
@@ -184,7 +185,7 @@ class Coco:
         return img, target
 
     def rle(self, k: int, i: int) -> dict:
-        """The mask of annotation k, which is of image i, as pycocotools encodes it."""
+        """The mask of annotation k, which belongs to image i, in pycocotools' encoding."""
         mask, (width, height) = _pycocotools().mask, self.sizes[i].tolist()
         shape = json.loads(self.texts[self.ends[k] : self.ends[k + 1]].tobytes())
         if isinstance(shape, list):
@@ -194,30 +195,30 @@ class Coco:
 
 
 def _records(content, kind: str, file: Path) -> list[dict]:
-    """The records of `kind` in a file, each with its own id and with the fields of FIELDS."""
+    """The records of `kind` in a file. Raises UserError if a field is wrong or an id repeats."""
     rows = content.get(kind) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not (rows or kind == "annotations"):
-        raise UserError(f"{file}: there are no {kind!r}: {LAYOUT}")
+        raise UserError(f"{file}: {kind!r} not found or empty; expected a list of records")
     for row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file}: {kind}: {reprlib.repr(row)} is no record")
+            raise UserError(f"{file}: {kind}: expected an object, got {reprlib.repr(row)}")
         for key, what in FIELDS[kind].items():
             if key not in row and key in OPTIONAL:
                 continue
             if key not in row or not CHECKS[what](row[key]):
-                value = f"is {reprlib.repr(row[key])}" if key in row else "is missing"
+                value = reprlib.repr(row[key]) if key in row else "no value"
                 where = f"{file}: {ONE[kind]} {reprlib.repr(row.get('id'))}"
-                raise UserError(f"{where}: its {key} {value}: expected {what}")
+                raise UserError(f"{where}: {key}: expected {what}, got {value}")
     for id, times in Counter(row["id"] for row in rows).most_common(1):
         if times > 1:
-            raise UserError(f"{file}: {ONE[kind]} {id}: the id appears {times} times")
+            raise UserError(f"{file}: {ONE[kind]} {id}: expected a unique id, got {times} of them")
     return rows
 
 
 def _fault(shape, width: int, height: int) -> str | None:
-    """What is wrong with a segmentation: polygons, or run lengths."""
+    """The error in a segmentation (polygons or run lengths), or None."""
     if isinstance(shape, list):
-        near = 2 * (width + height)  # pycocotools takes memory for every pixel of an edge
+        near = 2 * (width + height)  # pycocotools allocates memory for every pixel of an edge
         good = (
             _numbers(x) and len(x) in range(6, 10**6, 2) and max(map(abs, x)) < near for x in shape
         )
@@ -228,7 +229,7 @@ def _fault(shape, width: int, height: int) -> str | None:
     good = isinstance(counts, str) and counts or _numbers(counts) and sum(counts) == height * width
     if isinstance(counts, list):
         good = good and all(type(x) is int and x >= 0 for x in counts)
-    return None if good else "its run lengths do not make up the image"
+    return None if good else "the run lengths do not add up to the number of pixels"
 
 
 def _pycocotools():
@@ -237,16 +238,14 @@ def _pycocotools():
         import pycocotools.cocoeval
         import pycocotools.mask
     except ImportError as error:
-        raise UserError(
-            "COCO's figures and masks need a package: pip install pycocotools"
-        ) from error
+        raise UserError("pycocotools is not installed; run pip install pycocotools") from error
     return pycocotools
 
 
 @dataclass
 class Data:
-    """A dataset: its splits, its name, what the log should say of it. num_class: what torchvision's
-    detectors take, 1 + the largest category id."""
+    """A dataset: its name, its splits, and notes for the log. num_class: 1 + the largest category
+    id, as torchvision's detectors need it."""
 
     name: str
     train: Coco
@@ -259,17 +258,19 @@ class Data:
 
 
 def load(root: str | Path, masks: bool = False) -> Data:
-    """COCO 2017, or what is laid out like it, from the folder `root`; `masks`: with those of the
-    objects. Raises UserError as `Coco` does, and where the splits have different categories."""
+    """COCO 2017, or a dataset with the same layout, from the folder `root`. masks: with the masks
+    of the objects. Raises UserError like `Coco`, and if the splits have different categories."""
     train, val = (Coco(root, split, masks) for split in ("train2017", "val2017"))
     odd = train.categories.items() ^ val.categories.items()
     if odd:
         some = dataset.some([f"{id} ({name})" for id, name in sorted(odd)])
-        raise UserError(f"{train.file} and {val.file.name}: not in both is the category {some}")
+        raise UserError(
+            f"{train.file} and {val.file.name} need the same categories; only one file has {some}"
+        )
     notes = [
         f"{split.folder.name}: {len(split)} images, {len(split.with_boxes)} of them with boxes, "
-        f"{len(split.labels)} boxes, {split.crowds.sum()} of them crowds; {split.left_out} of no "
-        "size left out"
+        f"{len(split.labels)} boxes, {split.crowds.sum()} of them crowds; {split.left_out} boxes "
+        "without a size left out"
         for split in (train, val)
     ]
     return Data(Path(root).resolve().name, train, val, 1 + max(train.categories), notes)
@@ -280,9 +281,9 @@ def load(root: str | Path, masks: bool = False) -> Data:
 
 @dataclass
 class Reader:
-    """What a worker does: of (image, whether mirrored) pairs, the pixels in one uint8 tensor, their
-    shapes, boxes and labels; or a line about the image that cannot be read. One tensor and not
-    many: each would take a file descriptor on its way to the main process."""
+    """Reads a batch in a worker. From (image, whether mirrored) pairs it gives the pixels as one
+    uint8 tensor, the shapes, and boxes and labels; or an error message if an image cannot be read.
+    It is one tensor, since each tensor needs a file descriptor on its way to the main process."""
 
     data: Coco
 
@@ -310,7 +311,7 @@ def _as_it_is(batch):
 
 
 def _read(data: Coco, batches, count: int, workers: int, device):
-    """Yield (imgs, targets) of `batches`, of which there are `count`."""
+    """Yield (imgs, targets) of `batches`. count: the number of batches."""
     device = torch.device(device)
     workers = min(workers, count) if count > 1 else 0
     for found in stream.loader_of(Reader(data), batches, workers, device, collate_fn=_as_it_is):
@@ -327,7 +328,8 @@ def _read(data: Coco, batches, count: int, workers: int, device):
 
 
 def _draws(images: np.ndarray, seed: int, place: int):
-    """Endless (image, whether mirrored), from `place` on: every pass in an order of its own."""
+    """Yield (image, whether mirrored) without end, from position `place`. Every pass over the
+    images has another order."""
     number, place = divmod(place, len(images))
     while True:
         generator = dataset.generator_of(seed, number)
@@ -338,10 +340,11 @@ def _draws(images: np.ndarray, seed: int, place: int):
 
 
 def check_shares(batch_size: int, world: int) -> None:
-    """Raise UserError if `world` processes cannot have equal shares of a batch."""
+    """Raise UserError if a batch cannot be split equally over `world` processes."""
     if batch_size < 1 or batch_size % world:
         raise UserError(
-            f"--batch_size {batch_size}: {world} process(es) need a multiple of {world}"
+            f"--batch_size: expected a multiple of {world}, the number of processes, got "
+            f"{batch_size}"
         )
 
 
@@ -356,13 +359,14 @@ def train_batches(
     device="cpu",
     empty: bool = False,
 ):
-    """Yield (imgs, targets) of the steps start + 1 to stop, counted over the whole training; of
-    every batch of `batch_size` images the `share` (rank, world) of one process.
+    """Yield (imgs, targets) of the steps start + 1 to stop of the training. Each batch of
+    `batch_size` images is split over the processes; `share` (rank, world) chooses the part.
 
-    imgs: list of float32 (3, H, W) in 0..1 and targets: list of dicts as in `Coco`, on `device`;
-    half of them mirrored. Pass after pass over the images with boxes (`empty`: over all); a batch
-    may end one and begin the next, none is smaller. `workers`: processes that read, from the first
-    batch to the last. Raises UserError if the processes cannot have equal shares.
+    imgs: list of float32 (3, H, W) in 0..1; targets: list of dicts as in `Coco`; both on `device`,
+    each image mirrored with probability 0.5. It passes over the images with boxes (`empty`: over
+    all images); a batch may contain images of two passes, so all batches have the same size.
+    workers: number of processes that read images. Raises UserError if the batch cannot be split
+    equally.
     """
     rank, world = share
     check_shares(batch_size, world)
@@ -375,8 +379,8 @@ def train_batches(
 
 
 def val_batches(data: Coco, batch_size: int, share=(0, 1), workers: int = 0, device="cpu"):
-    """Yield (imgs, targets, image_ids) in order, as they are; of `share` (rank, world) every
-    world-th batch. The last may be smaller."""
+    """Yield (imgs, targets, image_ids) in order, not mirrored. share: (rank, world), every world-th
+    batch. The last batch may be smaller."""
     bounds = dataset.parts_of(len(data), batch_size)[share[0] :: share[1]]
     batches = ([(i, False) for i in range(*bound)] for bound in bounds)
     read = _read(data, batches, len(bounds), workers, device)
@@ -384,19 +388,19 @@ def val_batches(data: Coco, batch_size: int, share=(0, 1), workers: int = 0, dev
         yield imgs, targets, data.ids[slice(*bound)]
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------
 
 
 class Evaluation:
-    """COCO's twelve figures, computed by pycocotools, over all the images of `data`: one that was
-    not added counts as one where nothing was found. Raises UserError without pycocotools."""
+    """COCO's twelve metrics, computed by pycocotools over all images of `data`. An image that was
+    not added counts as one without detections. Raises UserError without pycocotools."""
 
     def __init__(self, data: Coco):
         self.data, self.found, self.tools = data, {}, _pycocotools()
 
     def add(self, image_ids: list[int], outputs: list[dict[str, Tensor]]) -> None:
-        """What a torchvision detector says of images: boxes (N, 4), corners in pixels; labels (N,),
-        scores (N,); masks (N, 1, H, W) or (N, H, W), in 0..1, of a set that has them."""
+        """Add outputs of a torchvision detector: boxes (N, 4), corners in pixels; labels (N,);
+        scores (N,); masks (N, 1, H, W) or (N, H, W) in 0..1, if the dataset has masks."""
         for id, output in zip(image_ids, outputs, strict=True):
             boxes, scores = (output[x].detach().cpu().double() for x in ("boxes", "scores"))
             labels, rles = output["labels"].cpu(), None
@@ -406,9 +410,9 @@ class Evaluation:
             self.found[id] = boxes.reshape(-1, 4), labels, scores, rles
 
     def result(self) -> dict[str, float]:
-        """NAMES in percent, over what all ranks have added; those of masks, where an output had
-        them, as mask_AP and so on. A figure that does not exist, as no object is of that size, is
-        absent.
+        """The metrics NAMES in percent, over the outputs of all ranks; if an output has masks, also
+        mask_AP and so on. A metric is left out if it does not exist, for example if no object has
+        that size.
         """
         found, figures = {}, {}
         for part in utils.all_gather(self.found):
@@ -431,7 +435,7 @@ class Evaluation:
         return {name: 100 * value for name, value in pairs if value >= 0}
 
     def _coco(self, rows: list[dict]):
-        """pycocotools' object. Ids begin at 1: it takes an object of id 0 for none."""
+        """A pycocotools COCO object. Ids start at 1, since pycocotools ignores objects of id 0."""
         data, coco = self.data, self.tools.coco.COCO()
         images = zip(data.ids, data.sizes.tolist())
         coco.dataset = dict(
@@ -478,8 +482,8 @@ def _rows(image_id: int, columns: dict[str, list]) -> list[dict]:
 def evaluate(
     detect, data: Coco, batch_size: int = 1, workers: int = 0, device="cpu"
 ) -> dict[str, float]:
-    """The figures of `detect(imgs) -> outputs` (torchvision's, see `Evaluation.add`) over `data`,
-    each rank looking at its share."""
+    """The metrics of `detect(imgs) -> outputs` on `data`. The outputs are like torchvision's, see
+    `Evaluation.add`. Each rank evaluates a part of the batches."""
     evaluation = Evaluation(data)
     for imgs, _, image_ids in val_batches(data, batch_size, utils.share(), workers, device):
         evaluation.add(image_ids, detect(imgs))

@@ -1,12 +1,13 @@
-"""Distil an object detector into another on COCO: ReviewKD on the levels of the feature pyramid,
-DKD on the class logits of the regions, or both.
+"""Distil an object detector on COCO: with ReviewKD on the levels of the feature pyramid, with DKD
+on the class logits of the regions, or with both.
 
     python detection/train_det.py --kd_mode none --s_name fasterrcnn_resnet101 --note r101
     python detection/train_det.py --kd_mode reviewkd --t_model runs/r101/model_best.pth.tar \\
                                   --s_name fasterrcnn_resnet18 --s_pretrained
 
-The first command trains a teacher or a baseline. The detectors are torchvision's. Network and
-normalisation are read from checkpoints. `--kd_mode MODE --help` lists the flags of a mode.
+The first command trains a teacher, or a baseline without a teacher. The detectors are those of
+torchvision. Detector and image sizes are read from checkpoints. `--kd_mode MODE --help` also lists
+the flags of a mode.
 """
 
 import sys
@@ -16,7 +17,7 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils  # noqa: E402  before torch: how its threads wait
+import utils  # noqa: E402  before torch: it sets how torch's threads wait
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision import models  # noqa: E402
@@ -51,22 +52,22 @@ KINDS = dict(
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v2")
 DETECTORS = {f"{kind}_{name}": (kind, name) for kind in KINDS for name in BACKBONES}
 del DETECTORS["retinanet_mobilenet_v2"]
-# with weights of torchvision's own
+# torchvision has COCO weights for these
 TRAINED = ("fasterrcnn_resnet50", "maskrcnn_resnet50", "retinanet_resnet50")
 
 
 FOLDER = "./datasets/coco"
-# least and most of what a View has
+# smallest and largest values of the fields of a View
 SIDE, ANCHOR, ROIS = (32, 8192), (1, 1024), (2, 10_000)
 
 
 @dataclass(frozen=True)
 class View:
-    """How a detector sees an image.
+    """Image size and regions of a detector.
 
-    min_size: lengths of the shorter side, in pixels, of which training draws one an image and
-    evaluation takes the last; max_size: of the longer side; anchor: side of the smallest anchor,
-    doubled from level to level; rois: regions an image that the box head is trained on.
+    min_size: lengths of the shorter side in pixels; training draws one per image, evaluation uses
+    the last. max_size: maximum of the longer side. anchor: side of the smallest anchor, doubled
+    from level to level. rois: regions per image on which the box head is trained.
     """
 
     min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
@@ -80,16 +81,16 @@ def build(
 ) -> nn.Module:
     """A detector with five levels of 256 channels, at strides 4 to 64 (RetinaNet: 8 to 128).
 
-    num_class: with the background, number 0. weights: 'fresh', 'backbone' (torchvision's of
-    ImageNet; of a ResNet the stem and the first stage stay as they are) or 'detector'
-    (torchvision's of COCO). norm: 'batch', or 'frozen' batch norms. Raises UserError if the
-    weights are missing.
+    num_class: with the background, which is class 0. weights: 'fresh' (random), 'backbone'
+    (torchvision's ImageNet weights; stem and first stage of a ResNet are not trained) or 'detector'
+    (torchvision's COCO weights). norm: 'batch' or 'frozen' batch norms. Raises UserError if the
+    weights are not available.
     """
     kind, backbone = utils.named(DETECTORS, name, "detector")
     sizes = dict(min_size=view.min_size, max_size=view.max_size)
     if weights == "detector":
         if name not in TRAINED:
-            raise UserError(f"torchvision has no trained {name}, only {', '.join(TRAINED)}")
+            raise UserError(f"no COCO weights for {name}; torchvision has {', '.join(TRAINED)}")
         make = getattr(detectors, f"{name}_fpn")
         trained = dict(weights="COCO_V1", weights_backbone=None)
         return foreign.downloaded(lambda: make(**trained, **sizes), f"{name}_fpn")
@@ -123,7 +124,7 @@ def build(
         anchors = tuple((x,) for x in anchors)
         own = dict(
             rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
-            rpn_post_nms_top_n_train=1000,  # the published; torchvision has 2000
+            rpn_post_nms_top_n_train=1000,  # the published value; torchvision's default is 2000
             box_batch_size_per_image=view.rois,
         )
     return KINDS[kind](foreign.downloaded(pyramid, backbone), num_class, **sizes, **own)
@@ -131,8 +132,8 @@ def build(
 
 @dataclass
 class Found:
-    """A detector's name, its weights and what its checkpoint knows, as network.Weights has them of
-    a classifier; pretrained: False, or which of torchvision's weights, as in `build`."""
+    """Name, weights and metadata of a detector, like checkpoint.Weights for a classifier.
+    pretrained: False, or the name of torchvision's weights, as in `build`."""
 
     name: str
     state: dict | None = None
@@ -155,12 +156,12 @@ class Found:
 
     @property
     def weights(self) -> str:
-        """As `build` names them."""
+        """The name of its initial weights, as in `build`."""
         return self.pretrained or "fresh"
 
     @property
     def norm(self) -> str:
-        """A file's own: counters tell batch norms from frozen ones."""
+        """The kind of its batch norms. In a checkpoint, frozen ones have no counters."""
         if self.state is None:
             return "batch" if self.weights == "fresh" else "frozen"
         counters = any(key.endswith("num_batches_tracked") for key in self.state)
@@ -168,12 +169,12 @@ class Found:
 
     @property
     def num_class(self) -> int | None:
-        """How many it tells apart, the background one of them; None if that is open."""
+        """Number of classes with the background; None if it is not yet fixed."""
         return 91 if self.weights == "detector" else self.meta.get("num_class")
 
     @property
     def view(self) -> View:
-        """What its checkpoint says, the rest as published."""
+        """The values of its checkpoint; missing ones have the published defaults."""
         known = {key: self.meta[key] for key in vars(View()) if key in self.meta}
         return View(**known)
 
@@ -191,12 +192,12 @@ def _whole(values, bounds: tuple[int, int]) -> bool:
 
 
 def find(name: str | None, path: str | None, side: str, pretrained: str | bool = False) -> Found:
-    """What `--{side}_name`, `--{side}_model` or `_init` and `--{side}_pretrained` say together."""
+    """The detector given by --{side}_name, --t_model or --s_init, and --{side}_pretrained."""
     file_flag = "t_model" if side == "t" else "s_init"
     return find_weights(name, path, f"{side}_name", file_flag, pretrained, kind=Found)
 
 
-# --- what is compared -----------------------------------------------------------------------------
+# --- distillation ---------------------------------------------------------------------------------
 
 
 def build_levels(s: list[Tensor], t: list[Tensor], mid_channel: int) -> nn.Module:
@@ -209,8 +210,8 @@ def build_regions(s, t, **flags) -> nn.Module:
 
 @dataclass(frozen=True)
 class Part:
-    """build: (levels of the student, of the teacher, **flags) -> loss; compare: (loss, Caught of
-    the student, of the teacher) -> scalar; regions: whether it needs the box head."""
+    """A loss term. build: (levels of student, of teacher, **flags) -> loss; compare: (loss, Caught
+    of student, of teacher) -> scalar; regions: whether it needs the box head."""
 
     build: Callable
     compare: Callable
@@ -230,11 +231,11 @@ PARTS = dict(
 MODES = dict(none=(), reviewkd=("reviewkd",), dkd=("dkd",), reviewdkd=("reviewkd", "dkd"))
 FLAG_HELP = dict(
     mid_channel="width of the fused levels",
-    alpha="weight of the target class part",
-    beta="weight of the other classes' part",
+    alpha="weight of the target-class term",
+    beta="weight of the non-target-class term",
     T="temperature",
 )
-# of the published pairs, ReviewKD's weight
+# published weight of ReviewKD by (teacher, student)
 REVIEWKD_WEIGHT = {
     ("fasterrcnn_resnet101", "fasterrcnn_resnet18"): 1.2,
     ("maskrcnn_resnet101", "maskrcnn_resnet18"): 1.5,
@@ -244,7 +245,7 @@ REVIEWKD_WEIGHT = {
     ("maskrcnn_resnet50", "maskrcnn_mobilenet_v2"): 1.0,
     ("retinanet_resnet101", "retinanet_resnet50"): 1.0,
 }
-# detectron2's schedule as the published configurations have it; all counted in iterations
+# detectron2's schedule of the published configurations, in iterations instead of epochs
 COCO = published.Protocol(
     lr=0.01,
     networks={name: dict(lr=0.005) for name in DETECTORS if name.startswith("retinanet")},
@@ -263,9 +264,9 @@ COCO = published.Protocol(
 
 @dataclass
 class Caught:
-    """What a detector computed on the way: the resized images, the pyramid's levels and, of the
-    regions that the box head was trained on, the boxes of each image, the class logits (N, C) and
-    the classes (N,), 0 the background."""
+    """Intermediate results of a detector: the resized images and the levels of the pyramid; for the
+    regions on which the box head is trained: the boxes of each image, class logits (N, C), and
+    classes (N,), with 0 as the background."""
 
     images: object = None
     levels: list[Tensor] | None = None
@@ -275,9 +276,9 @@ class Caught:
 
 
 class Distiller:
-    """Student and frozen teacher, the parts of a mode between them, and hooks on the student for
-    what they compare. student, teacher: torchvision's detectors, teacher None without parts; kd:
-    nn.ModuleDict.
+    """Student, frozen teacher, the loss terms of a mode (`parts`), and hooks that catch the
+    student's intermediate results. student, teacher: torchvision detectors (teacher: None without
+    parts); kd: nn.ModuleDict of the losses.
     """
 
     def __init__(self, student, teacher, parts: dict[str, Part], weights: list[float]):
@@ -289,7 +290,7 @@ class Distiller:
         for part in parts.values():
             if part.regions and not all(hasattr(net, "roi_heads") for net in (student, teacher)):
                 raise UserError(
-                    "dkd compares the classes of regions, and RetinaNet has no box head"
+                    "--kd_mode: dkd needs a box head, and RetinaNet has none; use others"
                 )
         s, t = self._levels()
         for name, part in parts.items():
@@ -301,15 +302,14 @@ class Distiller:
 
     @torch.no_grad()
     def _levels(self) -> list[list[Tensor]]:
-        """The levels of both for an image of 128 pixels. Raises UserError if they are not
-        alike."""
+        """The levels of both for an image of 128 pixels. Raises UserError if their sizes differ."""
         x = torch.zeros(1, 3, 128, 128)
         both = [list(net.eval().backbone(x).values()) for net in (self.student, self.teacher)]
         sides = [[tuple(fm.shape[2:]) for fm in levels] for levels in both]
         if sides[0] != sides[1]:
             raise UserError(
-                f"the pyramids of the two detectors have other levels: {sides[0]} and {sides[1]} "
-                "for an image of 128 pixels"
+                f"student and teacher need pyramids with levels of equal sizes, got {sides[0]} and "
+                f"{sides[1]} for an image of 128 pixels; choose other detectors"
             )
         return both
 
@@ -331,17 +331,17 @@ class Distiller:
                 keep(boxes=found[0], labels=torch.cat(found[2]))
                 return found
 
-            heads.select_training_samples = select_training_samples  # nothing else tells the labels
+            heads.select_training_samples = select_training_samples  # no hook gets the labels
 
     def set_trainable(self) -> list[nn.Parameter]:
-        """What learns, in training mode; the teacher is not."""
+        """Put student and losses into training mode. Returns the parameters that are trained."""
         self.student.train(), self.kd.train()
         params = [*self.student.parameters(), *self.kd.parameters()]
         return [p for p in params if p.requires_grad]
 
     @torch.no_grad()
     def teach(self, s: Caught) -> Caught:
-        """What the teacher makes of the student's images and regions."""
+        """The teacher's results for the images and regions of the student."""
         net = self.teacher
         x = renormalised(s.images, self.student.transform, net.transform)
         levels = net.backbone(x)
@@ -353,7 +353,7 @@ class Distiller:
         return Caught(levels=list(levels.values()), logits=logits)
 
     def losses(self, imgs: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """The student's own losses, and those of the parts, unweighted, by name."""
+        """{name: loss}: the losses of the detector and the loss terms of the mode, unweighted."""
         terms = self.student(imgs, targets)
         if self.parts:
             s, self.caught = self.caught, Caught()
@@ -369,8 +369,8 @@ class Distiller:
 
 
 def renormalised(images, own, other) -> Tensor:
-    """The batch that the transform `own` made, as `other` would have normalised it: no second
-    resize, which would draw another size. What pads the images stays 0."""
+    """A batch made by the transform `own`, normalised like `other` does. The images are not resized
+    again, since another size would be drawn. The padding of the images stays 0."""
     x = images.tensors
     if (own.image_mean, own.image_std) == (other.image_mean, other.image_std):
         return x
@@ -385,8 +385,8 @@ def renormalised(images, own, other) -> Tensor:
 
 
 def train_step(distiller: Distiller, optimizer, imgs, targets, precision) -> dict[str, Tensor]:
-    """One step: the student's losses plus the weighted parts. Returns {name: detached 0-dim
-    tensor}, on the device; 'loss' is their sum."""
+    """One training step on the weighted sum of the losses. Returns {name: detached 0-dim tensor}
+    on the device; 'loss' is the sum."""
     optimizer.zero_grad(set_to_none=True)
     with precision.autocast():
         terms = distiller.losses(imgs, targets)
@@ -409,24 +409,20 @@ def parse(argv: list[str]):
     parser = cli.Parser(prog="detection/train_det.py", description=__doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_mode", required=True, metavar="MODE", help="one of " + ", ".join(MODES))
-    file = dict(type=cli.filled, metavar="FILE")
-    name = dict(type=cli.filled, metavar="NAME", help="one of " + ", ".join(DETECTORS))
-    add("--t_model", **file, help="the teacher's checkpoint")
-    add("--t_name", **name)
-    add("--t_pretrained", action="store_true", help="torchvision's detector, trained on COCO")
+    file, name = (dict(type=cli.filled, metavar=x) for x in ("FILE", "NAME"))
+    add("--t_model", **file, help="checkpoint of the teacher")
+    add("--t_name", **name, help="teacher: one of the names of --s_name")
+    add("--t_pretrained", action="store_true", help="use torchvision's COCO weights as the teacher")
     add("--s_init", **file, help="initial weights of the student (default: random)")
-    add("--s_name", **name)
-    add(
-        "--s_pretrained",
-        action="store_true",
-        help="load torchvision's ImageNet weights into its backbone",
-    )
+    add("--s_name", **name, help=f"student: one of {', '.join(DETECTORS)}")
+    text = "start from torchvision's ImageNet weights in the student's backbone"
+    add("--s_pretrained", action="store_true", help=text)
     weight = cli.comma(cli.number(float, 0))
     add(
         "--lambda_kd",
         type=weight,
         metavar="X[,X]",
-        help="weight of each loss term (default: by the pair of networks)",
+        help="weight of each loss term of the mode (default: the published ones, or 1)",
     )
     for part, row in parts.items():
         add = parser.add_argument_group(f"--kd_mode {part}").add_argument
@@ -439,27 +435,34 @@ def parse(argv: list[str]):
         "--img_root",
         type=cli.filled,
         metavar="DIR",
-        help="folder with train2017, val2017 and annotations",
+        help=f"folder with train2017, val2017 and annotations (default {FOLDER})",
     )
     size = cli.number(int, *SIDE)
-    add("--min_size", type=cli.comma(size), metavar="N[,N]", help="shorter side; one is drawn")
-    add("--max_size", type=size, metavar="N", help="maximum size of the longer side")
-    add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help="size of the smallest anchor")
-    add("--rois", type=cli.number(int, *ROIS), metavar="N", help="regions per image (default 512)")
+    text = "shorter side of the images in pixels; one of several is drawn (default 640 to 800)"
+    add("--min_size", type=cli.comma(size), metavar="N[,N]", help=text)
+    add("--max_size", type=size, metavar="N", help="maximum of the longer side (default 1333)")
+    text = "side of the smallest anchor in pixels (default 32)"
+    add("--anchor", type=cli.number(int, *ANCHOR), metavar="N", help=text)
+    text = "regions per image that train the box head (default 512)"
+    add("--rois", type=cli.number(int, *ROIS), metavar="N", help=text)
     add = parser.add_argument_group("training").add_argument
     count = dict(type=cli.number(int, 1), metavar="N")
-    add("--iters", **count, help="steps; the schedule scales with them (default 180000)")
-    add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help="--lr x 0.1 after these")
+    text = "number of steps; milestones and warm-up scale with it (default 180000)"
+    add("--iters", **count, help=text)
+    text = "learning rate is multiplied by 0.1 after these steps"
+    add("--milestones", type=cli.comma(count["type"]), metavar="I,I", help=text)
     add("--warmup", type=cli.number(int, 0), metavar="N", help="steps of learning rate warm-up")
-    add("--eval_every", **count, help="steps between evaluations (default: --iters / 10)")
+    add("--eval_every", **count, help="evaluate every N steps (default: --iters / 10)")
     cli.add_optimizer_flags(add)
     cli.add_device_flags(parser)
     cli.add_run_flags(parser)
     args = parser.parse_args(argv, owner=lambda flag: _owner(flag, mode))
     if args.lambda_kd is not None and len(args.lambda_kd) != len(parts):
-        raise UserError(f"--lambda_kd: expected {len(parts)} weight(s), one per part of {mode}")
+        raise UserError(
+            f"--lambda_kd: expected {len(parts)} weight(s) for {mode}, got {len(args.lambda_kd)}"
+        )
     if not parts and (args.t_model or args.t_name or args.t_pretrained):
-        raise UserError("--kd_mode none has no teacher; leave it out, or choose another mode")
+        raise UserError("--kd_mode none has no teacher; leave out --t_... or choose another mode")
     flags = {p: {flag: getattr(args, flag) for flag in row.flags} for p, row in parts.items()}
     return args, {p: replace(row, flags=flags[p]) for p, row in parts.items()}
 
@@ -471,8 +474,7 @@ def _owner(flag: str, mode: str) -> str | None:
 
 
 def resolve(args, s: Found, t: Found | None):
-    """The flags with everything filled in: from the checkpoints, then from the published
-    schedule."""
+    """The flags; missing values come from the checkpoints, then from the published schedule."""
     cfg = type(args)(**vars(args))
     plan = replace(COCO, **COCO.networks.get(s.name, {}))
     knows = (t.meta if t else {}) | s.meta
@@ -483,7 +485,7 @@ def resolve(args, s: Found, t: Found | None):
     if cfg.anchor != s.meta.get("anchor", cfg.anchor):
         raise UserError(f"--anchor {cfg.anchor} contradicts --s_init, which has {s.meta['anchor']}")
     if max(cfg.min_size) > cfg.max_size:
-        raise UserError(f"--min_size {max(cfg.min_size)} is above --max_size {cfg.max_size}")
+        raise UserError(f"--min_size {max(cfg.min_size)} is larger than --max_size {cfg.max_size}")
     fill = dict(
         iters=plan.epochs,
         batch_size=plan.batch_size,
@@ -518,7 +520,7 @@ def main(argv: list[str] | None = None) -> dict:
     if parts:
         found_t = find(args.t_name, args.t_model, "t", args.t_pretrained and "detector")
         if found_t.state is None and not args.t_pretrained:
-            raise UserError("--t_model FILE or --t_pretrained is required: a trained teacher")
+            raise UserError("no trained teacher; give --t_model FILE or --t_pretrained")
     cfg = resolve(args, found_s, found_t)
     device = utils.select_device(args.device, args.cuda, ranks=True)
     precision = utils.precision(device, args.amp)
@@ -528,18 +530,18 @@ def main(argv: list[str] | None = None) -> dict:
     run = Run(cfg, note, ["detection/train_det.py", *argv], loss="loss", score="AP")
     masks = found_s.name.startswith("maskrcnn")
     data = coco.load(cfg.img_root, masks=masks)
-    coco.Evaluation(data.val)  # or say what to install, before anything is written
+    coco.Evaluation(data.val)  # if pycocotools is missing, raises UserError before writing
     if cfg.batch_size > len(data.train.with_boxes):
         raise UserError(
-            f"--batch_size {cfg.batch_size}: {len(data.train.with_boxes)} training images in "
-            f"{data.name} have boxes"
+            f"--batch_size: expected at most {len(data.train.with_boxes)}, the number of training "
+            f"images with boxes in {data.name}, got {cfg.batch_size}"
         )
     view = View(*(getattr(cfg, key) for key in vars(View())))
     for found in filter(None, (found_s, found_t)):
         if found.num_class not in (None, data.num_class):
             raise UserError(
-                f"{found.path or found.name} has {found.num_class} classes, {data.name} has "
-                f"{data.num_class} (the background is one)"
+                f"{found.path or found.name} has {found.num_class} classes, but {data.name} has "
+                f"{data.num_class} (with the background); give another checkpoint or --img_root"
             )
     teacher = None
     if found_t:
@@ -561,7 +563,7 @@ def main(argv: list[str] | None = None) -> dict:
     where = utils.describe_device(device, precision)
     lines = summary(where, distiller, data, cfg, found_s, found_t)
     if run.saved:
-        with run.intact():  # or say so before anything is written
+        with run.intact():  # a damaged checkpoint is an error before anything is written
             stops = range(cfg.eval_every, cfg.iters + cfg.eval_every, cfg.eval_every)
             rows = [dict(step=min(stop, cfg.iters)) for stop in stops]
             run.fits(rows, cfg.eval_every)
@@ -595,7 +597,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train_stretch(run, device, precision, distiller, data, cfg, start, stop, optimizer):
-    """The steps after `start` up to `stop`: train, evaluate, record, save."""
+    """Train the steps after `start` up to `stop`, evaluate, write the metrics and save."""
     distiller.set_trainable()  # evaluation has put the student into eval mode
 
     def state():
@@ -641,7 +643,7 @@ def train_stretch(run, device, precision, distiller, data, cfg, start, stop, opt
 
 
 def evaluate(net, data, cfg, device, precision) -> dict[str, float]:
-    """COCO's figures of `net` on the validation images, in percent."""
+    """COCO's metrics of `net` on the validation images, in percent."""
     net.eval()
 
     def detect(imgs):
@@ -652,7 +654,7 @@ def evaluate(net, data, cfg, device, precision) -> dict[str, float]:
 
 
 def restore(run, distiller: Distiller, optimizer, precision) -> None:
-    """Put the state of the run's checkpoint back."""
+    """Load the state in the checkpoint of the run."""
     saved = run.saved
     distiller.student.load_state_dict(saved["snet"])
     utils.load_state(distiller.kd, saved["kd"])
@@ -663,23 +665,21 @@ def restore(run, distiller: Distiller, optimizer, precision) -> None:
 
 def summary(where: str, distiller, data, cfg, found_s, found_t) -> list[str]:
     """The resolved recipe, as lines of the log."""
-    start = (
-        found_s.path or dict(fresh="fresh weights", backbone="ImageNet's backbone")[found_s.weights]
-    )
+    start = found_s.path or dict(fresh="random", backbone="ImageNet backbone")[found_s.weights]
     learns = sum(p.numel() for p in distiller.set_trainable())
     lines = [
         f"{where}: {f'{found_t.name} -> ' if found_t else ''}{found_s.name}, {data.name}",
         f"{len(data.train)} training and {len(data.val)} validation images, "
-        f"{len(data.train.categories)} categories, student from {start}, "
-        f"{learns:,} parameters learn",
+        f"{len(data.train.categories)} categories, initial weights of the student: {start}, "
+        f"{learns:,} trained parameters",
         f"lr {cfg.lr:g}, falls after {cfg.milestones}, warm-up {cfg.warmup}, momentum "
         f"{cfg.momentum:g}, weight decay {cfg.weight_decay:g}, batch {cfg.batch_size}, "
         f"{cfg.iters} steps",
-        f"shorter side {cfg.min_size}, longer at most {cfg.max_size}, anchors from "
-        f"{cfg.anchor}, {cfg.rois} regions an image",
+        f"shorter side {cfg.min_size}, longer side at most {cfg.max_size}, smallest anchor "
+        f"{cfg.anchor}, {cfg.rois} regions per image",
     ]
     if cfg.iters != COCO.epochs:
-        lines.append(f"scaled from {COCO.epochs} steps to {cfg.iters}: milestones, warm-up")
+        lines.append(f"milestones and warm-up are scaled from {COCO.epochs} to {cfg.iters} steps")
     for name, weight in distiller.weights.items():
         flags = "".join(f", {key} {value}" for key, value in distiller.parts[name].flags.items())
         lines.append(f"{name}: lambda_kd {weight:g}{flags}")

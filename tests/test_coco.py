@@ -1,4 +1,4 @@
-"""What is read of COCO's files, what is refused, and the batches."""
+"""Reading datasets in COCO's format, errors in them, and batches."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from PIL import Image
 
 from detection import coco
 
-# said by pycocotools' decode, of numpy's ways
+# pycocotools' decode triggers this warning of numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_images_boxes_and_labels(tmp_path):
@@ -53,7 +53,7 @@ def test_boxes_of_no_size_are_left_out_and_counted(tmp_path):
     boxes = [(5, 5, 0, 10), (5, 5, 10, 0.0), (5, 128, 10, 1), SMALL]
     found = data(tmp_path, [boxed(i, 1, 1, box) for i, box in enumerate(boxes)])
     assert found[0][1]["boxes"].tolist() == [[3, 4, 23, 14]] and found.left_out == 3
-    assert any("; 3 of no size left out" in note for note in coco.load(tmp_path).notes)
+    assert any(names(note, "3 boxes") for note in coco.load(tmp_path).notes)
 
 
 def test_crowds_are_in_no_target(tmp_path):
@@ -75,14 +75,14 @@ def test_masks(tmp_path):
     assert found[1][1]["masks"].shape == (0, 128, 160)
 
 
-# --- what is wrong --------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def change(key, value, kind="annotations"):
     return lambda found: found[kind][-1].update({key: value})
 
 
-CASES = [  # what is wrong, what the message names in addition to the file, how the test makes it
+CASES = [  # the error, the names in the message in addition to the file, a function that makes it
     ("no images", ["images"], lambda x: x.pop("images")),
     ("no annotations", ["annotations"], lambda x: x.pop("annotations")),
     ("no categories", ["categories"], lambda x: x.pop("categories")),
@@ -125,7 +125,7 @@ CASES = [  # what is wrong, what the message names in addition to the file, how 
 def test_bad_annotations(tmp_path, names, how):
     found = content([boxed(5, 1, 1, SMALL), boxed(6, 1, 1, LARGE)])
     write(tmp_path, found)
-    coco.load(tmp_path)  # nothing is wrong yet
+    coco.load(tmp_path)  # no error yet
     how(found)
     write(tmp_path, found, images=False)
     file = tmp_path / "annotations" / "instances_train2017.json"
@@ -191,7 +191,7 @@ def test_images_that_cannot_be_read(tmp_path):
         found[0]
     with refused(tmp_path / "val2017" / "2.png", "128x160", "160x128"):
         found[1]
-    for workers in (0, 2):  # a line, not a worker's traceback
+    for workers in (0, 2):  # one line, without the traceback of a worker
         for batches in (
             coco.val_batches(found, 1, workers=workers),
             coco.train_batches(found, 1, 0, 0, 4, workers=workers),
@@ -218,7 +218,7 @@ def test_images_that_cannot_be_read(tmp_path):
 )
 def test_bad_masks(tmp_path, shape):
     root = write(tmp_path, content([boxed(4, 1, 1, SMALL, segmentation=shape)]))
-    coco.load(root)  # boxes alone do not need them
+    coco.load(root)  # without masks, segmentations are not read
     file = root / "annotations" / "instances_train2017.json"
     with refused(file) as said:
         coco.load(root, masks=True)
@@ -250,7 +250,7 @@ def train(drawn, batch_size=4, seed=3, start=0, stop=9, **more):
 
 
 def same(one, two):
-    """Whether two lists of batches are equal, value by value."""
+    """Whether two lists of batches have equal values."""
     if isinstance(one, torch.Tensor):
         return one.dtype == two.dtype and torch.equal(one, two)
     if isinstance(one, dict):
@@ -261,7 +261,7 @@ def same(one, two):
 
 
 def shown(drawn, batches):
-    """(image, whether mirrored) of every image of the batches, found by its pixels."""
+    """(image, whether mirrored) of every image of the batches, identified by its pixels."""
     pixels = {}
     for i in range(len(drawn.train)):
         img, _ = drawn.train[i]
@@ -331,7 +331,7 @@ def test_workers_give_the_same(drawn):
     assert same(plain, workers)
 
 
-def test_val_batches_are_the_images(drawn):
+def test_val_batches_have_all_images_in_order(drawn):
     batches = list(coco.val_batches(drawn.val, 5))
     assert [len(ids) for _, _, ids in batches] == [5, 5, 2]
     assert [id for _, _, ids in batches for id in ids] == drawn.val.ids

@@ -1,4 +1,4 @@
-"""COCO's figures of what a detector finds."""
+"""COCO's metrics of detections."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 import utils
 from detection import coco
 
-# said by pycocotools' decode, of numpy's ways
+# pycocotools' decode triggers this warning of numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -28,7 +28,7 @@ def drawn(tmp_path_factory):
 
 
 def output(*rows):
-    """What a detector says: rows of (x, y, width, height, label, score)."""
+    """The output of a detector, from rows of (x, y, width, height, label, score)."""
     rows = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
     boxes = torch.cat([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)
     return dict(boxes=boxes, labels=rows[:, 4].long(), scores=rows[:, 5])
@@ -40,7 +40,7 @@ def figures(found, *outputs):
     return evaluation.result()
 
 
-TWO = [boxed(0, 1, 1, LARGE), boxed(1, 2, 1, LARGE)]  # an id of 0 is one like any other
+TWO = [boxed(0, 1, 1, LARGE), boxed(1, 2, 1, LARGE)]  # an id of 0 is valid too
 FOUND = (*LARGE, 1, 0.9)
 
 
@@ -66,7 +66,8 @@ def test_images_that_were_not_added_count_as_missed(tmp_path):
 
 @pytest.mark.parametrize("score, expected", [(0.95, 50), (0.5, 100)])
 def test_one_too_many(tmp_path, score, expected):
-    """Before the right one it halves the precision at every recall; behind it, it costs nothing."""
+    """With a higher score than the right one it halves the precision at every recall; with a lower
+    score it has no effect."""
     wrong = (120, 5, 30, 30, 1, score)
     result = figures(data(tmp_path, TWO[:1]), output(FOUND, wrong), output())
     assert [result["AP"], result["AP50"]] == pytest.approx([expected] * 2) and result[
@@ -75,7 +76,7 @@ def test_one_too_many(tmp_path, score, expected):
 
 
 def test_a_second_detection_of_one_object_is_wrong(tmp_path):
-    """After the first, before that of the other object: precision 1 to recall 0.5, then 2/3."""
+    """Its score is between those of the two objects: precision 1 up to recall 0.5, then 2/3."""
     rows = output(FOUND, (*LARGE, 1, 0.8)), output((*LARGE, 1, 0.7))
     expected = 100 * (51 + 50 * 2 / 3) / 101
     assert figures(data(tmp_path, TWO), *rows)["AP"] == pytest.approx(expected)
@@ -91,7 +92,7 @@ def test_an_overlap_of_five_eighths(tmp_path):
 
 
 def test_of_another_class(tmp_path):
-    """Neither of a class that is there, nor of a number in between without a class."""
+    """Of another class of the file, or of a label that is not a class."""
     found = data(tmp_path, TWO)
     for label in (7, 3, 0):
         rows = output((*LARGE, label, 0.9))
@@ -99,7 +100,7 @@ def test_of_another_class(tmp_path):
 
 
 def test_the_mean_over_classes_and_the_sizes(tmp_path):
-    """Class 1, small (200 square pixels), is found; class 7, large, is not; none is medium."""
+    """Class 1, small (200 square pixels), is found; class 7, large, is not; no object is medium."""
     found = data(tmp_path, [boxed(1, 1, 1, SMALL), boxed(2, 2, 7, LARGE)])
     result = figures(found, output((*SMALL, 1, 0.9)), output())
     expected = dict(AP=50, AP50=50, AP75=50, APs=100, APl=0, AR1=50, AR10=50, AR100=50)
@@ -119,9 +120,8 @@ def test_nothing_found(tmp_path):
 
 @pytest.mark.parametrize("iscrowd, expected", [(1, 100), (0, 100 * 51 / 101)])
 def test_crowds_are_ignored(tmp_path, iscrowd, expected):
-    """Detections inside a crowd are neither right nor wrong, whatever their number, and it need not
-    be found. Of an object of that place, IoU 0.2, they would be wrong: after the right one, AP
-    51/101.
+    """Detections inside a crowd are neither right nor wrong, and the crowd need not be found. With
+    an ordinary object at that place (IoU 0.2) they are wrong: after the right one, AP 51/101.
     """
     crowd = (60, 4, 90, 100)
     found = data(tmp_path, [boxed(1, 1, 1, SMALL), boxed(2, 1, 1, crowd, iscrowd=iscrowd)])
@@ -141,9 +141,9 @@ def test_inside_a_crowd_before_the_right_one(tmp_path):
         assert result["AP"] == pytest.approx((expected + 100 * (not crowd)) / (2 - crowd))
 
 
-def test_masks_have_figures_of_their_own(tmp_path):
-    """The box is right, the mask covers its lower 6 of 10 rows: IoU 0.6, right at 0.5, 0.55 and
-    0.6."""
+def test_masks_have_separate_metrics(tmp_path):
+    """The box is right; the mask covers the lower 6 of 10 rows: IoU 0.6, right at the thresholds
+    0.5, 0.55 and 0.6."""
     found = data(tmp_path, [boxed(1, 1, 1, SMALL, segmentation=POLYGON)], masks=True)
     found_it = output((*SMALL, 1, 0.9))
     masks = torch.zeros(1, 1, 128, 160)
@@ -158,7 +158,7 @@ def test_masks_have_figures_of_their_own(tmp_path):
 
 
 def test_as_pycocotools_from_the_file(drawn, tmp_path):
-    """All the figures, of boxes and masks, for detections with every kind of mistake."""
+    """All metrics of boxes and masks, for detections with every kind of error."""
     rng, evaluation, rows = np.random.default_rng(0), coco.Evaluation(drawn.val), []
     from pycocotools import mask
 
@@ -199,7 +199,7 @@ def test_as_pycocotools_from_the_file(drawn, tmp_path):
 
 
 def test_evaluate(drawn):
-    """A detector that knows: it is shown every image once, in order."""
+    """A perfect detector; it gets every image once, in order."""
     targets, sizes = iter([drawn.val[i][1] for i in range(len(drawn.val))]), []
 
     def detect(imgs):
@@ -213,8 +213,8 @@ def test_evaluate(drawn):
 
 
 def test_ranks_are_merged(tmp_path, monkeypatch):
-    """Of four images, three with the object, each of two ranks looks at two; in the first and in
-    the last too much is found. What they find goes from one to the other as bytes."""
+    """Two ranks evaluate two of four images each. Three images have the object; the first and the
+    last get a wrong detection. The ranks exchange their detections as bytes."""
     found = data(tmp_path, [boxed(i, i, 1, LARGE) for i in (1, 2, 3)], n=4)
 
     def detect(imgs):

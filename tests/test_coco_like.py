@@ -1,4 +1,4 @@
-"""The drawn set of tests/coco_like.py."""
+"""The drawn dataset of tests/coco_like.py."""
 
 import coco_like
 import numpy as np
@@ -9,7 +9,7 @@ from detection import coco
 
 
 def test_drawn_boxes_are_where_the_objects_are(tmp_path, monkeypatch):
-    """With black backgrounds and white objects, what is white is what the boxes cover."""
+    """With black backgrounds and white objects, the boxes cover exactly the white pixels."""
     white = {name: [Image.new("RGB", (8, 8), "white")] * 5 for name in "abc"}
     monkeypatch.setattr(coco_like, "_digits", lambda classes: white)
     black = lambda rng, width, height: Image.new("RGB", (width, height))  # noqa: E731
@@ -45,8 +45,8 @@ def test_what_is_drawn(tmp_path):
         assert all(coco_like.iou(a, b) < 0.3 for a, b in pairs)
 
 
-def test_pictures_of_a_folder_are_in_one_split_alone(tmp_path):
-    """Each of five pictures has a grey of its own."""
+def test_each_image_of_a_folder_is_in_only_one_split(tmp_path):
+    """Each of five images has a different grey."""
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "in" / "train" / name).mkdir(parents=True)
         for i in range(5):
@@ -62,7 +62,7 @@ def test_pictures_of_a_folder_are_in_one_split_alone(tmp_path):
             x1, y1, x2, y2 = (
                 target["boxes"][-1].int().tolist() if len(target["labels"]) else [0] * 4
             )
-            if x2:  # the last pasted is whole
+            if x2:  # the image pasted last is not covered by others
                 grey = img[:, y1:y2, x1:x2].float().median()
                 seen.add(round(float(grey - 100 * (target["labels"][-1] == 3)) / 20))
         assert seen <= kinds and seen

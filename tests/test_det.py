@@ -1,5 +1,4 @@
-"""Distilling detectors: what is compared, the published settings, and runs through the command
-line."""
+"""Distilling detectors: loss terms, published settings, and runs from the command line."""
 
 import copy
 import json
@@ -43,7 +42,7 @@ def distiller_of(mode, s="fasterrcnn_mobilenet_v2", t="fasterrcnn_resnet18", wei
 
 
 def batch(empty=(False, True)):
-    """Two images, the second without a box."""
+    """Two images; by default the second has no box."""
     torch.manual_seed(2)
     imgs = [torch.rand(3, 70, 90), torch.rand(3, 96, 64)]
     boxes = torch.tensor([[10.0, 10, 40, 50], [30, 20, 80, 60]])
@@ -59,19 +58,19 @@ def batch(empty=(False, True)):
 
 
 def caught(made, imgs, targets, seed=3):
-    """What the student computed, its own losses and what the teacher makes of it."""
+    """(losses of the student, its intermediate results, those of the teacher)."""
     torch.manual_seed(seed)
     terms = made.student(imgs, targets)
     s, made.caught = made.caught, train_det.Caught()
     return terms, s, made.teach(s)
 
 
-# --- what is compared -----------------------------------------------------------------------------
+# --- loss terms -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted({name for pair in PAIRS for name in pair}))
 def test_levels_of_the_published_detectors(name):
-    """Five of 256 channels, at strides 4 to 64, RetinaNet's at 8 to 128; so every pair's agree."""
+    """Five levels of 256 channels, at strides 4 to 64 (RetinaNet: 8 to 128), so all pairs agree."""
     net = detector(name).eval()
     with torch.no_grad():
         levels = net.backbone(torch.rand(1, 3, 128, 160)).values()
@@ -126,7 +125,7 @@ def test_the_students_head_runs_once_and_the_images_are_resized_once():
 
 def test_terms_are_the_losses_of_what_was_caught():
     made = distiller_of("reviewdkd")
-    made.kd.eval(), made.student.backbone.eval()  # the fusion's batch norms are seen twice
+    made.kd.eval(), made.student.backbone.eval()  # batch norms would be updated twice
     imgs, targets = batch()
     own, s, t = caught(made, imgs, targets)
     torch.manual_seed(3)
@@ -141,11 +140,11 @@ def test_terms_are_the_losses_of_what_was_caught():
         out, fused = abf(fm_s, fused, fm_t.shape[2:])
         total = total + hcl([out], [fm_t])
     torch.testing.assert_close(terms["reviewkd"], total)
-    assert made.caught == train_det.Caught()  # nothing is held on to
+    assert made.caught == train_det.Caught()  # no tensor is kept
 
 
 def test_background_is_a_class():
-    """Number 0, of every region of an image without boxes."""
+    """Class 0 is the class of every region of an image without boxes."""
     made = distiller_of("dkd")
     _, s, t = caught(made, *batch(empty=(True, True)))
     assert len(s.labels) > 0 and not s.labels.any()
@@ -214,7 +213,7 @@ def test_each_network_has_its_own_normalisation():
     imgs = [torch.rand(3, 50, 90), torch.rand(3, 90, 50)]
     images, expected = own(imgs)[0], other(imgs)[0].tensors
     torch.testing.assert_close(train_det.renormalised(images, own, other), expected)
-    assert (expected == 0).any()  # what pads them
+    assert (expected == 0).any()  # the padding
     assert train_det.renormalised(images, own, own) is images.tensors
 
 
@@ -256,8 +255,8 @@ def test_weights_of_the_pairs():
     assert parts["reviewkd"].flags == dict(mid_channel=256)
 
 
-def test_what_stays_frozen_of_trained_weights(tmp_path, monkeypatch):
-    """A ResNet's stem and first stage, no layer of MobileNetV2; batch norms are frozen, all."""
+def test_frozen_layers_of_pretrained_weights(tmp_path, monkeypatch):
+    """Stem and first stage of a ResNet, no layer of MobileNetV2; all batch norms are frozen."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -275,7 +274,7 @@ def test_what_stays_frozen_of_trained_weights(tmp_path, monkeypatch):
         assert torch.equal(first, next(iter(state.values())))
 
 
-def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def offline(*args, **kwargs):
@@ -290,7 +289,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         detector("fasterrcnn_resnet18", weights="detector")
 
 
-# --- through the command line ---------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +322,7 @@ def teacher(folder, tmp_path_factory):
 
 
 def command(teacher, root, note, *more):
-    """A distillation; the view is the teacher's, but for the regions."""
+    """The command line of a distillation; image sizes come from the teacher."""
     argv = ["--kd_mode", "reviewdkd", "--t_model", f"{teacher}/checkpoint.pth.tar"]
     argv += ["--s_name", "fasterrcnn_mobilenet_v2", "--cuda", "0", "--amp", "off", "--workers", "0"]
     argv += ["--batch_size", "2", "--iters", "4", "--eval_every", "2", "--save_every", "0"]
@@ -331,11 +330,12 @@ def command(teacher, root, note, *more):
 
 
 @pytest.mark.slow
-def test_distils_stopped_and_gone_on_with(teacher, tmp_path, capsys):
+def test_distils_and_resumes_after_a_kill(teacher, tmp_path, capsys):
     whole = train_det.main(command(teacher, tmp_path, "whole"))
     out = capsys.readouterr().out
     assert "teacher AP" in out and "reviewkd: lambda_kd 1, mid_channel 256" in out
-    assert "shorter side (64, 96), longer at most 128, anchors from 8, 16 regions" in out
+    sizes = "shorter side (64, 96), longer side at most 128, smallest anchor 8, 16 regions"
+    assert sizes in out
     rows = read_metrics(whole["dir"])
     assert [row["step"] for row in rows] == [2, 4] and {"reviewkd", "dkd", "AP50"} <= set(rows[0])
     kill = (

@@ -99,7 +99,7 @@ def test_the_others_continue_if_a_folder_has_other_files(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tables.main(argv)
     out = capsys.readouterr().out
-    assert stop.value.code == 2 and any(str(folder) in x for x in out.splitlines())
+    assert stop.value.code == 2 and any(names(x, folder, "failed") for x in out.splitlines())
     assert not (folder / "result.json").exists()
     assert all((folder.parent / f"{mode}-1" / "result.json").exists() for mode in ("st", "dkd"))
 
@@ -227,7 +227,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tables.main(argv)
     out = capsys.readouterr().out
-    assert stop.value.code == 2 and any(str(folder) in line for line in out.splitlines())
+    assert stop.value.code == 2 and any(names(x, folder, "failed") for x in out.splitlines())
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
