@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set everything up in .venv first.
+# `make demo` and `make test` also work on a fresh machine: they first install everything into .venv.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# tests side by side, of one thread each: threads of several processes stall each other
+# number of test processes, with one thread each: threads of several processes slow each other down
 JOBS ?= 2
 
 .PHONY: demo test test-all soak
@@ -17,7 +17,7 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests --slow
 
-# the same tests with more repetitions, seeds, pairs of networks, and CUDA's stand-in: hours
+# the same tests with more repetitions, seeds and pairs of networks, and a stand-in for CUDA: hours
 soak: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile tests --slow --soak
 

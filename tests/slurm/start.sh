@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A SLURM cluster of one node, this machine, with 2 CPUs: for the tests of `tables.py --launcher
-# slurm`.
+# Start a SLURM cluster of one node with 2 CPUs on this machine, for the tests of
+# `tables.py --launcher slurm`.
 #
 #     apt-get install slurm-wlm munge
-#     tests/slurm/start.sh DIR        # all of it is in DIR
+#     tests/slurm/start.sh DIR        # all files of the cluster are in DIR
 #     export SLURM_CONF=DIR/slurm.conf
 #     tests/slurm/stop.sh DIR
 #
-# Nothing of the machine's own configuration is read or changed: own key, sockets, ports and pid
-# files, and no users but the one that starts it. Partitions: `main`, whose jobs are queued again
-# where a job of `urgent` needs their place.
+# The SLURM configuration of the machine is neither read nor changed: key, sockets, ports and pid
+# files are separate, and only the user who starts the cluster can use it. Partitions: `main` and
+# `urgent`; a job of `urgent` preempts jobs of `main`, which are queued again.
 set -euo pipefail
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 for command in munged slurmctld slurmd sbatch squeue scontrol; do
     if ! command -v "$command" > /dev/null; then
-        echo "$command is missing: apt-get install slurm-wlm munge"
+        echo "command $command not found; run apt-get install slurm-wlm munge"
         exit 3
     fi
 done
@@ -44,7 +44,7 @@ SlurmdPort=${ports[1]}
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-# after a job was queued again it waits as long as credentials live
+# cred_expire: a job that is queued again waits this many seconds, until its credentials expire
 AuthInfo=socket=$dir/munge.socket,cred_expire=10
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
@@ -76,7 +76,7 @@ for _ in $(seq 100); do
     [ "$(sinfo --noheader --format=%T --partition=main 2> /dev/null)" = idle ] && exit 0
     sleep 0.3
 done
-echo "the cluster does not start; see the logs in $dir:"
+echo "the cluster did not start; the last lines of its logs in $dir:"
 tail -n 5 "$dir"/*.log
 "$(dirname "$0")/stop.sh" "$dir"
 exit 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# End the cluster that start.sh started in a folder, and its jobs.
+# Stop the cluster that start.sh started in a folder, with its jobs.
 dir=$(cd "$1" && pwd) || exit 1
 export SLURM_CONF=$dir/slurm.conf
 timeout 20 scancel --full --signal=KILL --user="$(id -un)" 2> /dev/null
