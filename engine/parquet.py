@@ -62,9 +62,10 @@ def hub_reader(name: str, fit: str):
         if is_large(img_size) and not small:
             parts, sources = [], []
             for split in splits:
-                items, digest = _places(tables[split], columns[0])
+                digest = hashlib.sha256(np.asarray(numbers[split], np.int64))
+                items = _places(tables[split], columns[0], digest)
                 parts.append((items, numbers[split]))
-                sources.append(digest)
+                sources.append(digest.hexdigest())
             notes.append(f"images that are not square: {WAYS[fit]} (--fit {fit})")
             return *parts, classes, dict(flip=True, sources=sources, fit=fit), notes
         parts, sources, odd, side = [], [], 0, None if small else img_size
@@ -129,9 +130,13 @@ def _folder(folder: Path) -> dict[str, Table]:
                     raise UserError(f"{path} is damaged ({first_line(error)})") from error
 
         def arrow():
-            found = _datasets(folder).load_dataset(
-                "parquet", data_files=dict(train=list(map(str, paths))), split="train"
-            )
+            datasets, files = _datasets(folder), dict(train=list(map(str, paths)))
+            try:
+                found = datasets.load_dataset("parquet", data_files=files, split="train")
+            except Exception as error:  # of a damaged file, or a disk without room for the copy
+                raise UserError(
+                    f"{paths[0]}: datasets cannot read it ({first_line(error)})"
+                ) from error
             return [Path(x["filename"]) for x in found.cache_files]
 
         return Table(str(paths[0]), opened(paths[0]).schema_arrow, batches, arrow)
@@ -151,8 +156,9 @@ def _split_of(path: Path, folder: Path) -> str | None:
 
 def _hub(name: str) -> dict[str, Table]:
     """{split: table} of a data set of the hub, which `datasets` downloads."""
+    datasets = _datasets(name)
     try:
-        found = _datasets(name).load_dataset(name)
+        found = datasets.load_dataset(name)
     except Exception as error:  # of the network, of an unknown name, of a data set's own code
         raise UserError(
             f"hf/{name} was not found ({first_line(error)}): expected a folder of Parquet files, "
@@ -257,12 +263,12 @@ def _images(table: Table, column: str, digest) -> Iterator:
         yield name, open_image(name, data)
 
 
-def _places(table: Table, column: str) -> tuple[np.ndarray, str]:
+def _places(table: Table, column: str, digest) -> np.ndarray:
     """Where each image's bytes are in the uncompressed files (FILE, offset, size, as in shards), so
-    that worker processes read them one by one; and a digest of their sizes."""
+    that worker processes read them one by one. `digest` gets their sizes."""
     import pyarrow as pa
 
-    items, digest = [], hashlib.sha256()
+    items = []
     for path in table.arrow():
         with pa.memory_map(str(path)) as file:
             start = file.read_buffer(file.size()).address
@@ -281,7 +287,7 @@ def _places(table: Table, column: str) -> tuple[np.ndarray, str]:
                 for first, end in zip(places[:-1].tolist(), places[1:].tolist()):
                     item = SEPARATOR.join((str(path), str(first), str(end - first)))
                     items.append(os.fsencode(item))
-    return np.array(items), digest.hexdigest()
+    return np.array(items)
 
 
 def _is_binary(kind) -> bool:

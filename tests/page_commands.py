@@ -44,13 +44,18 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> list[str]:
-    """The lines that a command prints, as on a terminal. `python` is this Python."""
+def execute(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a command in the folder. `python` is this Python."""
     words = re.sub(r"^python ", f"{sys.executable} ", command)
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", COLUMNS="100")
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", "-c", words], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
+
+
+def run(command: str, folder: Path) -> list[str]:
+    """The lines that a command prints, as on a terminal."""
+    done = execute(command, folder)
     return (done.stdout + done.stderr).rstrip("\n").split("\n")
 
 

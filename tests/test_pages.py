@@ -5,6 +5,7 @@ from pathlib import Path
 
 import page_commands
 import pytest
+from test_docs import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -91,6 +92,29 @@ def test_shown_output_is_what_is_printed(page, tmp_path):
     for command, shown in page_commands.blocks(page.read_text(encoding="utf-8")):
         printed = page_commands.run(command, folder)
         assert page_commands.agree(shown, printed), "\n".join([command, *printed])
+
+
+# what can run without a network, a GPU or files that the page does not make
+OFFLINE = re.compile(
+    r"--help|tables\.py list|tables\.py show|data_name digits|tables\.py .*dry_run"
+)
+CASES = [
+    (page.name, command)
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    for command in commands(page)
+    if OFFLINE.search(command) and "..." not in command
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page, command", CASES, ids=[f"{p}: {c[:60]}" for p, c in CASES])
+def test_a_command_without_shown_output_runs(page, command, tmp_path):
+    done = page_commands.execute(f"python {command}", page_commands.workplace(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_such_commands():
+    assert len(CASES) >= 8
 
 
 # --- the page in Chinese --------------------------------------------------------------------------

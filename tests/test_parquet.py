@@ -160,6 +160,30 @@ def test_large_images_need_datasets(tmp_path, monkeypatch):
         stream.load(f"hf/{tmp_path}", img_size=112)
 
 
+def test_other_labels_are_other_images(tmp_path, cached):
+    pixels, labels = rows(3, size=(120, 120))
+    found = []
+    for name, own in (("one", labels), ("other", labels[::-1])):
+        for split in ("train", "test"):
+            write(tmp_path / name / f"{split}.parquet", pixels, own)
+        found.append(stream.load(f"hf/{tmp_path / name}", img_size=112).identity())
+    assert found[0] != found[1]
+
+
+def test_large_images_of_a_damaged_file(tmp_path, cached, monkeypatch):
+    import datasets
+
+    def broken(*args, **kwargs):
+        raise OSError("no space left\nsecond line")
+
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", *rows(3, size=(120, 120)))
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(utils.UserError, match="train.parquet.*no space left") as error:
+        stream.load(f"hf/{tmp_path}", img_size=112)
+    assert "\n" not in str(error.value)
+
+
 def test_large_images_without_bytes(tmp_path, cached):
     import pyarrow as pa
     import pyarrow.parquet as pq

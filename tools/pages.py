@@ -104,7 +104,7 @@ def table(chinese: bool = False) -> str:
 
 def row(mode: str, chinese: bool = False) -> str:
     method, source = METHODS[mode], Source(mode)
-    paper, words, number = f"[{source.short}]({source.link})", inputs(method), weight(method)
+    paper, words, number = source.short, inputs(method), weight(method)
     for english, other in CHINESE.items() if chinese else ():
         words, number = words.replace(english, other), number.replace(english, other)
     return f"| [`{mode}`](kd_losses/{mode}.py) | {paper} | {words} | {number} |"
@@ -151,16 +151,13 @@ class Source:
         tree = ast.parse((ROOT / f"kd_losses/{mode}.py").read_text(encoding="utf-8"))
         head = " ".join(ast.get_docstring(tree).split("\n\n")[0].split())
         found = re.fullmatch(r"(.+?) \(((?:[^()]|\([^()]*\))*)\), (https?://\S+)(.*)", head)
-        if not found:
-            raise ValueError(
-                f"kd_losses/{mode}.py: expected a docstring 'NAME: TITLE (PAPER), LINK', got "
-                f"{head[:80]!r}"
-            )
-        title, self.paper, link, rest = found.groups()
-        self.link = link + rest.strip() * link.endswith("/")  # a link may take two lines
-        self.name, _, title = title.partition(": ")
-        self.title = re.sub(r"^[a-z ]+\. ", "", title)  # without the meaning of the name
-        self.short = short(self.paper)
+        if found:  # NAME: TITLE (PAPER), LINK
+            title, paper, link, rest = found.groups()
+            link += rest.strip() * link.endswith("/")  # a link may take two lines
+            self.title = re.sub(r"^[a-z ]+\. ", "", title.partition(": ")[2])
+            self.paper, self.short = f"[{paper}]({link})", f"[{short(paper)}]({link})"
+        else:  # a method without a paper
+            self.title, self.paper, self.short = head.rstrip("."), "No paper", "-"
         classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != "_"]
         loss = METHODS[mode].loss
         own = [x for x in classes if isinstance(loss, type) and x.name == loss.__name__]
@@ -190,7 +187,7 @@ def sections() -> str:
 def section(mode: str) -> str:
     source = Source(mode)
     file = f"[kd_losses/{mode}.py](../kd_losses/{mode}.py)"
-    head = [f"### {mode}", f"{source.title}. [{source.paper}]({source.link}). File: {file}."]
+    head = [f"### {mode}", f"{source.title}. {source.paper}. File: {file}."]
     body = []
     for name, text in source.texts.items():
         text = re.sub(r"\n(?=Differs from )", "\n\n", text)
