@@ -6,11 +6,12 @@
     python tools/tables.py status kdzoo-r20-r20
 
 `list` prints the names of the tables. `run` trains the missing teacher, then every method and seed.
-It skips finished trainings, resumes interrupted ones, and continues with the others if one fails.
-`--launcher slurm` submits the trainings to a cluster. `--dry_run` prints the commands and their
-recipes. `status` lists finished, running, queued and failed trainings. `show` prints the accuracy
-of the last and the best epoch, mean and standard deviation over the seeds, next to the figures of
-published.csv. Runs with other data, epochs or precision are in separate tables.
+It skips finished trainings, resumes interrupted ones, waits for those of other processes, and
+continues with the others if one fails. `--launcher slurm` submits the trainings to a cluster.
+`--dry_run` prints the commands and their recipes. `status` lists finished, running, queued and
+failed trainings. `show` prints the accuracy of the last and the best epoch, mean and standard
+deviation over the seeds, next to the figures of published.csv. Runs with other data, epochs or
+precision are in separate tables.
 """
 
 import argparse

@@ -40,9 +40,6 @@ def test_sections(mode):
     assert f"{pages.section(mode)}\n" in page
 
 
-<<<<<<< HEAD
-def test_stale_pages_are_named(tmp_path, monkeypatch, capsys):
-=======
 def test_a_method_without_a_paper(tmp_path, monkeypatch):
     (tmp_path / "kd_losses").mkdir()
     text = (ROOT / "kd_losses/st.py").read_text(encoding="utf-8")
@@ -53,8 +50,7 @@ def test_a_method_without_a_paper(tmp_path, monkeypatch):
     assert pages.Source("st").title == "Cosine of the logits: an example, of no paper"
 
 
-def test_what_is_stale_is_said(tmp_path, monkeypatch, capsys):
->>>>>>> main
+def test_stale_pages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(pages, "PAGES", ("README.md",))
     monkeypatch.setattr(pages, "table", lambda chinese: "new")
