@@ -251,7 +251,7 @@ def writing(args, device, precision, images, nets, root: str, steps: int):
     return write
 
 
-# --- what is printed ------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 STEP = dict(  # key: title and format
     mode=("mode", ""),
@@ -267,8 +267,8 @@ STEP = dict(  # key: title and format
 )
 OPERATORS = dict(
     operator=("operator", ""),
-    calls=("calls a step", ".1f"),
-    self_ms=("self ms a step", ".2f"),
+    calls=("calls per step", ".1f"),
+    self_ms=("self ms per step", ".2f"),
     share=("share %", ".1f"),
 )
 LOSS = dict(
@@ -293,7 +293,7 @@ DATA = dict(
     pixels=("pixels", "d"),
     workers=("workers", "d"),
     img_per_s=("img/s", ".0f"),
-    batch_ms=("ms a batch", ".2f"),
+    batch_ms=("ms per batch", ".2f"),
     ratio=("times plain", ".2f"),
     ratio_min=("min", ".2f"),
     ratio_max=("max", ".2f"),

@@ -109,7 +109,7 @@ def full_step(mode: str, args, device, precision, images, snet, tnet, fixed: boo
         terms = train_kd.train_step(distiller, phase, optimizer, batch, weights, precision)
         meter.add(terms, len(batch.target))
 
-    return call, phase.name + ("" if phase.ce else ", its loss alone")
+    return call, phase.name + ("" if phase.ce else ", only its loss")
 
 
 def distillation(mode: str, args, device, precision, images, snet, tnet):

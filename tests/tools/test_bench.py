@@ -85,9 +85,9 @@ def test_step(tmp_path, capsys):
     table = same(out, result, bench.STEP)
     assert [row["mode"] for row in table] == ["train_base", *METHODS]
     assert [row["phase"] for row in table if row["mode"] in ("fsp", "ab", "ft", "dkd")] == [
-        "init, its loss alone",
+        "init, only its loss",
         "distil",
-        "init, its loss alone",
+        "init, only its loss",
         "distil",
     ]
     for row in result["rows"]:
@@ -278,7 +278,7 @@ def test_bad_input_is_one_line(argv, wanted, capsys):
         bench.main(argv)
 
 
-# --- what is measured -----------------------------------------------------------------------------
+# --- measured steps -------------------------------------------------------------------------------
 
 
 def test_a_step_is_that_of_training(monkeypatch):
