@@ -13,6 +13,7 @@ commands are run in order, in one folder; what they write is there for the next 
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,10 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
 def workplace(folder: Path) -> Path:
     """A folder that has what the repository's root has, by links, and where runs may be written."""
     for path in ROOT.iterdir():
-        if path.name not in ("runs", "datasets", ".git"):
+        if path.name not in ("runs", "datasets", "results", ".git"):
             (folder / path.name).symlink_to(path)
+    (folder / "results").mkdir()
+    shutil.copytree(ROOT / "results/tables", folder / "results/tables")  # commands write there
     return folder
 
 

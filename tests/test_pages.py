@@ -109,8 +109,10 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("page, command", CASES, ids=[f"{p}: {c[:60]}" for p, c in CASES])
 def test_a_command_without_shown_output_runs(page, command, tmp_path):
+    before = sorted(ROOT.glob("results/**/*"))
     done = page_commands.execute(f"python {command}", page_commands.workplace(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert sorted(ROOT.glob("results/**/*")) == before
 
 
 def test_there_are_such_commands():
