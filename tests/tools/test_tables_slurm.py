@@ -25,8 +25,9 @@ from tools import tables, tables_plan, tables_slurm, tables_status, tables_work
 
 ROOT = Path(__file__).parents[2]
 METHODS = "baseline,st,dml"
-SMALL = ["small", *DIGITS, "--methods", METHODS, "--seeds", "2"]
-HOME = Path("kdzoo") / "digits-12px-2ep"
+# long enough that a signal finds each training before its end
+SMALL = ["small", *DIGITS, "--epochs", "8", "--methods", METHODS, "--seeds", "2"]
+HOME = Path("kdzoo") / "digits-12px-8ep"
 
 
 def undated(path: Path) -> list[dict]:
@@ -367,7 +368,7 @@ def test_slurm_one_preempted_one_out_of_time_one_killed_give_the_undisturbed_tab
     tables.main([*argv, "--cpus", "1"])
     assert "7 trainings are already in the queue" in capsys.readouterr().out
     teacher, one, two = (job_of(name) for name in ("base-resnet20-1", "/st-1", "/st-2"))
-    wait(lambda: states(tmp_path)["digits-12px-2ep/base-resnet20-1"] == "running")
+    wait(lambda: states(tmp_path)["digits-12px-8ep/base-resnet20-1"] == "running")
     note("the teacher is running, its students are queued: " + str(states(tmp_path)))
     wait(lambda: (home / "base-resnet20-1" / "metrics.csv").exists())
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 2")
